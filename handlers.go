@@ -1,0 +1,556 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"mime"
+	"net/http"
+	"net/url"
+	"reflect"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+	"unicode"
+	"unicode/utf8"
+
+	"auth-service/templates"
+
+	"github.com/a-h/templ"
+	"github.com/swaggest/rest"
+	"github.com/swaggest/rest/nethttp"
+	"github.com/swaggest/rest/request"
+)
+
+// maxBody is the largest request body, in bytes.
+const maxBody = 16 << 10
+
+// access says who may call a route. The zero value is not allowed to start.
+type access int
+
+const (
+	public access = iota + 1
+)
+
+// budget is how many requests of a kind one client address may make in a window.
+type budget struct {
+	Name   string // shared by the routes that do the same
+	N      int
+	Window time.Duration
+}
+
+var (
+	unlimited  = budget{}
+	onRegister = budget{"register", 30, time.Minute}
+	onVerify   = budget{"verify", 60, time.Minute}
+	onResend   = budget{"resend", 30, time.Minute}
+	onStatus   = budget{"status", 300, time.Minute}
+	onLogin    = budget{"login", 60, time.Minute}
+)
+
+// route is one line of the program's index.
+type route struct {
+	Pattern string // "POST /api/v1/register"
+	Aliases string // other paths, space separated
+	Access  access
+	Budget  budget
+	Name    string // operation id, and action of the audit entries of refusals
+	Summary string // "" = not in the OpenAPI document
+	Operation
+}
+
+// Operation is what a route does, made by op or page.
+type Operation struct {
+	Tag      string
+	in, out  any // for the document
+	status   int
+	problems []problem
+	handle   func(s *server, rt route) http.Handler
+}
+
+// routes is the index of the service: it feeds the mux and the OpenAPI document.
+func (s *server) routes() []route {
+	return []route{
+		{"POST /api/v1/register", "/register /api/v1/auth/register", public, onRegister, "register", "Register",
+			op("Registration", 201, s.register, problemUserExists, problemResendLimit, problemTooManyRequests, problemUnavailable)},
+		{"POST /api/v1/register/verify", "/verify", public, onVerify, "verify", "Confirm the e-mail address",
+			op("Registration", 200, s.verify, problemInvalidToken, problemInvalidCode, problemVerificationExpired,
+				problemVerificationCancelled, problemTooManyAttempts, problemTooManyRequests, problemUnavailable)},
+		{"POST /api/v1/register/resend", "/verify/resend", public, onResend, "resend", "Send the mail again",
+			op("Registration", 200, s.resend, problemRegistrationNotFound, problemAlreadyVerified, problemVerificationExpired,
+				problemResendTooSoon, problemResendLimit, problemTooManyRequests, problemUnavailable)},
+		{"POST /api/v1/register/cancel", "", public, onVerify, "cancel", "Cancel: this was not me",
+			op("Registration", 200, s.cancel, problemInvalidToken, problemAlreadyVerified, problemVerificationExpired,
+				problemTooManyRequests, problemUnavailable)},
+		{"GET /api/v1/registrations/{registration_id}", "", public, onStatus, "registrationStatus", "Status of a registration",
+			op("Registration", 200, s.status, problemRegistrationNotFound, problemTooManyRequests, problemUnavailable)},
+
+		{"POST /api/v1/auth/login", "/auth/login", public, onLogin, "login", "Sign in with a password",
+			op("Signing in", 200, s.login, problemInvalidCredentials, problemAccountNotVerified, problemAccountDisabled,
+				problemAccountSetupRequired, problemTooManyRequests, problemUnavailable)},
+
+		{"GET /{$}", "", public, unlimited, "home", "", page(s.homePage)},
+		{"GET /account/register", "", public, unlimited, "registerPage", "", page(s.registerPage)},
+		{"POST /account/register", "", public, onRegister, "register", "", page(s.registerForm)},
+		{"GET /account/verify", "", public, unlimited, "verifyPage", "", page(s.verifyPage)},
+		{"POST /account/verify", "", public, onVerify, "verify", "", page(s.verifyForm)},
+		{"GET /account/resend", "", public, unlimited, "resendPage", "", page(s.resendPage)},
+		{"POST /account/resend", "", public, onResend, "resend", "", page(s.resendForm)},
+		{"GET /account/cancel", "", public, unlimited, "cancelPage", "", page(s.cancelPage)},
+		{"POST /account/cancel", "", public, onVerify, "cancel", "", page(s.cancelForm)},
+		{"GET /account/ready", "", public, unlimited, "readyPage", "", page(s.readyPage)},
+		{"GET /problems/{slug}", "", public, unlimited, "problemPage", "", page(s.problemPage)},
+		{"GET /static/style.css", "", public, unlimited, "style", "", plain(styleSheet)},
+
+		{"GET /health", "", public, onStatus, "health", "Health of the service and its two stores", s.healthOp()},
+		{"GET /api-docs/openapi.json", "", public, unlimited, "openapi", "", plain(s.openAPI)},
+		{"GET /swagger-ui", "/swagger-ui/", public, unlimited, "swaggerUI", "", plain(swaggerUI())},
+	}
+}
+
+// handler is the whole HTTP interface: the routes, and what wraps all of them.
+func (s *server) handler() (http.Handler, error) {
+	mux := http.NewServeMux()
+	routes := s.routes()
+	if s.cfg.Preview {
+		routes = append(routes,
+			route{"GET /preview", "", public, unlimited, "preview", "", page(s.previewIndex)},
+			route{"GET /preview/{name}", "", public, unlimited, "preview", "", page(s.preview)})
+	}
+	doc, err := document(routes)
+	if err != nil {
+		return nil, err
+	}
+	s.openAPIDocument = doc
+	for _, rt := range routes {
+		if rt.Access == 0 {
+			return nil, fmt.Errorf("route %s does not say who may call it", rt.Pattern)
+		}
+		method, _, _ := strings.Cut(rt.Pattern, " ")
+		h := s.limited(rt, rt.handle(s, rt))
+		mux.Handle(rt.Pattern, h)
+		for alias := range strings.FieldsSeq(rt.Aliases) {
+			mux.Handle(method+" "+alias, h)
+		}
+	}
+	corsMiddleware, err := newCORS(s.cfg.CORSOrigins)
+	if err != nil {
+		return nil, fmt.Errorf("CORS_ALLOWED_ORIGINS: %w", err)
+	}
+	https := strings.HasPrefix(s.cfg.PublicURL, "https://")
+	return withRequestID(s.withLog(withSecurityHeaders(https, corsMiddleware.Wrap(s.orProblem(mux))))), nil
+}
+
+// orProblem answers what the mux does not know with a problem; the mux itself
+// would answer in plain text.
+func (s *server) orProblem(mux *http.ServeMux) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		h, pattern := mux.Handler(r)
+		if pattern != "" {
+			mux.ServeHTTP(w, r)
+			return
+		}
+		answer := recorder{header: http.Header{}, status: 200}
+		h.ServeHTTP(&answer, r)
+		switch {
+		case answer.status == http.StatusMethodNotAllowed:
+			w.Header().Set("Allow", answer.header.Get("Allow"))
+			s.writeProblem(w, r, problemMethodNotAllowed)
+		case answer.status/100 == 3: // a path that the mux would clean
+			http.Redirect(w, r, answer.header.Get("Location"), answer.status)
+		default:
+			s.writeProblem(w, r, problemNotFound)
+		}
+	})
+}
+
+// recorder keeps what a handler would answer.
+type recorder struct {
+	header http.Header
+	status int
+	bytes.Buffer
+}
+
+func (rec *recorder) Header() http.Header    { return rec.header }
+func (rec *recorder) WriteHeader(status int) { rec.status = status }
+
+// limited counts the request against the budget of its client's address.
+func (s *server) limited(rt route, next http.Handler) http.Handler {
+	if rt.Budget == unlimited {
+		return next
+	}
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		key := "address:" + rt.Budget.Name + ":" + network(s.clientAddress(r))
+		err := s.store.hit(r.Context(), limit{key, rt.Budget.N, rt.Budget.Window, problemTooManyRequests}, s.now())
+		if err != nil && !(rt.Name == "health" && errors.Is(err, errUnavailable)) {
+			s.refuse(w, r, rt, err)
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// refuse answers with err, on a page or in JSON as the route does, and puts
+// refusals of what would have changed something on record.
+func (s *server) refuse(w http.ResponseWriter, r *http.Request, rt route, err error) {
+	if p := asProblem(err); r.Method != http.MethodGet && p.Status < 500 && p.slug() != problemInvalidRequest.slug() {
+		s.recordRefusal(r.Context(), s.caller(r), rt.Name, p)
+	}
+	if rt.status == 0 {
+		s.writeProblemPage(w, r, err)
+		return
+	}
+	s.writeProblem(w, r, err)
+}
+
+// recordRefusal puts a refusal on record. The client is refused all the same if
+// that fails.
+func (s *server) recordRefusal(ctx context.Context, c caller, action string, p problem) {
+	ctx, cancel := detached(ctx, 5*time.Second)
+	defer cancel()
+	if err := s.store.audit(ctx, c, s.now(), entry{Action: action, Target: p.target, Outcome: "refused", Reason: p.slug()}); err != nil {
+		s.log.ErrorContext(ctx, "a refusal is not on record", "action", action, "reason", p.slug(), "error", err)
+	}
+}
+
+// decoders read path and query parameters into an operation's input.
+var decoders = func() *request.DecoderFactory {
+	f := request.NewDecoderFactory()
+	f.ApplyDefaults = true
+	f.SetDecoderFunc(rest.ParamInPath, func(r *http.Request) (url.Values, error) {
+		values := url.Values{}
+		for _, m := range pathParameter.FindAllStringSubmatch(r.Pattern, -1) {
+			values[m[1]] = []string{r.PathValue(m[1])}
+		}
+		return values, nil
+	})
+	return f
+}()
+
+var pathParameter = regexp.MustCompile(`{(\w+)}`)
+
+// op adapts a typed operation to HTTP: it decodes and checks the input, calls, and
+// encodes the answer or the problem. status is that of success.
+func op[I, O any](tag string, status int, f func(context.Context, caller, I) (O, error), problems ...problem) Operation {
+	return Operation{Tag: tag, in: *new(I), out: *new(O), status: status, problems: problems, handle: func(s *server, rt route) http.Handler {
+		var params nethttp.RequestDecoder // of path and query; bodies are read more strictly
+		if method, _, _ := strings.Cut(rt.Pattern, " "); method == http.MethodGet {
+			params = decoders.MakeDecoder(method, *new(I), nil)
+		}
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			var in I
+			err := s.decode(w, r, params, &in)
+			if err == nil {
+				var out O
+				if out, err = f(r.Context(), s.caller(r), in); err == nil {
+					s.writeJSON(w, r, status, out)
+					return
+				}
+			}
+			s.refuse(w, r, rt, err)
+		})
+	}}
+}
+
+// writeJSON encodes first, so that an answer is whole or an error.
+func (s *server) writeJSON(w http.ResponseWriter, r *http.Request, status int, out any) {
+	var body bytes.Buffer
+	enc := json.NewEncoder(&body)
+	enc.SetEscapeHTML(false)
+	if err := enc.Encode(out); err != nil {
+		s.writeProblem(w, r, err)
+		return
+	}
+	if l, ok := out.(interface{ location() string }); ok {
+		w.Header().Set("Location", l.location())
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	w.Write(body.Bytes())
+}
+
+// decode reads path, query and body into in, and checks it. Every wrong field is
+// named, all at once.
+func (s *server) decode(w http.ResponseWriter, r *http.Request, params nethttp.RequestDecoder, in any) error {
+	if params != nil {
+		if err := params.Decode(r, in, nil); err != nil {
+			return problemInvalidRequest.because(err)
+		}
+	}
+	var wrong []fieldError
+	if r.Method == http.MethodPost || r.Method == http.MethodPatch {
+		if mediaType, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || mediaType != "application/json" {
+			return problemUnsupportedMediaType
+		}
+		body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
+		if err != nil {
+			return bodyError(err)
+		}
+		if wrong, err = decodeJSON(body, in); err != nil {
+			return err
+		}
+	}
+	if wrong = append(wrong, check(in, wrong)...); len(wrong) > 0 {
+		return invalid(wrong...)
+	}
+	return nil
+}
+
+func bodyError(err error) error {
+	if errors.As(err, new(*http.MaxBytesError)) {
+		return problemPayloadTooLarge
+	}
+	return problemInvalidRequest.saying("The request body could not be read.").because(err)
+}
+
+// decodeJSON fills in from a JSON object and returns the members that are unknown,
+// are there twice, or have the wrong type. encoding/json itself would stop at the
+// first, and takes "EMAIL" for "email".
+func decodeJSON(body []byte, in any) ([]fieldError, error) {
+	notJSON := problemInvalidRequest.saying("The request body must be one JSON object.")
+	if !utf8.Valid(body) || !json.Valid(body) { // Valid refuses what follows the value, too
+		return nil, notJSON
+	}
+	dec := json.NewDecoder(bytes.NewReader(body))
+	if t, err := dec.Token(); err != nil || t != json.Delim('{') {
+		return nil, notJSON
+	}
+	fields := inputFields(in)
+	seen := map[string]bool{}
+	var wrong []fieldError
+	for dec.More() {
+		key, err := dec.Token()
+		if err != nil {
+			return nil, notJSON
+		}
+		var raw json.RawMessage
+		if err := dec.Decode(&raw); err != nil {
+			return nil, notJSON
+		}
+		name := key.(string)
+		f, known := fields[name]
+		switch {
+		case !known && len(name) > 50:
+			wrong = append(wrong, fieldError{"", "has a field that is not known"})
+		case !known:
+			wrong = append(wrong, fieldError{name, "is not known"})
+		case seen[name]:
+			wrong = append(wrong, fieldError{name, "is there twice"})
+		case string(raw) == "null": // as if it were absent
+		default:
+			if json.Unmarshal(raw, f.value.Addr().Interface()) != nil {
+				wrong = append(wrong, fieldError{name, "must be a " + f.value.Kind().String()})
+			}
+		}
+		seen[name] = true
+	}
+	return wrong, nil
+}
+
+// inputField is a field of an operation's input: its value and its tags, which are
+// both the rules that check applies and what the OpenAPI document says.
+type inputField struct {
+	value reflect.Value
+	tag   reflect.StructTag
+}
+
+func inputFields(in any) map[string]inputField {
+	v := reflect.ValueOf(in).Elem()
+	fields := map[string]inputField{}
+	for _, f := range reflect.VisibleFields(v.Type()) {
+		if name, _, _ := strings.Cut(f.Tag.Get("json"), ","); name != "" {
+			fields[name] = inputField{v.FieldByIndex(f.Index), f.Tag}
+		} else if name := f.Tag.Get("path") + f.Tag.Get("query"); name != "" {
+			fields[name] = inputField{v.FieldByIndex(f.Index), f.Tag}
+		}
+	}
+	return fields
+}
+
+// check applies the rules of the tags to the strings of in, except to fields that
+// are known to be wrong, and returns what is wrong, by field name.
+func check(in any, known []fieldError) []fieldError {
+	var wrong []fieldError
+	for name, f := range inputFields(in) {
+		if f.value.Kind() != reflect.String || slices.ContainsFunc(known, func(k fieldError) bool { return k.Field == name }) {
+			continue
+		}
+		if detail := checkString(f.value.String(), f.tag); detail != "" {
+			wrong = append(wrong, fieldError{name, detail})
+		}
+	}
+	slices.SortFunc(wrong, func(a, b fieldError) int { return strings.Compare(a.Field, b.Field) })
+	return wrong
+}
+
+func checkString(value string, tag reflect.StructTag) string {
+	least, _ := strconv.Atoi(tag.Get("minLength"))
+	most, err := strconv.Atoi(tag.Get("maxLength"))
+	if err != nil {
+		most = maxBody
+	}
+	length := utf8.RuneCountInString(value)
+	switch {
+	case value == "" && tag.Get("required") == "true":
+		return "is required"
+	case value == "":
+		return ""
+	case length < least:
+		return fmt.Sprintf("must have at least %d characters", least)
+	case length > most:
+		return fmt.Sprintf("must have at most %d characters", most)
+	case tag.Get("format") == "email" && !validEmail(value):
+		return "is not a valid e-mail address"
+	case tag.Get("format") != "password" && strings.ContainsFunc(value, unicode.IsControl):
+		return "has a character that is not allowed"
+	}
+	if pattern := tag.Get("pattern"); pattern != "" && !regexp.MustCompile(pattern).MatchString(value) {
+		if detail := tag.Get("mismatch"); detail != "" {
+			return detail
+		}
+		return "has a character that is not allowed"
+	}
+	return ""
+}
+
+// view is a page and its status.
+type view struct {
+	Status int
+	Page   templ.Component
+}
+
+// page adapts a function that makes a page. Forms come from this origin only
+// (Sec-Fetch-Site, Origin).
+func page(f func(context.Context, caller, *http.Request) (view, error)) Operation {
+	return Operation{handle: func(s *server, rt route) http.Handler {
+		protection := http.NewCrossOriginProtection()
+		protection.SetDenyHandler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { s.refuse(w, r, rt, problemForbidden) }))
+		return protection.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			r.Body = http.MaxBytesReader(w, r.Body, maxBody)
+			err := r.ParseForm()
+			if err != nil {
+				s.refuse(w, r, rt, bodyError(err))
+				return
+			}
+			v, err := f(r.Context(), s.caller(r), r)
+			if err != nil {
+				s.refuse(w, r, rt, err)
+				return
+			}
+			s.writePage(w, r, v)
+		}))
+	}}
+}
+
+func (s *server) writePage(w http.ResponseWriter, r *http.Request, v view) {
+	var body bytes.Buffer
+	ctx := templates.WithLanguage(r.Context(), templates.Language(r.Header.Get("Accept-Language"), ""))
+	if err := v.Page.Render(ctx, &body); err != nil {
+		s.writeProblem(w, r, err)
+		return
+	}
+	w.Header().Set("Content-Type", "text/html; charset=utf-8")
+	w.Header().Set("Vary", "Accept-Language")
+	w.WriteHeader(v.Status)
+	w.Write(body.Bytes())
+}
+
+// writeProblemPage shows err to a person, with a way on.
+func (s *server) writeProblemPage(w http.ResponseWriter, r *http.Request, err error) {
+	p := s.report(r, err)
+	setProblemHeaders(w.Header(), p)
+	retry := ""
+	if r.Method == http.MethodGet && !strings.HasPrefix(r.URL.Path, "//") { // which would lead to another host
+		retry = r.URL.RequestURI()
+	}
+	s.writePage(w, r, view{p.Status, templates.Message(templates.Refused(problemView(p), p.RequestID, retry))})
+}
+
+func problemView(p problem) templates.ProblemView {
+	return templates.ProblemView{Slug: p.slug(), Title: p.Title, Status: p.Status, Text: p.Detail}
+}
+
+// plain adapts a handler that needs neither decoding nor encoding.
+func plain(h http.HandlerFunc) Operation {
+	return Operation{status: 200, handle: func(*server, route) http.Handler { return h }}
+}
+
+// styleSheet may be kept: its address has its hash.
+func styleSheet(w http.ResponseWriter, r *http.Request) {
+	w.Header().Set("Content-Type", "text/css; charset=utf-8")
+	w.Header().Set("Cache-Control", "public, max-age=31536000, immutable")
+	http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(templates.Style))
+}
+
+type healthOut struct {
+	Status  string                 `json:"status" enum:"ok,degraded,down" description:"degraded: Keycloak is away; down: the database is."`
+	Version string                 `json:"version"`
+	Checks  map[string]healthCheck `json:"checks" description:"database and keycloak"`
+}
+
+type healthCheck struct {
+	Status    string  `json:"status" enum:"ok,down"`
+	LatencyMS float64 `json:"latency_ms"`
+}
+
+// healthCache keeps the last answer for a second, so that asking often costs the
+// two stores nothing.
+type healthCache struct {
+	sync.Mutex
+	at   time.Time
+	last healthOut
+}
+
+func (s *server) checkHealth(ctx context.Context) healthOut {
+	s.health.Lock()
+	defer s.health.Unlock()
+	if time.Since(s.health.at) < time.Second {
+		return s.health.last
+	}
+	ctx, cancel := detached(ctx, 2*time.Second)
+	defer cancel()
+	probe := func(ping func(context.Context) error) (hc healthCheck) {
+		start := time.Now()
+		hc.Status = "ok"
+		if err := ping(ctx); err != nil {
+			hc.Status = "down"
+		}
+		hc.LatencyMS = float64(time.Since(start).Microseconds()) / 1000
+		return hc
+	}
+	var database, keycloak healthCheck
+	var both sync.WaitGroup
+	both.Go(func() { database = probe(s.store.ping) })
+	both.Go(func() { keycloak = probe(s.kc.ping) })
+	both.Wait()
+	out := healthOut{"ok", version(), map[string]healthCheck{"database": database, "keycloak": keycloak}}
+	switch {
+	case database.Status != "ok":
+		out.Status = "down"
+	case keycloak.Status != "ok":
+		out.Status = "degraded"
+	}
+	s.health.at, s.health.last = time.Now(), out
+	return out
+}
+
+// healthOp answers 503 only when the service can do nothing, so that a load
+// balancer keeps an instance whose Keycloak is away.
+func (s *server) healthOp() Operation {
+	return Operation{Tag: "Service", in: struct{}{}, out: healthOut{}, status: 200, handle: func(*server, route) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			out := s.checkHealth(r.Context())
+			status := http.StatusOK
+			if out.Status == "down" {
+				status = http.StatusServiceUnavailable
+			}
+			s.writeJSON(w, r, status, out)
+		})
+	}}
+}

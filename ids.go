@@ -1,0 +1,63 @@
+package main
+
+import (
+	"crypto/hmac"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/subtle"
+	"encoding/base64"
+	"encoding/hex"
+	"fmt"
+	"math/big"
+	"regexp"
+
+	gonanoid "github.com/matoous/go-nanoid/v2"
+)
+
+// Identifiers are a prefix and 16 nanoid characters (96 bits), so that one type
+// of id is never mistaken for another, in a URL as little as in the code.
+type (
+	registrationID string // REG-…; a capability: whoever has it may ask for the status
+	userID         string // USR-…
+	sessionID      string // SES-…
+)
+
+func newRegistrationID() registrationID { return registrationID("REG-" + gonanoid.Must(16)) }
+func newUserID() userID                 { return userID("USR-" + gonanoid.Must(16)) }
+func newSessionID() sessionID           { return sessionID("SES-" + gonanoid.Must(16)) }
+func newAuditID() string                { return "AUD-" + gonanoid.Must(16) }
+
+// keycloakIDPattern is what an id of Keycloak looks like. Ids go into Keycloak's
+// URLs, so whatever does not match is refused before a request is made.
+var keycloakIDPattern = regexp.MustCompile(`^[0-9a-fA-F-]{36}$`)
+
+// newToken returns the secret of a verification link: 32 nanoid characters, 192 bits.
+func newToken() string { return gonanoid.Must(32) }
+
+// tokenHash is what PostgreSQL keeps of a token: its SHA-256 in hex. The token
+// is random and long, so a plain hash can't be guessed back.
+func tokenHash(token string) string {
+	sum := sha256.Sum256([]byte(token))
+	return hex.EncodeToString(sum[:])
+}
+
+// newCode returns the six digits that stand in the mail beside the link.
+func newCode() string {
+	n, err := rand.Int(rand.Reader, big.NewInt(1_000_000))
+	if err != nil {
+		panic(err) // crypto/rand never fails on a working system
+	}
+	return fmt.Sprintf("%06d", n)
+}
+
+// codeHash is what PostgreSQL keeps of a code. Six digits are guessed in no time
+// from a plain hash, so it is keyed: by the link's token, which only Keycloak
+// has. A copy of the database therefore opens no registration.
+func codeHash(key, code string) string {
+	mac := hmac.New(sha256.New, []byte(key))
+	mac.Write([]byte(code))
+	return base64.RawURLEncoding.EncodeToString(mac.Sum(nil))[:10]
+}
+
+// sameSecret compares in constant time.
+func sameSecret(a, b string) bool { return subtle.ConstantTimeCompare([]byte(a), []byte(b)) == 1 }

@@ -1,0 +1,236 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/getkin/kin-openapi/openapi3"
+	"github.com/getkin/kin-openapi/openapi3filter"
+	"github.com/getkin/kin-openapi/routers"
+	"github.com/getkin/kin-openapi/routers/legacy"
+	"github.com/jackc/pgx/v5"
+)
+
+// check re-derives the invariants from both stores after a scenario. It gives
+// repairs the time that they need.
+func (w *world) check() {
+	w.Helper()
+	if w.Failed() {
+		return // one report is enough
+	}
+	var wrong []string
+	for end := time.Now().Add(20 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+		if wrong = w.violations(); len(wrong) == 0 {
+			break
+		}
+	}
+	for _, v := range wrong {
+		w.Errorf("invariant: %s", v)
+	}
+	for _, leak := range w.leaks() {
+		w.Errorf("secret: %s", leak)
+	}
+}
+
+// violations lists what the two stores do not agree on.
+func (w *world) violations() (wrong []string) {
+	report := func(format string, args ...any) { wrong = append(wrong, fmt.Sprintf(format, args...)) }
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	rows, _ := w.pool.Query(ctx, `
+		select r.registration_id, r.status, coalesce(r.keycloak_id, '') as keycloak_id, coalesce(r.user_id, '') as user_id,
+			coalesce(u.user_id, '') as known_user, coalesce(u.is_verified, false) as is_verified,
+			coalesce(u.keycloak_id, '') as user_keycloak_id, r.lease_owner is not null as leased,
+			array(select action from audit_log where target in (r.registration_id, r.user_id) and outcome = 'ok') as actions
+		from user_registrations r left join users u on u.user_id = r.user_id`)
+	type row struct {
+		RegistrationID, Status, KeycloakID, UserID, KnownUser string
+		IsVerified                                            bool
+		UserKeycloakID                                        string
+		Leased                                                bool
+		Actions                                               []string
+	}
+	regs, err := pgx.CollectRows(rows, pgx.RowToStructByName[row])
+	if err != nil {
+		return []string{err.Error()}
+	}
+	users := w.keycloakUsers()
+	audited := func(r row, action string) {
+		if !slices.Contains(r.Actions, action) {
+			report("%s (%s) has no audit entry %s: %v", r.RegistrationID, r.Status, action, r.Actions)
+		}
+	}
+	for _, r := range regs {
+		ku, inKeycloak := users[r.RegistrationID]
+		delete(users, r.RegistrationID)
+		audited(r, "registration.begin")
+		switch r.Status {
+		case "pending":
+			switch {
+			case r.KnownUser == "" || r.KeycloakID == "" || r.UserKeycloakID != r.KeycloakID || r.IsVerified:
+				report("%s is pending without an unverified users row: %+v", r.RegistrationID, r)
+			case !inKeycloak || ku.ID != r.KeycloakID:
+				report("%s is pending without its user in Keycloak", r.RegistrationID)
+			case ku.Enabled || ku.EmailVerified:
+				report("%s is pending and its user in Keycloak enabled=%v verified=%v", r.RegistrationID, ku.Enabled, ku.EmailVerified)
+			case r.Leased:
+				report("%s is still leased", r.RegistrationID)
+			}
+			audited(r, "user.create")
+		case "verified":
+			if !inKeycloak || !ku.Enabled || !ku.EmailVerified || !r.IsVerified || r.KnownUser == "" || ku.ID != r.KeycloakID {
+				report("%s is verified, but not in both stores: %+v %+v", r.RegistrationID, r, ku)
+			}
+			for _, name := range []string{attrToken, attrCode, attrURL} {
+				if len(ku.Attributes[name]) > 0 {
+					report("%s is verified and Keycloak still has %s", r.RegistrationID, name)
+				}
+			}
+			audited(r, "registration.verified")
+			audited(r, "user.create")
+		default:
+			if inKeycloak || r.KeycloakID != "" || r.KnownUser != "" {
+				report("%s is %s, but something is left: %+v, in Keycloak: %v", r.RegistrationID, r.Status, r, inKeycloak)
+			}
+			audited(r, "registration."+r.Status)
+		}
+	}
+	for id := range users {
+		report("Keycloak has a user of the registration %s, which nobody knows", id)
+	}
+	var orphans int
+	if err := w.pool.QueryRow(ctx, `select count(*) from users u where source = 'web'
+		and not exists (select from user_registrations r where r.user_id = u.user_id)`).Scan(&orphans); err != nil || orphans > 0 {
+		report("%d users without a registration %v", orphans, err)
+	}
+	return wrong
+}
+
+type seenUser struct {
+	ID            string
+	Username      string
+	Enabled       bool
+	EmailVerified bool
+	Attributes    map[string][]string
+}
+
+// keycloakUsers asks Keycloak itself, as its administrator, for the users of the
+// realm that came by registration.
+func (w *world) keycloakUsers() map[string]seenUser {
+	w.Helper()
+	users := map[string]seenUser{}
+	var list []seenUser
+	w.admin("GET", "/users?briefRepresentation=false&max=1000", nil, &list)
+	for _, u := range list {
+		if id := u.Attributes[attrRegistrationID]; len(id) > 0 {
+			users[id[0]] = u
+		}
+	}
+	return users
+}
+
+// admin calls Keycloak's admin API in this world's realm, past the service.
+func (w *world) admin(method, path string, body, result any) {
+	w.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	token, err := services.AdminToken(ctx)
+	if err != nil {
+		w.Fatal(err)
+	}
+	encoded, err := json.Marshal(body)
+	if err != nil {
+		w.Fatal(err)
+	}
+	req, err := http.NewRequestWithContext(ctx, method, services.KeycloakURL+"/admin/realms/"+w.realm+path, strings.NewReader(string(encoded)))
+	if err != nil {
+		w.Fatal(err)
+	}
+	req.Header.Set("Authorization", "Bearer "+token)
+	req.Header.Set("Content-Type", "application/json")
+	resp, err := client.Do(req)
+	if err != nil {
+		w.Fatal(err)
+	}
+	defer resp.Body.Close()
+	answer, err := io.ReadAll(resp.Body)
+	if err == nil && resp.StatusCode >= 300 {
+		err = fmt.Errorf("%s: %s", resp.Status, answer)
+	}
+	if err == nil && result != nil {
+		err = json.Unmarshal(answer, result)
+	}
+	if err != nil {
+		w.Fatalf("Keycloak: %s %s: %v", method, path, err)
+	}
+}
+
+// leaks looks for the secrets that the tests have used in every log line and every
+// audit entry.
+func (w *world) leaks() (found []string) {
+	var audit string
+	if err := w.pool.QueryRow(context.Background(), `select coalesce(string_agg(a::text, E'\n'), '') from audit_log a`).Scan(&audit); err != nil {
+		return []string{err.Error()}
+	}
+	logs := w.logs.String()
+	for secret := range strings.FieldsFuncSeq(w.secrets.String(), func(r rune) bool { return r == '\n' }) {
+		for where, text := range map[string]string{"the log": logs, "the audit trail": audit} {
+			if i := strings.Index(text, secret); i >= 0 {
+				found = append(found, fmt.Sprintf("%s holds %q: …%s…", where, secret, text[max(0, i-200):min(len(text), i+200)]))
+			}
+		}
+	}
+	return found
+}
+
+// documented is the OpenAPI document that the service itself serves.
+var documented struct {
+	sync.Once
+	router routers.Router
+	err    error
+}
+
+// checkDocumented checks that the document foresees this answer of an API route:
+// its status, its media type, its schema.
+func (w *world) checkDocumented(r call, a answer) {
+	w.Helper()
+	documented.Do(func() {
+		doc, err := w.send(w.url, call{path: "/api-docs/openapi.json"})
+		if err != nil {
+			documented.err = err
+			return
+		}
+		loaded, err := openapi3.NewLoader().LoadFromData(doc.Body)
+		if err != nil {
+			documented.err = err
+			return
+		}
+		documented.router, documented.err = legacy.NewRouter(loaded)
+	})
+	if documented.err != nil {
+		w.Fatal(documented.err)
+	}
+	req, err := http.NewRequest(r.method, r.path, nil)
+	if err != nil {
+		return
+	}
+	found, params, err := documented.router.FindRoute(req)
+	if err != nil {
+		return // a page, an alias, or what does not exist
+	}
+	if err := openapi3filter.ValidateResponse(context.Background(), &openapi3filter.ResponseValidationInput{
+		RequestValidationInput: &openapi3filter.RequestValidationInput{Request: req, PathParams: params, Route: found},
+		Status:                 a.Status, Header: a.Header, Body: io.NopCloser(strings.NewReader(string(a.Body))),
+		Options: &openapi3filter.Options{IncludeResponseStatus: true},
+	}); err != nil {
+		w.Errorf("%s %s answers what the document does not foresee: %v\n%v", r.method, r.path, regexp.MustCompile(`(?s)Schema:.*`).ReplaceAllString(err.Error(), ""), a)
+	}
+}

@@ -1,0 +1,283 @@
+// Auth-service lets people register themselves in front of Keycloak, and signs
+// them in.
+//
+//	auth-service              serve until SIGTERM
+//	auth-service jobs         run each background job once, for an outside cron
+//	auth-service healthcheck  exit 0 if the service on this machine is alive
+//	auth-service version
+//
+// Everything is configured by environment variables: see config. Keycloak owns
+// identity and passwords, PostgreSQL authorization, status and audit; the service
+// keeps the two in step, in the order of writes that registration.go describes.
+//
+// Reading order: the route table in handlers.go is the index of the program. From
+// there registration.go (the life of a registration) and auth.go (signing in);
+// then store.go, the SQL, with schema.sql, and keycloak.go, all calls to Keycloak.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/pprof"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if err := run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr); err != nil {
+		fmt.Fprintln(os.Stderr, "auth-service:", err)
+		os.Exit(1)
+	}
+}
+
+// run does what args say. It is what tests start.
+func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) error {
+	command := ""
+	if len(args) > 0 {
+		command = args[0]
+	}
+	if command == "version" {
+		_, err := fmt.Fprintln(stdout, version())
+		return err
+	}
+	cfg, err := loadConfig(getenv)
+	if err != nil {
+		return fmt.Errorf("the configuration is wrong:\n%w", err)
+	}
+	if command == "healthcheck" {
+		return healthcheck(ctx, cfg)
+	}
+	s, err := newServer(ctx, cfg, newLogger(stderr, cfg))
+	if err != nil {
+		return err
+	}
+	defer s.store.pool.Close()
+	switch {
+	case command == "" && len(args) == 0:
+		return s.serve(ctx)
+	case command == "jobs" && len(args) == 1:
+		if err := s.store.migrate(ctx); err != nil {
+			return err
+		}
+		var errs []error
+		for _, j := range s.jobs() {
+			errs = append(errs, j.run(ctx))
+		}
+		return errors.Join(errs...)
+	}
+	return fmt.Errorf("unknown command %q; see the package comment in main.go", args)
+}
+
+// server holds every dependency of the service.
+type server struct {
+	cfg             config
+	log             *slog.Logger
+	store           *store
+	kc              *keycloak
+	metrics         *metrics
+	now             func() time.Time // a field, so that a test can move it
+	openAPIDocument []byte
+	health          healthCache
+	stopping        atomic.Bool // told by /readyz, so that the load balancer looks away
+}
+
+// newServer connects to nothing yet: the service starts while Keycloak or
+// PostgreSQL is down.
+func newServer(ctx context.Context, cfg config, log *slog.Logger) (*server, error) {
+	st, err := openStore(ctx, cfg.DatabaseURL)
+	if err != nil {
+		return nil, err
+	}
+	m := newMetrics()
+	m.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "database_connections_in_use", Help: "Of the pool."},
+			func() float64 { return float64(st.pool.Stat().AcquiredConns()) }))
+	return &server{cfg: cfg, log: log, store: st, kc: newKeycloak(cfg, m), metrics: m, now: time.Now}, nil
+}
+
+// serve runs the listeners and loops until ctx ends, then lets requests in flight
+// finish.
+func (s *server) serve(ctx context.Context) error {
+	handler, err := s.handler()
+	if err != nil {
+		return err
+	}
+	public, err := net.Listen("tcp", net.JoinHostPort(s.cfg.Host, fmt.Sprint(s.cfg.Port)))
+	if err != nil {
+		return err
+	}
+	management, err := net.Listen("tcp", s.cfg.ManagementAddr)
+	if err != nil {
+		return errors.Join(err, public.Close())
+	}
+	quiet := slog.NewLogLogger(s.log.Handler(), slog.LevelDebug) // TLS handshakes that fail and the like
+	api := &http.Server{Handler: handler, ErrorLog: quiet, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 15 * time.Second,
+		WriteTimeout: flowTime + 20*time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 32 << 10}
+	mgmt := &http.Server{Handler: s.managementHandler(), ErrorLog: quiet, ReadHeaderTimeout: 5 * time.Second}
+
+	loops, stopLoops := context.WithCancel(ctx)
+	var running sync.WaitGroup
+	running.Go(func() { every(loops, time.Second, s.log, job{"migrate", s.migrateOnce()}) })
+	if s.cfg.JobInterval > 0 {
+		for _, j := range s.jobs() {
+			running.Go(func() { every(loops, s.cfg.JobInterval, s.log, s.measured(j)) })
+		}
+	}
+	failed := make(chan error, 2)
+	go func() { failed <- mgmt.Serve(management) }()
+	go func() {
+		if s.cfg.TLSCertFile != "" {
+			failed <- api.ServeTLS(public, s.cfg.TLSCertFile, s.cfg.TLSKeyFile)
+		} else {
+			failed <- api.Serve(public)
+		}
+	}()
+	s.log.Info("listening", "address", public.Addr().String(), "management", management.Addr().String(), "version", version())
+
+	select {
+	case err = <-failed:
+	case <-ctx.Done():
+	}
+	s.stopping.Store(true)
+	s.log.Info("stopping: requests in flight may finish")
+	stopLoops()
+	grace, cancel := context.WithTimeout(context.Background(), flowTime+5*time.Second)
+	defer cancel()
+	err = errors.Join(err, api.Shutdown(grace), mgmt.Shutdown(grace))
+	running.Wait()
+	return err
+}
+
+// job is background work that may be run at any time, by any instance.
+type job struct {
+	name string
+	run  func(context.Context) error
+}
+
+func (s *server) jobs() []job {
+	return []job{
+		{"repair", s.repair},
+		{"sweep", func(ctx context.Context) error { return s.store.sweepLimits(ctx, s.now()) }},
+	}
+}
+
+func (s *server) measured(j job) job {
+	return job{j.name, func(ctx context.Context) error {
+		err := j.run(ctx)
+		s.metrics.jobs.WithLabelValues(j.name, outcome(err)).Inc()
+		return err
+	}}
+}
+
+// errDone ends a loop.
+var errDone = errors.New("done")
+
+// every runs a job now and then at each interval, until ctx ends.
+func every(ctx context.Context, interval time.Duration, log *slog.Logger, j job) {
+	tick := time.NewTicker(interval)
+	defer tick.Stop()
+	for {
+		switch err := j.run(ctx); {
+		case errors.Is(err, errDone):
+			return
+		case err != nil && ctx.Err() == nil:
+			log.Warn("a job failed and will be run again", "job", j.name, "error", err)
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+	}
+}
+
+// migrateOnce brings the schema up to date as soon as PostgreSQL answers.
+func (s *server) migrateOnce() func(context.Context) error {
+	return func(ctx context.Context) error {
+		if err := s.store.migrate(ctx); err != nil {
+			return err
+		}
+		s.log.Info("the schema is current")
+		return errDone
+	}
+}
+
+func (s *server) managementHandler() http.Handler {
+	mux := http.NewServeMux()
+	text := func(w http.ResponseWriter, status int, body string) {
+		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+		w.WriteHeader(status)
+		fmt.Fprintln(w, body)
+	}
+	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, r *http.Request) { text(w, 200, "ok") })
+	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) {
+		switch h := s.checkHealth(r.Context()); {
+		case s.stopping.Load():
+			text(w, 503, "stopping")
+		case h.Status == "down":
+			text(w, 503, "the database is down")
+		default:
+			text(w, 200, "ok")
+		}
+	})
+	mux.Handle("GET /metrics", promhttp.HandlerFor(s.metrics.registry, promhttp.HandlerOpts{}))
+	mux.HandleFunc("/debug/pprof/", pprof.Index)
+	mux.HandleFunc("/debug/pprof/cmdline", pprof.Cmdline)
+	mux.HandleFunc("/debug/pprof/profile", pprof.Profile)
+	mux.HandleFunc("/debug/pprof/symbol", pprof.Symbol)
+	mux.HandleFunc("/debug/pprof/trace", pprof.Trace)
+	return mux
+}
+
+// healthcheck asks the management listener of this machine, for Docker.
+func healthcheck(ctx context.Context, cfg config) error {
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
+	defer cancel()
+	_, port, err := net.SplitHostPort(cfg.ManagementAddr)
+	if err != nil {
+		return fmt.Errorf("MANAGEMENT_ADDR: %w", err)
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+net.JoinHostPort("127.0.0.1", port)+"/livez", nil)
+	if err != nil {
+		return err
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return fmt.Errorf("the service answers %s", resp.Status)
+	}
+	return nil
+}
+
+// version is what the build recorded: a tag, or the commit.
+func version() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "unknown"
+	}
+	for _, setting := range info.Settings {
+		if setting.Key == "vcs.revision" && len(setting.Value) >= 12 {
+			return setting.Value[:12]
+		}
+	}
+	return info.Main.Version
+}

@@ -1,0 +1,464 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log"
+	"maps"
+	"net/http"
+	"net/url"
+	"os"
+	"regexp"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"auth-service/dev/mail"
+	"auth-service/dev/stack"
+
+	"github.com/jackc/pgx/v5/pgxpool"
+	gonanoid "github.com/matoous/go-nanoid/v2"
+)
+
+// The tests speak HTTP to the program that run starts, as a client would, with a
+// real PostgreSQL, a real Keycloak and a real SMTP server behind it.
+
+var services *stack.Stack // PostgreSQL and Keycloak, for all tests of the package
+
+func TestMain(m *testing.M) { os.Exit(testMain(m)) }
+
+func testMain(m *testing.M) int {
+	ctx, cancel := context.WithTimeout(context.Background(), 8*time.Minute)
+	defer cancel()
+	start := time.Now()
+	var err error
+	services, err = stack.Use(ctx, stack.Options{Test: true, Progress: func(s string) {
+		fmt.Fprintf(os.Stderr, "%4.0f s  %s\n", time.Since(start).Seconds(), s)
+	}})
+	if err != nil {
+		log.Print(err)
+		return 1
+	}
+	defer services.Stop()
+	code := m.Run()
+	if sharedWorld.w != nil {
+		sharedWorld.w.close()
+	}
+	return code
+}
+
+const backendSecret = "test-backend-secret"
+
+// password is what every test user chooses; check looks for it in logs and audit.
+const password = "correct horse battery staple"
+
+// world is a realm, a database and a mail server of a test's own, with one or more
+// instances of the service in front of them.
+type world struct {
+	*testing.T
+	realm   string
+	db      string
+	pool    *pgxpool.Pool
+	mail    *mail.Catcher
+	kc      *gate // between the service and Keycloak, where faults are made
+	pg      *pipe // between the service and PostgreSQL
+	env     map[string]string
+	url     string  // of the first instance
+	logs    *buffer // of all instances
+	secrets *buffer // what must not be in them: passwords, tokens, codes, one a line
+	ends    []func() error
+}
+
+// sharedWorld is for all tests that can live together: they differ in the
+// addresses that they register. Tests that need settings or faults of their own
+// build their own world.
+var sharedWorld struct {
+	sync.Once
+	w   *world
+	err error
+}
+
+// inSharedWorld returns the shared world for a test, and checks the invariants at
+// its end.
+func inSharedWorld(t *testing.T) *world {
+	t.Helper()
+	sharedWorld.Do(func() { sharedWorld.w, sharedWorld.err = build(t.Context(), nil) })
+	if sharedWorld.err != nil {
+		t.Fatal(sharedWorld.err)
+	}
+	w := *sharedWorld.w
+	w.T = t
+	t.Cleanup(w.check)
+	return &w
+}
+
+// newWorld builds a world with settings of its own.
+func newWorld(t *testing.T, settings map[string]string) *world {
+	t.Helper()
+	w, err := build(t.Context(), settings)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.T = t
+	t.Cleanup(func() {
+		w.check()
+		w.close()
+	})
+	return w
+}
+
+func build(ctx context.Context, settings map[string]string) (*world, error) {
+	ctx = context.WithoutCancel(ctx) // the shared world outlives the test that builds it
+	name := "test-" + strings.ToLower(gonanoid.MustGenerate("abcdefghijklmnopqrstuvwxyz", 10))
+	w := &world{realm: name, db: strings.ReplaceAll(name, "-", "_"), logs: new(buffer), secrets: new(buffer)}
+	var err error
+	if w.mail, err = mail.Start("127.0.0.1:0"); err != nil {
+		return nil, err
+	}
+	_, smtpPort, _ := strings.Cut(w.mail.Addr(), ":")
+	if err := services.CreateRealm(ctx, w.realm, map[string]string{"REALM": w.realm, "SMTP_PORT": smtpPort,
+		"KEYCLOAK_BACKEND_CLIENT_SECRET": backendSecret, "PUBLIC_URL": "http://localhost:3000"}); err != nil {
+		return nil, err
+	}
+	dbURL, err := services.CreateDatabase(ctx, w.db)
+	if err != nil {
+		return nil, err
+	}
+	if w.pool, err = pgxpool.New(ctx, dbURL); err != nil {
+		return nil, err
+	}
+	if w.kc, err = newGate(services.KeycloakURL); err != nil {
+		return nil, err
+	}
+	parsed, err := url.Parse(dbURL)
+	if err != nil {
+		return nil, err
+	}
+	if w.pg, err = newPipe(parsed.Host); err != nil {
+		return nil, err
+	}
+	parsed.Host = w.pg.addr
+	w.env = map[string]string{
+		"DATABASE_URL": parsed.String(), "KEYCLOAK_URL": w.kc.url(), "KEYCLOAK_REALM": w.realm,
+		"KEYCLOAK_AUTH_CLIENT_ID": "auth-client", "KEYCLOAK_BACKEND_CLIENT_ID": "backend-admin",
+		"KEYCLOAK_BACKEND_CLIENT_SECRET": backendSecret, "SERVER_HOST": "127.0.0.1", "SERVER_PORT": "0",
+		"MANAGEMENT_ADDR": "127.0.0.1:0", "TRUSTED_PROXIES": "127.0.0.0/8", "LOG_LEVEL": "debug",
+		"JOB_INTERVAL": "1s", "PREVIEW": "true",
+	}
+	maps.Copy(w.env, settings)
+	w.secrets.add(password, backendSecret)
+	w.url, err = w.start(ctx)
+	return w, err
+}
+
+// start starts one more instance of the service, in this process, and returns its
+// address as soon as it answers and its schema is there.
+func (w *world) start(ctx context.Context) (string, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	logs := new(buffer)
+	ended := make(chan error, 1)
+	go func() {
+		ended <- run(ctx, nil, func(name string) string { return w.env[name] }, io.Discard, io.MultiWriter(logs, w.logs))
+	}()
+	w.ends = append(w.ends, func() error { cancel(); return <-ended })
+	var line struct{ Address string }
+	if err := logs.waitFor(30*time.Second, func(text string) bool {
+		m := regexp.MustCompile(`(?m)^.*"msg":"listening".*$`).FindString(text)
+		return json.Unmarshal([]byte(m), &line) == nil && strings.Contains(text, "the schema is current")
+	}); err != nil {
+		return "", fmt.Errorf("the service did not start: %w\n%s", err, logs)
+	}
+	return "http://" + line.Address, nil
+}
+
+// close ends everything that belongs to the world.
+func (w *world) close() {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	var errs []error
+	for _, end := range w.ends {
+		errs = append(errs, end())
+	}
+	w.pool.Close()
+	errs = append(errs, w.kc.close(), w.pg.close(), w.mail.Close(),
+		services.DropDatabase(ctx, w.db), services.DeleteRealm(ctx, w.realm))
+	if err := errors.Join(errs...); err != nil && w.T != nil {
+		w.Errorf("the world did not end well: %v", err)
+	}
+}
+
+// buffer is what several goroutines write and a test waits for.
+type buffer struct {
+	mu      sync.Mutex
+	b       bytes.Buffer
+	changed chan struct{}
+}
+
+func (b *buffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.changed != nil {
+		close(b.changed)
+		b.changed = nil
+	}
+	return b.b.Write(p)
+}
+
+func (b *buffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.String()
+}
+
+// add appends lines.
+func (b *buffer) add(lines ...string) { fmt.Fprintln(b, strings.Join(lines, "\n")) }
+
+// waitFor returns as soon as the text fulfils a condition.
+func (b *buffer) waitFor(patience time.Duration, fulfils func(string) bool) error {
+	timeout := time.After(patience)
+	for {
+		b.mu.Lock()
+		if b.changed == nil {
+			b.changed = make(chan struct{})
+		}
+		text, changed := b.b.String(), b.changed
+		b.mu.Unlock()
+		if fulfils(text) {
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-timeout:
+			return fmt.Errorf("not seen in %v", patience)
+		}
+	}
+}
+
+// eventually waits until a condition that lies outside this process holds.
+func (w *world) eventually(what string, patience time.Duration, holds func() bool) {
+	w.Helper()
+	for end := time.Now().Add(patience); !holds(); time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(end) {
+			w.Fatalf("not in %v: %s", patience, what)
+		}
+	}
+}
+
+// answer is what the service has answered.
+type answer struct {
+	Status int
+	Header http.Header
+	Body   []byte
+	JSON   map[string]any
+}
+
+func (a answer) text(name string) string { s, _ := a.JSON[name].(string); return s }
+
+// slug is the problem type.
+func (a answer) slug() string { return strings.TrimPrefix(a.text("type"), "/problems/") }
+
+func (a answer) String() string { return fmt.Sprintf("%d %s", a.Status, a.Body) }
+
+// call is one request; the zero value is a GET.
+type call struct {
+	method string
+	path   string
+	json   any    // encoded as the body
+	body   string // or the body itself
+	form   url.Values
+	header map[string]string
+	from   string // the client's address; default: one of its own
+}
+
+// do sends a request and returns the answer, checked against the OpenAPI document.
+func (w *world) do(r call) answer {
+	w.Helper()
+	a, err := w.send(w.url, r)
+	if err != nil {
+		w.Fatalf("%s %s: %v", r.method, r.path, err)
+	}
+	w.checkDocumented(r, a)
+	return a
+}
+
+func (w *world) post(path string, body any) answer {
+	w.Helper()
+	return w.do(call{method: "POST", path: path, json: body})
+}
+
+func (w *world) get(path string) answer {
+	w.Helper()
+	return w.do(call{method: "GET", path: path})
+}
+
+// form sends a form like a browser does, from a page of the service.
+func (w *world) form(path string, values map[string]string) answer {
+	w.Helper()
+	form := url.Values{}
+	for name, value := range values {
+		form.Set(name, value)
+	}
+	return w.do(call{method: "POST", path: path, form: form, header: map[string]string{"Sec-Fetch-Site": "same-origin"}})
+}
+
+var client = &http.Client{
+	Timeout:       60 * time.Second,
+	CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	Transport:     &http.Transport{MaxIdleConnsPerHost: 100},
+}
+
+func (w *world) send(base string, r call) (answer, error) {
+	var a answer
+	body := r.body
+	contentType := ""
+	if r.json != nil {
+		encoded, err := json.Marshal(r.json)
+		if err != nil {
+			return a, err
+		}
+		body, contentType = string(encoded), "application/json"
+	}
+	if r.form != nil {
+		body, contentType = r.form.Encode(), "application/x-www-form-urlencoded"
+	}
+	if r.method == "" {
+		r.method = "GET"
+	}
+	req, err := http.NewRequest(r.method, base+r.path, strings.NewReader(body))
+	if err != nil {
+		return a, err
+	}
+	if contentType != "" {
+		req.Header.Set("Content-Type", contentType)
+	}
+	if r.from == "" {
+		r.from = newAddress()
+	}
+	req.Header.Set("X-Forwarded-For", r.from)
+	for name, value := range r.header {
+		req.Header.Set(name, value)
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return a, err
+	}
+	defer resp.Body.Close()
+	a.Status, a.Header = resp.StatusCode, resp.Header
+	if a.Body, err = io.ReadAll(resp.Body); err != nil {
+		return a, err
+	}
+	if strings.Contains(resp.Header.Get("Content-Type"), "json") {
+		err = json.Unmarshal(a.Body, &a.JSON)
+	}
+	for _, name := range []string{"access_token", "refresh_token", "id_token"} {
+		if token := a.text(name); token != "" {
+			w.secrets.add(token)
+		}
+	}
+	return a, err
+}
+
+// newAddress is a client address that nobody else has, so that limits of one test
+// don't meet another's.
+func newAddress() string {
+	var parts []string
+	for range 4 {
+		parts = append(parts, gonanoid.MustGenerate("0123456789abcdef", 4))
+	}
+	return "2001:db8:" + parts[0] + ":" + parts[1] + "::1"
+}
+
+// newEmail is an address that nobody has registered yet.
+func newEmail() string {
+	return gonanoid.MustGenerate("abcdefghijklmnopqrstuvwxyz", 12) + "@example.test"
+}
+
+// link is what the person reads in the mail.
+type link struct {
+	Token, Key, Code, URL string
+}
+
+var (
+	linkPattern = regexp.MustCompile(`https?://[^\s"<>]*/account/verify\?[^\s"<>]*`)
+	codePattern = regexp.MustCompile(`(?m)^\s*(\d{6})\s*$`)
+)
+
+// readMail waits for the n-th mail to an address and reads its link and code.
+func (w *world) readMail(email string, n int) link {
+	w.Helper()
+	ctx, cancel := context.WithTimeout(w.Context(), 30*time.Second)
+	defer cancel()
+	m, err := w.mail.WaitFor(ctx, email, n)
+	if err != nil {
+		w.Fatal(err)
+	}
+	return w.readLink(m)
+}
+
+func (w *world) readLink(m mail.Message) link {
+	w.Helper()
+	found, code := linkPattern.FindString(m.Text), codePattern.FindStringSubmatch(m.Text)
+	if found == "" || code == nil {
+		w.Fatalf("the mail has no link or no code:\n%s", m.Text)
+	}
+	u, err := url.Parse(found)
+	if err != nil {
+		w.Fatal(err)
+	}
+	l := link{u.Query().Get("token"), u.Query().Get("key"), code[1], found}
+	w.secrets.add(l.Token)
+	if l.Key != "" {
+		w.secrets.add(l.Key)
+	}
+	return l
+}
+
+// register registers an address with a password and returns the answer.
+func (w *world) register(email string) answer {
+	w.Helper()
+	a := w.post("/api/v1/register", map[string]any{"email": email, "password": password})
+	if a.Status != 201 {
+		w.Fatalf("register: %v", a)
+	}
+	return a
+}
+
+// account registers and verifies an address.
+func (w *world) account(email string) {
+	w.Helper()
+	w.register(email)
+	l := w.readMail(email, 1)
+	if a := w.post("/api/v1/register/verify", map[string]any{"token": l.Token}); a.Status != 200 {
+		w.Fatalf("verify: %v", a)
+	}
+}
+
+func (w *world) login(email, password string) answer {
+	w.Helper()
+	return w.post("/api/v1/auth/login", map[string]any{"email": email, "password": password})
+}
+
+// wants fails the test if the answer is not this status and problem ("" = none).
+func (w *world) wants(a answer, status int, slug string) {
+	w.Helper()
+	if a.Status != status || a.slug() != slug {
+		w.Fatalf("got %v\nwant %d %s", a, status, slug)
+	}
+	if slug == "" {
+		return
+	}
+	if got := a.Header.Get("Content-Type"); got != "application/problem+json" {
+		w.Errorf("Content-Type is %q", got)
+	}
+	if a.text("request_id") == "" || a.text("request_id") != a.Header.Get("X-Request-Id") {
+		w.Errorf("request_id %q, header %q", a.text("request_id"), a.Header.Get("X-Request-Id"))
+	}
+	if (status == 429 || status == 503) != (a.Header.Get("Retry-After") != "") {
+		w.Errorf("status %d with Retry-After %q", status, a.Header.Get("Retry-After"))
+	}
+}

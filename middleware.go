@@ -1,0 +1,265 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"regexp"
+	"runtime/debug"
+	"strings"
+	"time"
+
+	"github.com/jub0bs/cors"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promauto"
+
+	gonanoid "github.com/matoous/go-nanoid/v2"
+)
+
+// caller is who does something, for every flow and every audit entry. Background
+// loops are callers too.
+type caller struct {
+	Actor     string // anonymous, USR-…, system:repair
+	Address   string // of the client, "" for loops
+	UserAgent string
+	RequestID string
+	Language  string // Accept-Language as sent, for mails and pages
+}
+
+// system is the caller of a background loop.
+func system(loop string) caller { return caller{Actor: "system:" + loop} }
+
+// metrics are what Prometheus sees. Labels are bounded: route pattern, method,
+// status class, operation; never a path, a user or an error's text.
+type metrics struct {
+	registry *prometheus.Registry
+	requests *prometheus.HistogramVec
+	keycloak *prometheus.HistogramVec
+	problems *prometheus.CounterVec
+	panics   prometheus.Counter
+	jobs     *prometheus.CounterVec
+	mails    *prometheus.CounterVec
+}
+
+func newMetrics() *metrics {
+	reg := prometheus.NewRegistry()
+	f := promauto.With(reg)
+	seconds := []float64{.002, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10}
+	return &metrics{
+		registry: reg,
+		requests: f.NewHistogramVec(prometheus.HistogramOpts{Name: "http_request_duration_seconds", Buckets: seconds,
+			Help: "Time to answer, by route pattern, method and status class."}, []string{"route", "method", "status"}),
+		keycloak: f.NewHistogramVec(prometheus.HistogramOpts{Name: "keycloak_call_duration_seconds", Buckets: seconds,
+			Help: "Time of calls to Keycloak, by operation and outcome."}, []string{"operation", "outcome"}),
+		problems: f.NewCounterVec(prometheus.CounterOpts{Name: "problems_total",
+			Help: "Errors answered to clients, by problem type."}, []string{"type"}),
+		panics: f.NewCounter(prometheus.CounterOpts{Name: "panics_total", Help: "Handlers that panicked."}),
+		jobs: f.NewCounterVec(prometheus.CounterOpts{Name: "job_runs_total",
+			Help: "Runs of background jobs, by job and outcome."}, []string{"job", "outcome"}),
+		mails: f.NewCounterVec(prometheus.CounterOpts{Name: "verification_mails_total",
+			Help: "Verification mails handed to Keycloak, by outcome."}, []string{"outcome"}),
+	}
+}
+
+type requestIDKey struct{}
+
+// requestIDPattern is what a request id from outside must look like to be kept:
+// it ends up in logs and in the audit trail.
+var requestIDPattern = regexp.MustCompile(`^[A-Za-z0-9._-]{8,64}$`)
+
+// withRequestID gives every request and response an X-Request-Id.
+func withRequestID(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		id := r.Header.Get("X-Request-Id")
+		if !requestIDPattern.MatchString(id) {
+			id = gonanoid.Must()
+		}
+		w.Header().Set("X-Request-Id", id)
+		next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), requestIDKey{}, id)))
+	})
+}
+
+func requestID(ctx context.Context) string {
+	id, _ := ctx.Value(requestIDKey{}).(string)
+	return id
+}
+
+// logHandler puts the request id into every line that is logged with a request's context.
+type logHandler struct{ slog.Handler }
+
+func (h logHandler) Handle(ctx context.Context, rec slog.Record) error {
+	if id := requestID(ctx); id != "" {
+		rec.AddAttrs(slog.String("request_id", id))
+	}
+	return h.Handler.Handle(ctx, rec)
+}
+
+func (h logHandler) WithAttrs(attrs []slog.Attr) slog.Handler {
+	return logHandler{h.Handler.WithAttrs(attrs)}
+}
+
+func newLogger(w io.Writer, cfg config) *slog.Logger {
+	options := &slog.HandlerOptions{Level: cfg.logLevel}
+	if cfg.LogFormat == "text" {
+		return slog.New(logHandler{slog.NewTextHandler(w, options)})
+	}
+	return slog.New(logHandler{slog.NewJSONHandler(w, options)})
+}
+
+// statusWriter remembers what was answered.
+type statusWriter struct {
+	http.ResponseWriter
+	status int
+	bytes  int
+}
+
+func (w *statusWriter) WriteHeader(status int) {
+	if w.status == 0 {
+		w.status = status
+	}
+	w.ResponseWriter.WriteHeader(status)
+}
+
+func (w *statusWriter) Write(b []byte) (int, error) {
+	if w.status == 0 {
+		w.status = http.StatusOK
+	}
+	n, err := w.ResponseWriter.Write(b)
+	w.bytes += n
+	return n, err
+}
+
+func (w *statusWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
+// withLog logs and measures every request by its route pattern: the URL may hold
+// a token. A panic becomes a 500 like any other unexpected error.
+func (s *server) withLog(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		start := time.Now()
+		sw := &statusWriter{ResponseWriter: w}
+		defer func() {
+			if p := recover(); p != nil {
+				if p == http.ErrAbortHandler {
+					panic(p)
+				}
+				s.metrics.panics.Inc()
+				s.log.ErrorContext(r.Context(), "panic", "route", r.Pattern, "panic", p, "stack", string(debug.Stack()))
+				if sw.status == 0 {
+					s.writeProblem(sw, r, problemInternal)
+				}
+			}
+			method, route := r.Method, r.Pattern
+			if route == "" {
+				method, route = "", "none" // unknown paths and methods are the client's choice: not a label
+			}
+			took := time.Since(start)
+			s.metrics.requests.WithLabelValues(route, method, fmt.Sprintf("%dxx", sw.status/100)).Observe(took.Seconds())
+			s.log.InfoContext(r.Context(), "request", "route", route, "method", method, "status", sw.status,
+				"bytes", sw.bytes, "ms", took.Milliseconds(), "client", s.clientAddress(r).String())
+		}()
+		next.ServeHTTP(sw, r)
+	})
+}
+
+// pagePolicy is the strict Content-Security-Policy of everything but Swagger UI.
+const pagePolicy = "default-src 'none'; style-src 'self'; img-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+
+func withSecurityHeaders(https bool, next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		h := w.Header()
+		h.Set("Cache-Control", "no-store")
+		h.Set("Content-Security-Policy", pagePolicy)
+		h.Set("Cross-Origin-Opener-Policy", "same-origin")
+		h.Set("Referrer-Policy", "same-origin") // the verification page's URL holds the token
+		h.Set("X-Content-Type-Options", "nosniff")
+		h.Set("X-Frame-Options", "DENY")
+		if https {
+			h.Set("Strict-Transport-Security", "max-age=31536000")
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// newCORS allows the configured frontends, with credentials: the refresh token
+// of the code flow is a cookie.
+func newCORS(origins []string) (*cors.Middleware, error) {
+	if len(origins) == 0 {
+		return new(cors.Middleware), nil // passes everything on, allows nothing
+	}
+	return cors.NewMiddleware(cors.Config{
+		Origins:         origins,
+		Credentialed:    true,
+		Methods:         []string{"GET", "POST", "PATCH", "DELETE"},
+		RequestHeaders:  []string{"Authorization", "Content-Type", "X-Request-Id"},
+		ResponseHeaders: []string{"Location", "Retry-After", "WWW-Authenticate", "X-Request-Id"},
+		MaxAgeInSeconds: 600,
+	})
+}
+
+// clientAddress is the rightmost address that no trusted proxy has added. What
+// stands further left in X-Forwarded-For is whatever the client liked to send.
+func (s *server) clientAddress(r *http.Request) netip.Addr {
+	host, _, err := net.SplitHostPort(r.RemoteAddr)
+	if err != nil {
+		host = r.RemoteAddr
+	}
+	addr, _ := netip.ParseAddr(host)
+	addr = addr.Unmap().WithZone("")
+	hops := strings.Split(strings.Join(r.Header.Values("X-Forwarded-For"), ","), ",")
+	for i := len(hops) - 1; i >= 0 && s.trusts(addr); i-- {
+		hop := strings.TrimSpace(hops[i])
+		next, err := netip.ParseAddr(hop)
+		if ap, e := netip.ParseAddrPort(hop); e == nil {
+			next, err = ap.Addr(), nil
+		}
+		if err != nil {
+			break // a trusted proxy wrote something else ("unknown"): its own address is what we know
+		}
+		addr = next.Unmap().WithZone("")
+	}
+	return addr
+}
+
+func (s *server) trusts(addr netip.Addr) bool {
+	for _, p := range s.cfg.TrustedProxies {
+		if p.Contains(addr) {
+			return true
+		}
+	}
+	return false
+}
+
+// network is what limits count an address as: an IPv6 client has a whole /64.
+func network(addr netip.Addr) string {
+	if addr.Is6() {
+		if p, err := addr.Prefix(64); err == nil {
+			return p.String()
+		}
+	}
+	return addr.String()
+}
+
+// caller is who sent the request.
+func (s *server) caller(r *http.Request) caller {
+	agent := strings.ToValidUTF8(r.UserAgent(), "")
+	if len(agent) > 300 {
+		agent = strings.ToValidUTF8(agent[:300], "")
+	}
+	return caller{
+		Actor:     "anonymous",
+		Address:   s.clientAddress(r).String(),
+		UserAgent: strings.ReplaceAll(agent, "\x00", ""), // PostgreSQL has no NUL in text
+		RequestID: requestID(r.Context()),
+		Language:  r.Header.Get("Accept-Language"),
+	}
+}
+
+// detached keeps a flow going when its client hangs up: what was begun in two
+// stores is brought to an end, within d.
+func detached(ctx context.Context, d time.Duration) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(context.WithoutCancel(ctx), d)
+}

@@ -1,0 +1,163 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math"
+	"net/http"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// problem is an error with a public half, the members of RFC 9457 §3.1, and a
+// private one. Anything else that an operation returns is a 500.
+type problem struct {
+	Type      string       `json:"type" required:"true" example:"/problems/invalid-request" description:"Resolves to a page that explains it."`
+	Title     string       `json:"title" required:"true" example:"Invalid request"`
+	Status    int          `json:"status" required:"true" example:"400"`
+	Detail    string       `json:"detail" required:"true" example:"Some fields are wrong."`
+	RequestID string       `json:"request_id" required:"true" example:"V1StGXR8_Z5jdHi6B-myT"`
+	Errors    []fieldError `json:"errors,omitempty" description:"Only for invalid-request: one entry for each wrong field."`
+
+	Wait   time.Duration `json:"-"` // Retry-After; zero: none
+	target string        // the id that the audit entry of the refusal names
+	err    error         // the cause, for the log
+}
+
+// fieldError says what is wrong with a field; it never quotes the value.
+type fieldError struct {
+	Field  string `json:"field" required:"true" example:"email"`
+	Detail string `json:"detail" required:"true" example:"is required"`
+}
+
+func newProblem(status int, slug, title, detail string) problem {
+	return problem{Type: "/problems/" + slug, Title: title, Status: status, Detail: detail}
+}
+
+// Every problem type of the service. Those that a route may answer are listed with it.
+var (
+	problemInvalidRequest        = newProblem(400, "invalid-request", "Invalid request", "Some fields are wrong.")
+	problemInvalidToken          = newProblem(400, "invalid-token", "Invalid link", "This link is not valid. It may be incomplete or belong to a newer mail.")
+	problemInvalidCode           = newProblem(400, "invalid-code", "Wrong code", "The e-mail address or the code is wrong.")
+	problemUnauthorized          = newProblem(401, "unauthorized", "Not signed in", "A valid access token is needed.")
+	problemInvalidCredentials    = newProblem(401, "invalid-credentials", "Sign-in failed", "The username, the e-mail address or the password is wrong.")
+	problemForbidden             = newProblem(403, "forbidden", "Not allowed", "You are not allowed to do this.")
+	problemAccountNotVerified    = newProblem(403, "account-not-verified", "Account not verified", "The e-mail address of this account is not confirmed yet. Look into your mailbox.")
+	problemAccountDisabled       = newProblem(403, "account-disabled", "Account disabled", "This account is disabled.")
+	problemAccountSetupRequired  = newProblem(403, "account-setup-required", "Account setup required", "This account is not set up completely.")
+	problemNotFound              = newProblem(404, "not-found", "Not found", "There is nothing at this address.")
+	problemRegistrationNotFound  = newProblem(404, "registration-not-found", "No registration", "There is no open registration for this.")
+	problemMethodNotAllowed      = newProblem(405, "method-not-allowed", "Method not allowed", "This address does not know that method; Allow lists those it knows.")
+	problemUserExists            = newProblem(409, "user-exists", "Account exists", "An account with this e-mail address or username exists already.")
+	problemAlreadyVerified       = newProblem(409, "already-verified", "Already confirmed", "This address is confirmed already. You can sign in.")
+	problemVerificationExpired   = newProblem(410, "verification-expired", "Verification expired", "The time to confirm this registration is over. Please register again.")
+	problemVerificationCancelled = newProblem(410, "verification-cancelled", "Registration cancelled", "This registration was cancelled or replaced by a newer one.")
+	problemPayloadTooLarge       = newProblem(413, "payload-too-large", "Too large", "The request body is larger than 16 KiB.")
+	problemUnsupportedMediaType  = newProblem(415, "unsupported-media-type", "Unsupported media type", "The request body must be application/json.")
+	problemTooManyAttempts       = newProblem(429, "too-many-attempts", "Too many attempts", "The code was entered wrongly too often. The link in the mail still works, or ask for a new mail.")
+	problemResendTooSoon         = newProblem(429, "resend-too-soon", "Too soon", "A mail was sent a moment ago. Please wait before asking for another.")
+	problemResendLimit           = newProblem(429, "resend-limit", "Too many mails", "No more mails can be sent for this registration or address today.")
+	problemTooManyRequests       = newProblem(429, "too-many-requests", "Too many requests", "Please wait a moment and try again.")
+	problemInternal              = newProblem(500, "internal", "Something went wrong", "This is our fault. Please try again; if it stays, tell us the request id.")
+	problemUnavailable           = newProblem(503, "unavailable", "Temporarily unavailable", "The service can't do this right now. Nothing is lost; please try again in a moment.")
+)
+
+// problems are the types by slug, for /problems/{slug}.
+var problems = func() map[string]problem {
+	bySlug := map[string]problem{}
+	for _, p := range []problem{problemInvalidRequest, problemInvalidToken, problemInvalidCode, problemUnauthorized,
+		problemInvalidCredentials, problemForbidden, problemAccountNotVerified, problemAccountDisabled,
+		problemAccountSetupRequired, problemNotFound, problemRegistrationNotFound, problemMethodNotAllowed,
+		problemUserExists, problemAlreadyVerified, problemVerificationExpired, problemVerificationCancelled,
+		problemPayloadTooLarge, problemUnsupportedMediaType, problemTooManyAttempts, problemResendTooSoon,
+		problemResendLimit, problemTooManyRequests, problemInternal, problemUnavailable} {
+		bySlug[p.slug()] = p
+	}
+	return bySlug
+}()
+
+func (p problem) Error() string {
+	if p.err != nil {
+		return p.slug() + ": " + p.err.Error()
+	}
+	return p.slug()
+}
+
+func (p problem) Unwrap() error { return p.err }
+
+func (p problem) slug() string { return strings.TrimPrefix(p.Type, "/problems/") }
+
+// retryAfter tells the client how long to wait.
+func (p problem) retryAfter(d time.Duration) problem { p.Wait = max(d, time.Second); return p }
+
+// because keeps the cause for the log.
+func (p problem) because(err error) problem { p.err = err; return p }
+
+// about names whom the refusal concerns, for the audit trail.
+func (p problem) about(target string) problem { p.target = target; return p }
+
+// saying replaces the detail by one that fits the case.
+func (p problem) saying(detail string) problem { p.Detail = detail; return p }
+
+// invalid is invalid-request with the wrong fields.
+func invalid(fields ...fieldError) problem {
+	p := problemInvalidRequest
+	p.Errors = fields
+	return p
+}
+
+// asProblem is what the client is told about err: its problem, 503 for a store
+// that is away, else 500.
+func asProblem(err error) problem {
+	var p problem
+	switch {
+	case errors.As(err, &p):
+	case errors.Is(err, errBusy), errors.Is(err, errLeaseLost):
+		p = problemUnavailable.retryAfter(2 * time.Second).because(err)
+	case errors.Is(err, errUnavailable):
+		p = problemUnavailable.retryAfter(5 * time.Second).because(err)
+	default:
+		p = problemInternal.because(err)
+	}
+	if p.Status == http.StatusTooManyRequests {
+		p.Wait = max(p.Wait, time.Second)
+	}
+	return p
+}
+
+// report logs a problem that is ours, once, with its cause, counts it, and
+// completes it for the client.
+func (s *server) report(r *http.Request, err error) problem {
+	p := asProblem(err)
+	s.metrics.problems.WithLabelValues(p.slug()).Inc()
+	if p.Status >= 500 {
+		s.log.ErrorContext(r.Context(), "request failed", "route", r.Pattern, "problem", p.slug(), "error", err)
+	}
+	p.RequestID = requestID(r.Context())
+	return p
+}
+
+// setProblemHeaders sets what belongs to a problem besides its body.
+func setProblemHeaders(h http.Header, p problem) {
+	if p.Wait > 0 {
+		h.Set("Retry-After", strconv.Itoa(int(math.Ceil(p.Wait.Seconds()))))
+	}
+	if p.Status == http.StatusUnauthorized && h.Get("WWW-Authenticate") == "" {
+		h.Set("WWW-Authenticate", `Bearer realm="auth-service"`) // RFC 6750 §3
+	}
+}
+
+// writeProblem answers an API request with err.
+func (s *server) writeProblem(w http.ResponseWriter, r *http.Request, err error) {
+	p := s.report(r, err)
+	setProblemHeaders(w.Header(), p)
+	body, err := json.Marshal(p)
+	if err != nil {
+		panic(fmt.Sprintf("a problem can't be encoded: %v", err)) // it has only strings and a number
+	}
+	w.Header().Set("Content-Type", "application/problem+json")
+	w.WriteHeader(p.Status)
+	w.Write(body)
+}

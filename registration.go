@@ -1,0 +1,779 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"net/mail"
+	"regexp"
+	"strings"
+	"time"
+	"unicode"
+
+	"auth-service/templates"
+
+	gonanoid "github.com/matoous/go-nanoid/v2"
+)
+
+// The life of a registration. It is written in two stores, in this order: our
+// intent first, Keycloak second, our conclusion third. Each step may be repeated,
+// and where the process may die between two of them the comments name the window
+// (R1 … R5, V3, E1, E2, C1, M1 … M3). One function repairs all of them: settle.
+
+const (
+	leaseTime    = 60 * time.Second // a flow must be over by then: see flowTime
+	flowTime     = 40 * time.Second
+	leaseWait    = 5 * time.Second  // how long a request waits for another one's lease
+	retryTime    = 20 * time.Second // until the repair loop tries again what has failed
+	doubtTime    = 10 * time.Minute // how long a creation without an answer may still arrive in Keycloak
+	mailsPerDay  = 10               // to one address
+	codeAttempts = 5                // per code
+)
+
+// mailLimits are the budgets of an address. They count mails, not registrations,
+// so that replacing a registration is no way around them.
+func mailLimits(email string, cooldown time.Duration) []limit {
+	who := tokenHash(strings.ToLower(email))
+	return []limit{
+		{"mail:" + who, 1, cooldown, problemResendTooSoon},
+		{"mail-day:" + who, mailsPerDay, 24 * time.Hour, problemResendLimit},
+	}
+}
+
+// registerLimit bounds how often one address is registered, whoever does it.
+func registerLimit(email string) limit {
+	return limit{"register:" + tokenHash(strings.ToLower(email)), 5, 10 * time.Minute, problemTooManyRequests}
+}
+
+type registerIn struct {
+	Email     string `json:"email" required:"true" maxLength:"255" format:"email" example:"ada@example.com"`
+	Username  string `json:"username,omitempty" minLength:"3" maxLength:"100" pattern:"^[^<>&\"'\\s$%!#?§,;:*~/\\\\|^=\\[\\]{}()\\x60]+$" example:"ada" description:"Default: the e-mail address, or the user id where that is longer than 100 characters."`
+	FirstName string `json:"first_name,omitempty" maxLength:"100" pattern:"^[^<>&\"$%!#?§;*~/\\\\|^=\\[\\]{}()]*$" example:"Ada"`
+	LastName  string `json:"last_name,omitempty" maxLength:"100" pattern:"^[^<>&\"$%!#?§;*~/\\\\|^=\\[\\]{}()]*$" example:"Lovelace"`
+	Phone     string `json:"phone,omitempty" pattern:"^\\+[1-9][0-9]{6,14}$" example:"+4930123456" description:"E.164, with the country code."`
+	Password  string `json:"password,omitempty" maxLength:"128" format:"password" example:"correct horse battery" description:"Handed to Keycloak and kept nowhere else. Without it the person chooses one on Keycloak's page after verification."`
+	Locale    string `json:"locale,omitempty" maxLength:"20" pattern:"^[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*$" example:"en" description:"Language of the mails (BCP 47). Default: from Accept-Language."`
+}
+
+type registerOut struct {
+	RegistrationID    registrationID `json:"registration_id" example:"REG-V1StGXR8_Z5jdHi6"`
+	Email             string         `json:"email" example:"ada@example.com"`
+	Username          string         `json:"username" example:"ada"`
+	Status            string         `json:"status" enum:"pending_verification"`
+	VerificationEmail mailState      `json:"verification_email" enum:"sent,queued" description:"queued: the mail could not be handed over now, the service keeps trying."`
+	ExpiresAt         time.Time      `json:"expires_at"`
+	ResendAvailableAt time.Time      `json:"resend_available_at"`
+}
+
+func (out registerOut) location() string {
+	return "/api/v1/registrations/" + string(out.RegistrationID)
+}
+
+// register begins a registration: R1 our pending row, R2 Keycloak's disabled user,
+// R3 our users row, R4 the mail, R5 its state. What fails before R3 leaves nothing
+// behind; from R3 on the registration stands, and settle goes on with it.
+func (s *server) register(ctx context.Context, c caller, in registerIn) (registerOut, error) {
+	ctx, cancel := detached(ctx, flowTime)
+	defer cancel()
+	if strings.Contains(in.Username, "@") && !strings.EqualFold(in.Username, in.Email) {
+		return registerOut{}, invalid(fieldError{"username", "must not be another e-mail address"})
+	}
+	for _, err := range []error{
+		s.store.hit(ctx, registerLimit(in.Email), s.now()),
+		s.store.peek(ctx, mailLimits(in.Email, s.cfg.ResendCooldown)[1], s.now()),
+	} {
+		if err != nil {
+			return registerOut{}, err
+		}
+	}
+	token, code := newToken(), newCode()
+	reg := registration{
+		ID: newRegistrationID(), UserID: newUserID(), Email: in.Email, Username: in.Username,
+		FirstName: in.FirstName, LastName: in.LastName, Phone: in.Phone,
+		TokenHash: tokenHash(token), CodeHash: codeHash(token, code), State: pending,
+		ExpiresAt: s.now().Add(s.cfg.VerificationTTL), Mail: mailQueued,
+		Locale: templates.Language(c.Language, in.Locale), WithPassword: in.Password != "",
+	}
+	if reg.Username == "" {
+		if reg.Username = reg.Email; !plainUsername.MatchString(reg.Email) {
+			reg.Username = string(reg.UserID)
+		}
+	}
+	reg, err := s.begin(ctx, c, reg) // R1
+	if err != nil {
+		return registerOut{}, err
+	}
+	// Dying here (R1) leaves a pending row that Keycloak does not know: settle.
+	reg.KeycloakID, err = s.kc.createUser(ctx, reg, token, code, in.Password) // R2
+	if err != nil {
+		s.abandon(ctx, c, reg, err)
+		return registerOut{}, registerError(err)
+	}
+	// Dying here (R2) leaves a user in Keycloak that we do not know: settle finds
+	// it by the registration's id.
+	if err := s.store.adopt(ctx, c, reg, s.now()); err != nil { // R3
+		s.abandon(ctx, c, reg, err)
+		return registerOut{}, registerError(err)
+	}
+	// Dying here (R3) leaves the mail queued: settle.
+	reg, err = s.sendFirst(ctx, c, reg, code) // R4, R5
+	if err != nil {
+		s.log.ErrorContext(ctx, "the verification mail is queued", "registration", reg.ID, "error", err)
+	}
+	return registerOut{reg.ID, reg.Email, reg.Username, "pending_verification", reg.Mail, reg.ExpiresAt.UTC(),
+		s.resendAvailableAt(ctx, reg)}, nil
+}
+
+// registerError is what the person who registers is told about err.
+func registerError(err error) error {
+	var r rejected
+	switch {
+	case errors.As(err, &r):
+		return invalid(r.Fields...)
+	case errors.Is(err, errConflict):
+		return problemUserExists
+	}
+	return err
+}
+
+// begin writes the pending row (R1). A pending registration of the same address is
+// cancelled in the same transaction (C1), then deleted from Keycloak (C2); an ended
+// one that still owes Keycloak a deletion is settled first.
+func (s *server) begin(ctx context.Context, c caller, reg registration) (registration, error) {
+	for {
+		var replaced registration
+		open, err := s.store.openRegistrations(ctx, reg.Email)
+		for _, id := range open {
+			earlier, err := s.lease(ctx, id)
+			if err != nil {
+				return reg, err
+			}
+			if earlier.State == pending {
+				replaced = earlier
+			} else if err := s.settle(ctx, c, earlier); err != nil {
+				return reg, err
+			}
+		}
+		if err != nil {
+			return reg, err
+		}
+		reg.Lease = gonanoid.Must()
+		err = s.store.addRegistration(ctx, c, reg, replaced, s.now())
+		if err == nil && replaced.ID != "" {
+			// Dying here (C1) leaves a cancelled row with a user in Keycloak: settle.
+			err = s.settle(ctx, c, withState(replaced, cancelled)) // C2
+			if err != nil {
+				s.abandon(ctx, c, reg, err)
+			}
+			return reg, err
+		}
+		if err == nil {
+			return reg, nil
+		}
+		if replaced.ID != "" {
+			s.letGo(ctx, replaced)
+		}
+		if !errors.Is(err, errRace) && !errors.Is(err, errLeaseLost) {
+			return reg, registerError(err)
+		} // else somebody registered the same address at this moment: replace theirs
+	}
+}
+
+// abandon ends a registration whose R2 or R3 has failed, so that nothing is half
+// done. Whatever Keycloak may have of it, if its answer was lost, settle deletes.
+func (s *server) abandon(ctx context.Context, c caller, reg registration, cause error) {
+	reason := "keycloak"
+	switch {
+	case errors.Is(cause, errConflict):
+		reason = problemUserExists.slug()
+	case errors.As(cause, new(rejected)):
+		reason = problemInvalidRequest.slug()
+	}
+	err := s.store.endRegistration(ctx, c, reg, cancelled, reason, s.now())
+	switch reg = withState(reg, cancelled); {
+	case err != nil:
+	case errors.Is(cause, errUnavailable):
+		s.letGo(ctx, reg) // Keycloak may have it or not: the loop looks, the client doesn't wait
+	case reg.KeycloakID == "":
+		err = s.store.forgetUser(ctx, c, reg, s.now())
+	default:
+		err = s.settle(ctx, c, reg)
+	}
+	if err != nil {
+		s.log.ErrorContext(ctx, "an abandoned registration is left to the repair loop", "registration", reg.ID, "error", err)
+	}
+}
+
+func withState(reg registration, st state) registration { reg.State = st; return reg }
+
+// lease makes this flow the only one that moves the registration, waiting a moment
+// for another one to finish. It returns the row as it is then.
+func (s *server) lease(ctx context.Context, id registrationID) (registration, error) {
+	ctx, cancel := context.WithTimeout(ctx, leaseWait)
+	defer cancel()
+	owner := gonanoid.Must()
+	for {
+		reg, err := s.store.takeLease(ctx, id, owner, s.now())
+		if !errors.Is(err, errLeaseLost) {
+			return reg, err
+		}
+		select {
+		case <-ctx.Done():
+			return reg, problemUnavailable.retryAfter(2 * time.Second).because(err)
+		case <-time.After(25 * time.Millisecond):
+		}
+	}
+}
+
+// touch leases a registration that waits for its confirmation. One whose time is
+// over expires at this first touch; the others are returned without a lease.
+func (s *server) touch(ctx context.Context, c caller, reg registration) (registration, error) {
+	if reg.State != pending {
+		return reg, nil
+	}
+	reg, err := s.lease(ctx, reg.ID)
+	if err != nil {
+		return reg, err
+	}
+	if reg.State != pending {
+		s.letGo(ctx, reg)
+		return reg, nil
+	}
+	if s.now().Before(reg.ExpiresAt) {
+		return reg, nil
+	}
+	if err := s.settle(ctx, c, reg); err != nil {
+		return reg, err
+	}
+	return s.store.registration(ctx, reg.ID)
+}
+
+// letGo ends the lease of a flow that stops early, and says when the repair loop
+// must look: never, when the time to confirm is over, or soon, if something is owed.
+func (s *server) letGo(ctx context.Context, reg registration) {
+	due := s.now().Add(retryTime)
+	switch {
+	case reg.State == verified:
+		due = time.Time{}
+	case reg.State == pending && reg.Mail == mailSent:
+		due = reg.ExpiresAt
+	}
+	if err := s.store.release(ctx, reg, due); err != nil {
+		s.log.ErrorContext(ctx, "a lease was not released; it ends by itself", "registration", reg.ID, "error", err)
+	}
+}
+
+// resendAvailableAt is when the address may get another mail.
+func (s *server) resendAvailableAt(ctx context.Context, reg registration) time.Time {
+	at := s.now()
+	for _, l := range mailLimits(reg.Email, s.cfg.ResendCooldown) {
+		var limited problem
+		if errors.As(s.store.peek(ctx, l, s.now()), &limited) {
+			at = s.now().Add(limited.Wait)
+		}
+	}
+	return at.UTC().Truncate(time.Second)
+}
+
+// sendFirst sends the mail of a user who was just created and is disabled (R4).
+func (s *server) sendFirst(ctx context.Context, c caller, reg registration, code string) (registration, error) {
+	claim := mailClaim{CodeHash: reg.CodeHash, ExpiresAt: reg.ExpiresAt}
+	return s.mail(ctx, c, reg, claim, func() error { return s.kc.setEnabled(ctx, reg.KeycloakID, true) })
+}
+
+// sendAgain sends a mail with a new code: a queued one, or one asked for (resend).
+func (s *server) sendAgain(ctx context.Context, c caller, reg registration, user keycloakUser, resend bool) (registration, error) {
+	code := newCode()
+	claim := mailClaim{Resend: resend, CodeHash: codeHash(user.attribute(attrToken), code), ExpiresAt: reg.ExpiresAt}
+	if resend {
+		claim.ExpiresAt = s.now().Add(s.cfg.VerificationTTL)
+	}
+	return s.mail(ctx, c, reg, claim, func() error { return s.kc.setCode(ctx, user, code) })
+}
+
+// mail hands one mail to Keycloak and ends the lease. Keycloak mails only to
+// enabled users, so the user is enabled for a moment; its required action
+// VERIFY_EMAIL keeps everybody from getting a token meanwhile.
+//
+// The returned registration says what has become of it. A mail that could not be
+// sent stays queued, which is not an error unless the person asked for it (resend)
+// and a limit stands against it.
+func (s *server) mail(ctx context.Context, c caller, reg registration, claim mailClaim, enable func() error) (registration, error) {
+	var limited problem
+	err := s.store.claimMail(ctx, c, reg, claim, s.cfg.ResendCooldown, s.now())
+	if errors.As(err, &limited) && !claim.Resend {
+		return reg, s.store.release(ctx, reg, s.now().Add(limited.Wait)) // stays queued until the limit is over
+	} else if err != nil {
+		s.letGo(ctx, reg)
+		return reg, err
+	}
+	if reg.Mail, reg.ExpiresAt = mailQueued, claim.ExpiresAt; claim.Resend {
+		reg.ResendCount++
+	}
+	// Dying from here on (M1 … M3, R4) leaves the mail queued and the user perhaps
+	// enabled: settle sends it and disables.
+	err = enable()
+	if err == nil {
+		err = s.kc.sendMail(ctx, reg.KeycloakID, reg.Locale, reg.ExpiresAt.Sub(s.now()), !reg.WithPassword)
+	}
+	disabled := s.closeMailWindow(ctx, reg)
+	if err == nil {
+		s.metrics.mails.WithLabelValues("sent").Inc()
+		reg.Mail = mailSent
+		due := reg.ExpiresAt
+		if disabled != nil {
+			due = s.now().Add(retryTime)
+		}
+		return reg, s.store.mailHandedOver(ctx, c, reg, due, s.now()) // R5
+	}
+	if errors.Is(err, errMailNotSent) || errors.Is(err, errNotFound) { // certainly not sent
+		err = errors.Join(err, s.store.refundMail(ctx, reg.Email, s.cfg.ResendCooldown))
+	}
+	s.metrics.mails.WithLabelValues("failed").Inc()
+	s.log.WarnContext(ctx, "a verification mail stays queued", "registration", reg.ID, "error", errors.Join(err, disabled))
+	return reg, s.store.release(ctx, reg, s.now().Add(retryTime))
+}
+
+// closeMailWindow disables the user again, whatever has happened, unless somebody
+// else has verified the registration because this flow was slower than its lease.
+func (s *server) closeMailWindow(ctx context.Context, reg registration) error {
+	ctx, cancel := detached(ctx, 10*time.Second)
+	defer cancel()
+	var err error
+	for range 2 {
+		var now registration
+		if now, err = s.store.registration(ctx, reg.ID); err == nil && now.State == verified {
+			return nil
+		}
+		if err = s.kc.setEnabled(ctx, reg.KeycloakID, false); err == nil {
+			return nil
+		}
+	}
+	return err
+}
+
+type verifyIn struct {
+	Token string `json:"token,omitempty" maxLength:"100" example:"p3G6d0Qm1yq0cZ2m8Rr5s7TtUuVvWwXx" description:"From the link."`
+	Key   string `json:"key,omitempty" maxLength:"4096" description:"From the link, if it has one: the way to the page where the password is chosen."`
+	Email string `json:"email,omitempty" maxLength:"255" format:"email" example:"ada@example.com" description:"With code, instead of token."`
+	Code  string `json:"code,omitempty" pattern:"^[0-9]{6}$" example:"042917"`
+}
+
+type verifyOut struct {
+	RegistrationID  registrationID `json:"registration_id" example:"REG-V1StGXR8_Z5jdHi6"`
+	UserID          userID         `json:"user_id" example:"USR-V1StGXR8_Z5jdHi6"`
+	Email           string         `json:"email" example:"ada@example.com"`
+	Status          string         `json:"status" enum:"active"`
+	AlreadyVerified bool           `json:"already_verified"`
+	SetPasswordURL  *string        `json:"set_password_url" nullable:"true" description:"Where the person chooses a password; null if there is one."`
+}
+
+// verify confirms an address by the link's token, or by the address and its code.
+// Both stores must agree. V1 our row, V2 Keycloak's user, V3 Keycloak's account,
+// V4 ours. It signs nobody in.
+func (s *server) verify(ctx context.Context, c caller, in verifyIn) (verifyOut, error) {
+	ctx, cancel := detached(ctx, flowTime)
+	defer cancel()
+	if (in.Token == "") == (in.Code == "" || in.Email == "") {
+		return verifyOut{}, invalid(fieldError{"token", "is required, or else email and code"})
+	}
+	if !actionKeyPattern.MatchString(in.Key) {
+		return verifyOut{}, invalid(fieldError{"key", "is not a key of a link"})
+	}
+	reg, err := s.lookUp(ctx, in) // V1
+	if err != nil {
+		return verifyOut{}, err
+	}
+	if reg, err = s.touch(ctx, c, reg); err != nil {
+		return verifyOut{}, err
+	}
+	switch reg.State {
+	case pending:
+		user, err := s.checkedUser(ctx, c, reg, in) // V2
+		if err == nil {
+			err = s.finish(ctx, c, reg, user) // V3, V4
+		}
+		if err != nil {
+			return verifyOut{}, err
+		}
+		return s.verifyAnswer(ctx, reg, in, false), nil
+	case verified:
+		if in.Token == "" && !sameSecret(reg.CodeHash, codeHash(reg.TokenHash, in.Code)) {
+			return verifyOut{}, problemInvalidCode.about(string(reg.ID))
+		}
+		return s.verifyAnswer(ctx, reg, in, true), nil
+	case expired:
+		return verifyOut{}, problemVerificationExpired.about(string(reg.ID))
+	}
+	return verifyOut{}, problemVerificationCancelled.about(string(reg.ID))
+}
+
+// lookUp finds the registration that the token or the address belongs to. For a
+// code it counts the attempt, also for an address that nobody has registered: the
+// two must look alike from outside.
+func (s *server) lookUp(ctx context.Context, in verifyIn) (registration, error) {
+	if in.Token != "" {
+		reg, err := s.store.registrationByToken(ctx, tokenHash(in.Token))
+		if errors.Is(err, errNotFound) {
+			err = problemInvalidToken
+		}
+		return reg, err
+	}
+	reg, err := s.store.registrationByEmail(ctx, in.Email)
+	if err != nil && !errors.Is(err, errNotFound) {
+		return reg, err
+	}
+	if reg.State != pending && reg.State != verified {
+		key := "code:" + tokenHash(strings.ToLower(in.Email))
+		if err := s.store.hit(ctx, limit{key, codeAttempts, 24 * time.Hour, problemTooManyAttempts}, s.now()); err != nil {
+			return reg, err
+		}
+		return reg, problemInvalidCode
+	}
+	allowed, err := s.store.countCodeAttempt(ctx, reg.ID)
+	if err == nil && !allowed {
+		err = problemTooManyAttempts.about(string(reg.ID))
+	}
+	return reg, err
+}
+
+// checkedUser returns Keycloak's user of a leased registration if the token or
+// code is the one that it carries (V2), in both stores. Otherwise it ends the lease.
+func (s *server) checkedUser(ctx context.Context, c caller, reg registration, in verifyIn) (keycloakUser, error) {
+	user, err := s.kc.user(ctx, reg.KeycloakID)
+	if errors.Is(err, errNotFound) {
+		// Not created yet, or deleted by an administrator: settle knows.
+		if err := s.settle(ctx, c, reg); err != nil {
+			return user, err
+		}
+		return user, problemVerificationCancelled.about(string(reg.ID))
+	}
+	token := user.attribute(attrToken)
+	switch {
+	case err != nil:
+	case user.verified(): // V3 had happened: what remains is our conclusion
+	case in.Token != "" && !sameSecret(token, in.Token):
+		err = problemInvalidToken.about(string(reg.ID))
+	case in.Token == "" && !(sameSecret(user.attribute(attrCode), in.Code) && sameSecret(reg.CodeHash, codeHash(token, in.Code))):
+		err = problemInvalidCode.about(string(reg.ID))
+	}
+	if err != nil {
+		s.letGo(ctx, reg)
+	}
+	return user, err
+}
+
+// finish makes a leased registration an account in both stores.
+func (s *server) finish(ctx context.Context, c caller, reg registration, user keycloakUser) error {
+	code := user.attribute(attrCode)
+	if err := s.kc.activate(ctx, user); err != nil { // V3
+		s.letGo(ctx, reg)
+		return err
+	}
+	// Dying here (V3) leaves an account in Keycloak that is pending here: a second
+	// click, a sign-in or the repair loop finds it verified and goes on.
+	return s.store.conclude(ctx, c, reg, codeHash(reg.TokenHash, code), s.now()) // V4
+}
+
+func (s *server) verifyAnswer(ctx context.Context, reg registration, in verifyIn, already bool) verifyOut {
+	out := verifyOut{reg.ID, reg.UserID, reg.Email, "active", already, nil}
+	if reg.WithPassword {
+		return out
+	}
+	if in.Key != "" {
+		url := s.kc.passwordURL(in.Key)
+		out.SetPasswordURL = &url
+	} else if !already {
+		// Verified by the code: the key is only in the mail. Keycloak mails its own link.
+		if err := s.kc.sendMail(ctx, reg.KeycloakID, reg.Locale, s.cfg.VerificationTTL, true); err != nil {
+			s.log.WarnContext(ctx, "the mail to choose a password was not sent", "registration", reg.ID, "error", err)
+		}
+	}
+	return out
+}
+
+type resendIn struct {
+	RegistrationID registrationID `json:"registration_id,omitempty" pattern:"^REG-[A-Za-z0-9_-]{16}$" example:"REG-V1StGXR8_Z5jdHi6"`
+	Email          string         `json:"email,omitempty" maxLength:"255" format:"email" example:"ada@example.com" description:"Instead of registration_id."`
+}
+
+type resendOut struct {
+	RegistrationID    registrationID `json:"registration_id" example:"REG-V1StGXR8_Z5jdHi6"`
+	Status            string         `json:"status" enum:"pending_verification"`
+	VerificationEmail mailState      `json:"verification_email" enum:"sent,queued"`
+	ResendCount       int            `json:"resend_count" example:"1"`
+	ExpiresAt         time.Time      `json:"expires_at"`
+	ResendAvailableAt time.Time      `json:"resend_available_at"`
+}
+
+// resend mails the same link and a new code; the time to confirm begins anew.
+func (s *server) resend(ctx context.Context, c caller, in resendIn) (resendOut, error) {
+	ctx, cancel := detached(ctx, flowTime)
+	defer cancel()
+	if (in.RegistrationID == "") == (in.Email == "") {
+		return resendOut{}, invalid(fieldError{"registration_id", "is required, or else email"})
+	}
+	var reg registration
+	var err error
+	if in.RegistrationID != "" {
+		reg, err = s.store.registration(ctx, in.RegistrationID)
+	} else {
+		reg, err = s.store.registrationByEmail(ctx, in.Email)
+	}
+	if err == nil {
+		reg, err = s.touch(ctx, c, reg)
+	}
+	if err != nil && !errors.Is(err, errNotFound) {
+		return resendOut{}, err
+	}
+	switch reg.State {
+	case pending:
+	case verified:
+		return resendOut{}, problemAlreadyVerified.about(string(reg.ID))
+	case expired:
+		return resendOut{}, problemVerificationExpired.about(string(reg.ID))
+	default: // unknown, or cancelled: there is none
+		return resendOut{}, problemRegistrationNotFound
+	}
+	if reg.ResendCount+1 >= s.cfg.ResendLimit {
+		s.letGo(ctx, reg)
+		return resendOut{}, problemResendLimit.retryAfter(reg.ExpiresAt.Sub(s.now())).about(string(reg.ID))
+	}
+	user, err := s.kc.user(ctx, reg.KeycloakID)
+	if err != nil || user.verified() {
+		// Unfinished, deleted, or verified already: settle knows, if Keycloak answers.
+		if !errors.Is(err, errUnavailable) {
+			return resendOut{}, errors.Join(s.settle(ctx, c, reg), problemUnavailable.retryAfter(time.Second).because(err))
+		}
+		s.letGo(ctx, reg)
+		return resendOut{}, err
+	}
+	reg, err = s.sendAgain(ctx, c, reg, user, true)
+	if err != nil {
+		return resendOut{}, err
+	}
+	return resendOut{reg.ID, "pending_verification", reg.Mail, reg.ResendCount, reg.ExpiresAt.UTC(), s.resendAvailableAt(ctx, reg)}, nil
+}
+
+type cancelIn struct {
+	Token string `json:"token" required:"true" maxLength:"100" example:"p3G6d0Qm1yq0cZ2m8Rr5s7TtUuVvWwXx" description:"From the link."`
+}
+
+type cancelOut struct {
+	RegistrationID registrationID `json:"registration_id" example:"REG-V1StGXR8_Z5jdHi6"`
+	Status         string         `json:"status" enum:"cancelled"`
+}
+
+// cancel is "this was not me": C1 our row, C2 Keycloak's user, E3 ours.
+func (s *server) cancel(ctx context.Context, c caller, in cancelIn) (cancelOut, error) {
+	ctx, cancel := detached(ctx, flowTime)
+	defer cancel()
+	reg, err := s.store.registrationByToken(ctx, tokenHash(in.Token))
+	if errors.Is(err, errNotFound) {
+		return cancelOut{}, problemInvalidToken
+	}
+	if err == nil {
+		reg, err = s.touch(ctx, c, reg)
+	}
+	if err != nil {
+		return cancelOut{}, err
+	}
+	switch reg.State {
+	case pending:
+		if err := s.store.endRegistration(ctx, c, reg, cancelled, "not_me", s.now()); err != nil {
+			return cancelOut{}, err
+		}
+		if err := s.settle(ctx, c, withState(reg, cancelled)); err != nil && !errors.Is(err, errUnavailable) {
+			return cancelOut{}, err
+		} // while Keycloak is away the cancellation stands, and the repair loop deletes
+	case verified:
+		return cancelOut{}, problemAlreadyVerified.about(string(reg.ID))
+	case expired:
+		return cancelOut{}, problemVerificationExpired.about(string(reg.ID))
+	}
+	return cancelOut{reg.ID, "cancelled"}, nil
+}
+
+type statusIn struct {
+	ID registrationID `path:"registration_id" pattern:"^REG-[A-Za-z0-9_-]{16}$" example:"REG-V1StGXR8_Z5jdHi6"`
+}
+
+type statusOut struct {
+	RegistrationID    registrationID `json:"registration_id" example:"REG-V1StGXR8_Z5jdHi6"`
+	Status            string         `json:"status" enum:"pending_verification,active,verification_expired,cancelled"`
+	VerificationEmail mailState      `json:"verification_email" enum:"sent,queued"`
+	ExpiresAt         time.Time      `json:"expires_at"`
+	ResendAvailableAt time.Time      `json:"resend_available_at"`
+	ResendCount       int            `json:"resend_count" example:"0"`
+}
+
+// status tells whoever knows the id how far a registration has come: neither who
+// it is nor what became of the account.
+func (s *server) status(ctx context.Context, _ caller, in statusIn) (statusOut, error) {
+	reg, err := s.store.registration(ctx, in.ID)
+	if errors.Is(err, errNotFound) {
+		return statusOut{}, problemRegistrationNotFound
+	} else if err != nil {
+		return statusOut{}, err
+	}
+	word := map[state]string{pending: "pending_verification", verified: "active", expired: "verification_expired", cancelled: "cancelled"}[reg.State]
+	if reg.State == pending && !s.now().Before(reg.ExpiresAt) {
+		word = "verification_expired" // a GET changes nothing; the loop will
+	}
+	return statusOut{reg.ID, word, reg.Mail, reg.ExpiresAt.UTC(), s.resendAvailableAt(ctx, reg), reg.ResendCount}, nil
+}
+
+// settle brings a leased registration to where it should be, whatever has happened
+// to the process that moved it before, and ends the lease. It is the repairer of
+// every crash window, the expiry, and the one who sends queued mails.
+func (s *server) settle(ctx context.Context, c caller, reg registration) error {
+	user, err := s.userOf(ctx, reg)
+	known := err == nil
+	if err != nil && !errors.Is(err, errNotFound) {
+		s.letGo(ctx, reg)
+		return err
+	}
+	if reg.State == pending && known && reg.KeycloakID == "" { // R2
+		if reg, err = s.adopted(ctx, c, reg, user); errors.Is(err, errConflict) {
+			return s.end(ctx, c, reg, cancelled, problemUserExists.slug())
+		} else if err != nil {
+			return err
+		}
+	}
+	switch {
+	case reg.State == verified:
+		return s.store.release(ctx, reg, time.Time{})
+
+	case reg.State != pending && !known && reg.KeycloakID == "" && s.now().Before(reg.CreatedAt.Add(doubtTime)):
+		return s.store.release(ctx, reg, s.now().Add(time.Minute)) // R2: a lost creation may still arrive
+
+	case reg.State != pending: // E2, C2: Keycloak's user goes, then E3 ours
+		if known {
+			if err := s.kc.deleteUser(ctx, user.id()); err != nil {
+				s.letGo(ctx, reg)
+				return err
+			}
+		}
+		// Dying here (E2) leaves a users row: the next settle removes it.
+		return s.store.forgetUser(ctx, c, reg, s.now())
+
+	case known && user.verified(): // V3
+		return s.finish(ctx, c, reg, user)
+
+	case !s.now().Before(reg.ExpiresAt): // E1
+		return s.end(ctx, c, reg, expired, "expired")
+
+	case !known && (reg.KeycloakID != "" || reg.WithPassword): // deleted in Keycloak; or R1, and the password is gone
+		return s.end(ctx, c, reg, cancelled, "no_keycloak_user")
+
+	case !known: // R1, no password
+		return s.createAgain(ctx, c, reg)
+
+	case reg.Mail == mailQueued: // R3, R4, M1 … M3
+		_, err := s.sendAgain(ctx, c, reg, user, false)
+		return err
+
+	case user.enabled(): // the window was left open
+		if err := s.closeMailWindow(ctx, reg); err != nil {
+			s.letGo(ctx, reg)
+			return err
+		}
+	}
+	return s.store.release(ctx, reg, reg.ExpiresAt)
+}
+
+// createAgain goes on after R1 for a registration without a password: what the
+// person has typed is all there.
+func (s *server) createAgain(ctx context.Context, c caller, reg registration) error {
+	token, code := newToken(), newCode()
+	reg.UserID, reg.TokenHash, reg.CodeHash = newUserID(), tokenHash(token), codeHash(token, code)
+	var err error
+	reg.KeycloakID, err = s.kc.createUser(ctx, reg, token, code, "") // R2
+	switch {
+	case errors.Is(err, errUnavailable):
+		s.letGo(ctx, reg)
+		return err
+	case err != nil:
+		return s.end(ctx, c, reg, cancelled, "keycloak")
+	}
+	if err = s.store.adopt(ctx, c, reg, s.now()); err == nil { // R3
+		_, err = s.sendFirst(ctx, c, reg, code)
+	}
+	return err
+}
+
+// userOf finds Keycloak's user of a registration, also if we have missed the
+// answer to its creation.
+func (s *server) userOf(ctx context.Context, reg registration) (keycloakUser, error) {
+	if reg.State == verified {
+		return keycloakUser{}, nil
+	}
+	if reg.KeycloakID == "" {
+		return s.kc.userOfRegistration(ctx, reg.ID)
+	}
+	return s.kc.user(ctx, reg.KeycloakID)
+}
+
+// adopted does R3 for a user that was found in Keycloak, with the ids and secrets that
+// Keycloak's user carries.
+func (s *server) adopted(ctx context.Context, c caller, reg registration, user keycloakUser) (registration, error) {
+	reg.KeycloakID, reg.UserID = user.id(), userID(user.attribute(attrUserID))
+	token := user.attribute(attrToken)
+	reg.TokenHash, reg.CodeHash = tokenHash(token), codeHash(token, user.attribute(attrCode))
+	return reg, s.store.adopt(ctx, c, reg, s.now())
+}
+
+// end expires or cancels a pending registration, in both stores.
+func (s *server) end(ctx context.Context, c caller, reg registration, to state, reason string) error {
+	if err := s.store.endRegistration(ctx, c, reg, to, reason, s.now()); err != nil { // E1
+		return err
+	}
+	// Dying here (E1) leaves a user in Keycloak and a users row: the next settle.
+	return s.settle(ctx, c, withState(reg, to))
+}
+
+// repair settles what is due: expired registrations, queued mails, and whatever a
+// dead process has left. Instances share the work. An outage ends the run; the
+// next one goes on.
+func (s *server) repair(ctx context.Context) error {
+	start := s.now()
+	for ctx.Err() == nil {
+		reg, err := s.store.takeDue(ctx, gonanoid.Must(), start, s.now())
+		if errors.Is(err, errNotFound) {
+			return nil
+		} else if err != nil {
+			return err
+		}
+		err = func() error {
+			ctx, cancel := detached(ctx, flowTime)
+			defer cancel()
+			return s.settle(ctx, system("repair"), reg)
+		}()
+		if errors.Is(err, errUnavailable) {
+			return err
+		}
+		if err != nil {
+			s.log.ErrorContext(ctx, "a registration could not be settled; it will be tried again", "registration", reg.ID, "error", err)
+		}
+	}
+	return nil
+}
+
+// plainUsername is an address that Keycloak takes as a username: it refuses some
+// characters that addresses may have (o'neil@…), and more than 100 of them.
+var plainUsername = regexp.MustCompile(`^[A-Za-z0-9._@+-]{3,100}$`)
+
+// actionKeyPattern is what a key of Keycloak's links looks like, a JWT; or nothing.
+var actionKeyPattern = regexp.MustCompile(`^[A-Za-z0-9._-]*$`)
+
+// validEmail says whether an address is one that a mail can be sent to: a bare
+// addr-spec of RFC 5322 §3.4.1 without quotes, ASCII before the @ as Keycloak wants
+// it, and a dot in its domain.
+func validEmail(email string) bool {
+	a, err := mail.ParseAddress(email)
+	if err != nil || a.Address != email || a.Name != "" || strings.ContainsAny(email, "\" ()[]") {
+		return false
+	}
+	local, domain, _ := strings.Cut(email, "@")
+	ascii := !strings.ContainsFunc(local, func(r rune) bool { return r > unicode.MaxASCII })
+	return ascii && len(local) <= 64 && strings.Contains(domain, ".") && !strings.HasSuffix(domain, ".")
+}

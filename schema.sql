@@ -1,0 +1,139 @@
+-- The tables of the service. PostgreSQL owns authorization, status and audit;
+-- Keycloak owns identity and passwords. No password, token or code is stored
+-- here: only hashes, and nothing that could be turned back.
+--
+-- The file is applied as a whole, in one transaction, whenever its hash differs
+-- from the one in schema_version; every statement may therefore be repeated.
+
+-- One row: the SHA-256 of the schema that this database has.
+create table if not exists schema_version (
+    only_row   boolean primary key default true check (only_row),
+    sha256     varchar(64) not null,
+    applied_at timestamptz not null
+);
+
+-- Everyone who may have an account: a row is written right after Keycloak has
+-- accepted the user (is_verified = false) and removed again if the registration
+-- expires or is cancelled. Later it is only ever marked as deleted.
+create table if not exists users (
+    user_id       varchar(32) primary key,             -- USR-… , also a claim in every token
+    keycloak_id   varchar(255) unique not null,        -- the token's sub
+    email         varchar(255) not null,               -- as typed; compared without case
+    username      varchar(100) not null,               -- as typed; compared without case
+    first_name    varchar(100),
+    last_name     varchar(100),
+    phone         varchar(20),                         -- E.164
+    photo         text,
+    is_verified   boolean not null default false,      -- the e-mail address was confirmed
+    role          varchar(50) not null default 'user',
+    network_id    varchar(32) not null default '',     -- '' = no network; "X" in tokens
+    station_id    varchar(32) not null default '',
+    source        varchar(20) not null default 'web',
+    is_active     boolean not null default true,
+    deleted_at    timestamptz,
+    last_login_at timestamptz,
+    created_at    timestamptz not null default now(),
+    updated_at    timestamptz not null default now(),
+    created_by    varchar(32),                         -- user id of an administrator; null = themselves
+    updated_by    varchar(32),
+    constraint valid_role check (role in ('user', 'admin', 'partner', 'operator')),
+    constraint valid_source check (source in ('web', 'internal')),
+    constraint check_deleted check (
+        (deleted_at is null and is_active = true) or
+        (deleted_at is not null and is_active = false)
+    )
+);
+create unique index if not exists one_live_user_per_email on users (lower(email)) where deleted_at is null;
+create unique index if not exists one_live_user_per_username on users (lower(username)) where deleted_at is null;
+
+-- One person's attempt to open an account. It only moves forward:
+-- pending → verified | expired | cancelled.
+create table if not exists user_registrations (
+    registration_id    varchar(32) primary key,        -- REG-…; whoever knows it may ask for the status
+    email              varchar(255) not null,
+    username           varchar(100) not null,
+    first_name         varchar(100),
+    last_name          varchar(100),
+    phone              varchar(20),
+    verification_token varchar(100) unique not null,   -- SHA-256 of the link's token, hex
+    verification_code  varchar(10),                    -- keyed hash of the six digits, see codeHash
+    status             varchar(20) not null default 'pending',
+    keycloak_id        varchar(255),                   -- null: Keycloak has not accepted the user, or has deleted it
+    user_id            varchar(32),
+    resend_count       integer not null default 0,
+    expires_at         timestamptz not null,           -- meaningful only while pending
+    verified_at        timestamptz,
+    created_at         timestamptz not null default now(),
+    ip_address         varchar(50),
+    user_agent         text,
+    -- beyond the given columns:
+    locale             varchar(20) not null default '',    -- language of the mails, BCP 47
+    with_password      boolean not null default true,      -- false: chosen on Keycloak's page after verification
+    mail_state         varchar(10) not null default 'queued',
+    mailed_at          timestamptz,                        -- when the last mail was handed over
+    code_attempts      integer not null default 0,         -- wrong or right, counted before the comparison
+    due_at             timestamptz,                        -- when the repair loop must look at it; null = settled for good
+    lease_owner        varchar(32),                        -- who is moving it now, until due_at
+    constraint valid_registration_status check (status in ('pending', 'verified', 'expired', 'cancelled')),
+    constraint valid_mail_state check (mail_state in ('sent', 'queued')),
+    constraint fk_user_id foreign key (user_id) references users (user_id)
+);
+create unique index if not exists one_pending_registration_per_email
+    on user_registrations (lower(email)) where status = 'pending';
+create index if not exists registrations_by_email on user_registrations (lower(email), created_at);
+create index if not exists registrations_due on user_registrations (due_at) where due_at is not null;
+create index if not exists registrations_by_user on user_registrations (user_id) where user_id is not null;
+
+-- A sign-in. Ended sessions stay for the record; ended_reason says why.
+create table if not exists sessions (
+    session_id          varchar(32) primary key,       -- SES-…
+    user_id             varchar(32) not null references users (user_id),
+    keycloak_session_id varchar(255) not null,         -- claim sid
+    refresh_hash        varchar(64) not null,          -- SHA-256 of the refresh token, hex
+    ip_address          varchar(50) not null,
+    user_agent          text not null,
+    created_at          timestamptz not null,
+    last_used_at        timestamptz not null,
+    expires_at          timestamptz not null,          -- when Keycloak lets the refresh token die
+    ended_at            timestamptz,
+    ended_reason        varchar(40)
+);
+create unique index if not exists sessions_by_refresh_hash on sessions (refresh_hash);
+create index if not exists sessions_by_user on sessions (user_id, created_at);
+
+-- What happened, who did it, to whom, from where. Written in the transaction of
+-- the change that it records. Append-only: the trigger below refuses the rest.
+create table if not exists audit_log (
+    audit_id   varchar(32) primary key,                -- AUD-…
+    at         timestamptz not null,
+    actor      varchar(100) not null,                  -- USR-…, anonymous, system:…, operator:…
+    action     varchar(50) not null,                   -- registration.verify, login, …
+    target     varchar(100) not null,                  -- the id of what was acted on, or ''
+    outcome    varchar(10) not null,                   -- ok, refused, failed
+    reason     varchar(100) not null default '',       -- a problem's slug or a short constant
+    ip_address varchar(50) not null default '',
+    user_agent text not null default '',
+    request_id varchar(64) not null default '',
+    details    jsonb not null default '{}',
+    constraint valid_outcome check (outcome in ('ok', 'refused', 'failed'))
+);
+create index if not exists audit_by_time on audit_log (at, audit_id);
+create index if not exists audit_by_target on audit_log (target, at);
+create index if not exists audit_by_actor on audit_log (actor, at);
+
+create or replace function audit_log_is_append_only() returns trigger language plpgsql as $$
+begin
+    raise exception 'audit_log is append-only';
+end $$;
+create or replace trigger audit_log_append_only before update or delete or truncate on audit_log
+    for each statement execute function audit_log_is_append_only();
+
+-- Counters of every limit, exact over all instances: a window begins with the
+-- first hit and ends at resets_at. Unlogged: after a crash of PostgreSQL the
+-- counters begin anew, which harms nobody and spares the log.
+create unlogged table if not exists rate_limits (
+    key       varchar(120) primary key,                -- what is limited and a hash of whom
+    hits      integer not null,
+    resets_at timestamptz not null
+);
+create index if not exists rate_limits_by_end on rate_limits (resets_at);

@@ -1,0 +1,586 @@
+package main
+
+import (
+	"context"
+	"crypto/sha256"
+	_ "embed"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
+)
+
+//go:embed schema.sql
+var schemaSQL string
+
+// What a store method may return beside its result.
+var (
+	errNotFound    = errors.New("no such row")
+	errConflict    = errors.New("a unique value exists already")
+	errRace        = errors.New("another registration of that address came first")
+	errLeaseLost   = errors.New("the registration's lease is another's by now")
+	errUnavailable = errors.New("a store is not available") // PostgreSQL or Keycloak: see the wrapped cause
+)
+
+// store is PostgreSQL. One method is one statement or one transaction. Times
+// come from the caller, so that a test can move them.
+type store struct{ pool *pgxpool.Pool }
+
+// openStore prepares the pool and does not connect: the service starts while
+// PostgreSQL is down.
+func openStore(ctx context.Context, url secret) (*store, error) {
+	cfg, err := pgxpool.ParseConfig(string(url))
+	if err != nil {
+		return nil, errors.New("DATABASE_URL can't be parsed") // the cause may quote the password
+	}
+	if !strings.Contains(string(url), "pool_max_conns") {
+		cfg.MaxConns = 16
+	}
+	if cfg.ConnConfig.ConnectTimeout == 0 || cfg.ConnConfig.ConnectTimeout > 10*time.Second {
+		cfg.ConnConfig.ConnectTimeout = 3 * time.Second
+	}
+	cfg.ConnConfig.RuntimeParams["application_name"] = "auth-service"
+	cfg.ConnConfig.RuntimeParams["statement_timeout"] = "5000"
+	cfg.ConnConfig.RuntimeParams["timezone"] = "UTC"
+	pool, err := pgxpool.NewWithConfig(ctx, cfg)
+	if err != nil {
+		return nil, err
+	}
+	return &store{pool}, nil
+}
+
+// migrate brings the schema to this version, once however many instances start
+// at the same time. A schema that is current costs one query and takes no lock.
+func (st *store) migrate(ctx context.Context) error {
+	sum := sha256.Sum256([]byte(schemaSQL))
+	want := hex.EncodeToString(sum[:])
+	current := func(q querier) (bool, error) {
+		var have string
+		err := q.QueryRow(ctx, `select sha256 from schema_version`).Scan(&have)
+		var pg *pgconn.PgError
+		if errors.Is(err, pgx.ErrNoRows) || errors.As(err, &pg) && pg.Code == "42P01" { // undefined_table
+			return false, nil
+		}
+		return have == want, err
+	}
+	if ok, err := current(st.pool); ok || err != nil {
+		return storeError(err)
+	}
+	return st.tx(ctx, func(tx pgx.Tx) error {
+		if _, err := tx.Exec(ctx, `select set_config('lock_timeout', '3s', true), pg_advisory_xact_lock(7203)`); err != nil {
+			return err
+		}
+		if _, err := tx.Exec(ctx, schemaSQL); err != nil {
+			return err
+		}
+		_, err := tx.Exec(ctx, `
+			insert into schema_version (sha256, applied_at) values ($1, now())
+			on conflict (only_row) do update set sha256 = excluded.sha256, applied_at = excluded.applied_at`, want)
+		return err
+	})
+}
+
+func (st *store) ping(ctx context.Context) error { return storeError(st.pool.Ping(ctx)) }
+
+// querier is what a pool and a transaction have in common.
+type querier interface {
+	Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error)
+	Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error)
+	QueryRow(ctx context.Context, sql string, args ...any) pgx.Row
+}
+
+// tx runs f in a transaction; an error of f rolls it back.
+func (st *store) tx(ctx context.Context, f func(tx pgx.Tx) error) error {
+	return storeError(pgx.BeginFunc(ctx, st.pool, f))
+}
+
+// storeError translates the driver's errors into ours. Unknown to the driver
+// means that there was no answer: the server is away, or the time was up.
+func storeError(err error) error {
+	var pg *pgconn.PgError
+	switch {
+	case err == nil, errors.Is(err, errNotFound), errors.Is(err, errConflict), errors.Is(err, errRace),
+		errors.Is(err, errLeaseLost), errors.Is(err, errUnavailable), errors.As(err, new(problem)):
+		return err
+	case errors.Is(err, pgx.ErrNoRows):
+		return errNotFound
+	case errors.As(err, &pg) && pg.Code == "23505": // unique_violation; pg.Detail would hold the value
+		if pg.ConstraintName == "one_pending_registration_per_email" {
+			return errRace
+		}
+		return fmt.Errorf("%w: %s", errConflict, pg.ConstraintName)
+	case errors.As(err, &pg):
+		switch pg.Code[:2] {
+		case "08", "53", "57": // connection, resources (too many clients), operator (shutdown, starting up, timeout)
+			return fmt.Errorf("%w: PostgreSQL: %s", errUnavailable, pg.Message)
+		}
+		if pg.Code == "42P01" { // undefined_table: migrate has not come through yet
+			return fmt.Errorf("%w: PostgreSQL: the schema is not there yet", errUnavailable)
+		}
+		return fmt.Errorf("PostgreSQL: %s (%s %s)", pg.Message, pg.Code, pg.ConstraintName)
+	case pgconn.Timeout(err), pgconn.SafeToRetry(err), errors.As(err, new(*pgconn.ConnectError)),
+		strings.Contains(err.Error(), "conn closed"), strings.Contains(err.Error(), "unexpected EOF"):
+		return fmt.Errorf("%w: PostgreSQL: %w", errUnavailable, err)
+	}
+	return err
+}
+
+// state is a registration's status as PostgreSQL spells it.
+type state string
+
+const (
+	pending   state = "pending"
+	verified  state = "verified"
+	expired   state = "expired"
+	cancelled state = "cancelled"
+)
+
+// mailState says whether Keycloak has taken the verification mail.
+type mailState string
+
+const (
+	mailSent   mailState = "sent"
+	mailQueued mailState = "queued" // the repair loop keeps trying
+)
+
+// registration is one person's attempt to open an account. It only moves forward:
+//
+//	pending ─▶ verified
+//	   ├─────▶ expired
+//	   └─────▶ cancelled
+type registration struct {
+	ID           registrationID
+	Email        string // as typed; compared without case
+	Username     string
+	FirstName    string
+	LastName     string
+	Phone        string
+	TokenHash    string
+	CodeHash     string
+	State        state
+	KeycloakID   string // empty until R3, and again after E3
+	UserID       userID // empty until R3
+	ResendCount  int
+	ExpiresAt    time.Time // meaningful only while pending
+	CreatedAt    time.Time
+	Locale       string // of the mails
+	WithPassword bool   // false: the person chooses it on Keycloak's page
+	Mail         mailState
+	MailedAt     time.Time // zero until the first mail went out
+	CodeAttempts int
+	Lease        string `db:"-"` // set while this caller holds it; see takeLease
+}
+
+const registrationColumns = `registration_id, email, username, coalesce(first_name, ''), coalesce(last_name, ''),
+	coalesce(phone, ''), verification_token, coalesce(verification_code, ''), status, coalesce(keycloak_id, ''),
+	coalesce(user_id, ''), resend_count, expires_at, created_at, locale, with_password, mail_state,
+	coalesce(mailed_at, 'epoch'), code_attempts`
+
+// oneRegistration returns the first registration of a query, or errNotFound.
+func (st *store) oneRegistration(ctx context.Context, where string, args ...any) (registration, error) {
+	rows, _ := st.pool.Query(ctx, `select `+registrationColumns+` from user_registrations `+where, args...)
+	reg, err := pgx.CollectExactlyOneRow(rows, pgx.RowToStructByPos[registration])
+	return reg, storeError(err)
+}
+
+// registration returns one registration by its id, or errNotFound.
+func (st *store) registration(ctx context.Context, id registrationID) (registration, error) {
+	return st.oneRegistration(ctx, `where registration_id = $1`, id)
+}
+
+// registrationByToken returns the registration that the link's token belongs to.
+//
+// It returns errNotFound for a token that never existed; a registration that
+// has since been verified, has expired or was cancelled is returned as it is,
+// so that the answer can say which.
+func (st *store) registrationByToken(ctx context.Context, hash string) (registration, error) {
+	return st.oneRegistration(ctx, `where verification_token = $1`, hash)
+}
+
+// registrationByEmail returns the pending registration of an address, else its
+// latest one, else errNotFound.
+func (st *store) registrationByEmail(ctx context.Context, email string) (registration, error) {
+	return st.oneRegistration(ctx, `where lower(email) = lower($1)
+		order by status = 'pending' desc, created_at desc limit 1`, email)
+}
+
+// registrationByLogin returns the pending registration that someone who signs
+// in with this e-mail address or username must mean, or errNotFound.
+func (st *store) registrationByLogin(ctx context.Context, login string) (registration, error) {
+	return st.oneRegistration(ctx, `where status = 'pending' and registration_id in (
+			select registration_id from user_registrations where lower(email) = lower($1) and status = 'pending'
+			union all
+			select r.registration_id from users u join user_registrations r on r.user_id = u.user_id
+			where lower(u.username) = lower($1) and u.deleted_at is null and r.status = 'pending')
+		limit 1`, login)
+}
+
+// takeLease makes the caller the only one who may move the registration, until
+// the deadline, and returns the row as it is then. errLeaseLost: another has it.
+func (st *store) takeLease(ctx context.Context, id registrationID, owner string, now time.Time) (registration, error) {
+	rows, _ := st.pool.Query(ctx, `
+		update user_registrations set lease_owner = $2, due_at = $4
+		where registration_id = $1 and (lease_owner is null or due_at <= $3)
+		returning `+registrationColumns, id, owner, now, now.Add(leaseTime))
+	reg, err := pgx.CollectExactlyOneRow(rows, pgx.RowToStructByPos[registration])
+	if errors.Is(err, pgx.ErrNoRows) {
+		return reg, errLeaseLost
+	}
+	reg.Lease = owner
+	return reg, storeError(err)
+}
+
+// takeDue leases one registration that the repair loop must look at, due before
+// the loop's start, or returns errNotFound. Instances that ask at the same time get
+// different ones.
+func (st *store) takeDue(ctx context.Context, owner string, start, now time.Time) (registration, error) {
+	rows, _ := st.pool.Query(ctx, `
+		update user_registrations set lease_owner = $1, due_at = $3
+		where registration_id = (select registration_id from user_registrations where due_at <= $2
+			order by due_at limit 1 for update skip locked)
+		returning `+registrationColumns, owner, start, now.Add(leaseTime))
+	reg, err := pgx.CollectExactlyOneRow(rows, pgx.RowToStructByPos[registration])
+	reg.Lease = owner
+	return reg, storeError(err)
+}
+
+// openRegistrations returns the registrations of an address that are not settled:
+// the pending one, and ended ones that still owe Keycloak a deletion.
+func (st *store) openRegistrations(ctx context.Context, email string) ([]registrationID, error) {
+	rows, _ := st.pool.Query(ctx, `
+		select registration_id from user_registrations where lower(email) = lower($1) and due_at is not null`, email)
+	ids, err := pgx.CollectRows(rows, pgx.RowTo[registrationID])
+	return ids, storeError(err)
+}
+
+// release ends the lease and says when the repair loop must look again; the zero
+// time means never, the registration is settled. It does nothing to a lease that
+// has become another's.
+func (st *store) release(ctx context.Context, reg registration, due time.Time) error {
+	_, err := st.pool.Exec(ctx, `
+		update user_registrations set lease_owner = null, due_at = $3
+		where registration_id = $1 and lease_owner = $2`, reg.ID, reg.Lease, nullTime(due))
+	return storeError(err)
+}
+
+// addRegistration inserts a pending registration under the caller's lease and, in
+// the same transaction, cancels the one that it replaces (C1, R1).
+//
+// It returns errConflict when a user has the address or username, errRace when
+// another registration of that address came first, and errLeaseLost when the one
+// to replace is no longer the caller's.
+func (st *store) addRegistration(ctx context.Context, c caller, reg, replaced registration, now time.Time) error {
+	return st.tx(ctx, func(tx pgx.Tx) error {
+		if replaced.ID != "" {
+			if err := moveRegistration(ctx, tx, c, replaced, cancelled, "replaced", now); err != nil {
+				return err
+			}
+		}
+		// An unverified user with this address belongs to a registration of this
+		// address, which is or will be replaced. Anybody else is in the way.
+		var taken bool
+		if err := tx.QueryRow(ctx, `
+			select exists (select from users where deleted_at is null
+				and (lower(email) = lower($1) or lower(username) = lower($2))
+				and (is_verified or source = 'internal' or lower(email) <> lower($1)))`,
+			reg.Email, reg.Username).Scan(&taken); err != nil {
+			return err
+		}
+		if taken {
+			return errConflict
+		}
+		if _, err := tx.Exec(ctx, `
+			insert into user_registrations (registration_id, email, username, first_name, last_name, phone,
+				verification_token, verification_code, status, expires_at, created_at, ip_address, user_agent,
+				locale, with_password, mail_state, lease_owner, due_at)
+			values ($1, $2, $3, $4, $5, $6, $7, $8, 'pending', $9, $10, $11, $12, $13, $14, 'queued', $15, $16)`,
+			reg.ID, reg.Email, reg.Username, nullString(reg.FirstName), nullString(reg.LastName), nullString(reg.Phone),
+			reg.TokenHash, reg.CodeHash, reg.ExpiresAt, now, c.Address, c.UserAgent,
+			reg.Locale, reg.WithPassword, reg.Lease, now.Add(leaseTime)); err != nil {
+			return err // the only unique value that can exist is the address of a pending registration
+		}
+		return writeAudit(ctx, tx, c, now, entry{Action: "registration.begin", Target: string(reg.ID)})
+	})
+}
+
+// adopt records what Keycloak has accepted (R3): the users row, its ids and the
+// hashes of the secrets that its user carries. Repeating it changes nothing.
+// errConflict: a live user has the address or username; errLeaseLost.
+func (st *store) adopt(ctx context.Context, c caller, reg registration, now time.Time) error {
+	return st.tx(ctx, func(tx pgx.Tx) error {
+		if _, err := tx.Exec(ctx, `
+			insert into users (user_id, keycloak_id, email, username, first_name, last_name, phone, created_at, updated_at)
+			values ($1, $2, $3, $4, $5, $6, $7, $8, $8) on conflict (user_id) do nothing`,
+			reg.UserID, reg.KeycloakID, reg.Email, reg.Username, nullString(reg.FirstName), nullString(reg.LastName),
+			nullString(reg.Phone), now); err != nil {
+			return err
+		}
+		tag, err := tx.Exec(ctx, `
+			update user_registrations set keycloak_id = $3, user_id = $4, verification_token = $5, verification_code = $6
+			where registration_id = $1 and lease_owner = $2 and status = 'pending'`,
+			reg.ID, reg.Lease, reg.KeycloakID, reg.UserID, reg.TokenHash, reg.CodeHash)
+		if err == nil && tag.RowsAffected() == 0 {
+			err = errLeaseLost
+		}
+		if err != nil {
+			return err
+		}
+		return writeAudit(ctx, tx, c, now, entry{Action: "user.create", Target: string(reg.UserID),
+			Details: map[string]any{"registration_id": reg.ID, "source": "web", "role": "user"}})
+	})
+}
+
+// moveRegistration is every step forward out of pending but verification: the
+// state and its audit entry, in the caller's transaction. From here on the repair
+// loop owes Keycloak a deletion (E2, C2). It returns errLeaseLost.
+func moveRegistration(ctx context.Context, tx pgx.Tx, c caller, reg registration, to state, reason string, now time.Time) error {
+	tag, err := tx.Exec(ctx, `
+		update user_registrations set status = $3, mail_state = 'sent'
+		where registration_id = $1 and lease_owner = $2 and status = 'pending'`, reg.ID, reg.Lease, to)
+	if err != nil {
+		return err
+	}
+	if tag.RowsAffected() == 0 {
+		return errLeaseLost
+	}
+	return writeAudit(ctx, tx, c, now, entry{Action: "registration." + string(to), Target: string(reg.ID), Reason: reason,
+		Details: map[string]any{"user_id": reg.UserID}})
+}
+
+// endRegistration expires or cancels a leased pending registration (E1, C1).
+func (st *store) endRegistration(ctx context.Context, c caller, reg registration, to state, reason string, now time.Time) error {
+	return st.tx(ctx, func(tx pgx.Tx) error { return moveRegistration(ctx, tx, c, reg, to, reason, now) })
+}
+
+// forgetUser removes the users row of an ended registration, after Keycloak has
+// deleted its user (E3). Nothing is owed any more.
+func (st *store) forgetUser(ctx context.Context, c caller, reg registration, now time.Time) error {
+	return st.tx(ctx, func(tx pgx.Tx) error {
+		tag, err := tx.Exec(ctx, `
+			update user_registrations set keycloak_id = null, user_id = null, lease_owner = null, due_at = null
+			where registration_id = $1 and lease_owner = $2 and status in ('expired', 'cancelled')`, reg.ID, reg.Lease)
+		if err != nil {
+			return err
+		}
+		if tag.RowsAffected() == 0 {
+			return errLeaseLost
+		}
+		tag, err = tx.Exec(ctx, `delete from users where user_id = $1 and not is_verified`, reg.UserID)
+		if err != nil || tag.RowsAffected() == 0 {
+			return err // no row: the registration never came as far as R3
+		}
+		return writeAudit(ctx, tx, c, now, entry{Action: "user.remove", Target: string(reg.UserID),
+			Details: map[string]any{"registration_id": reg.ID}})
+	})
+}
+
+// conclude makes the registration verified and its user an account (V4). codeHash
+// replaces the one whose key is gone. It returns errLeaseLost.
+func (st *store) conclude(ctx context.Context, c caller, reg registration, codeHash string, now time.Time) error {
+	return st.tx(ctx, func(tx pgx.Tx) error {
+		tag, err := tx.Exec(ctx, `
+			update user_registrations set status = 'verified', verified_at = $3, verification_code = $4, mail_state = 'sent',
+				lease_owner = null, due_at = null
+			where registration_id = $1 and lease_owner = $2 and status = 'pending'`, reg.ID, reg.Lease, now, codeHash)
+		if err != nil {
+			return err
+		}
+		if tag.RowsAffected() == 0 {
+			return errLeaseLost
+		}
+		if _, err := tx.Exec(ctx, `update users set is_verified = true, updated_at = $2 where user_id = $1`, reg.UserID, now); err != nil {
+			return err
+		}
+		return writeAudit(ctx, tx, c, now, entry{Action: "registration.verified", Target: string(reg.ID),
+			Details: map[string]any{"user_id": reg.UserID}})
+	})
+}
+
+// countCodeAttempt counts a guess before it is compared, so that two hundred
+// parallel guesses count as two hundred. It reports whether this one may be made.
+func (st *store) countCodeAttempt(ctx context.Context, id registrationID) (bool, error) {
+	tag, err := st.pool.Exec(ctx, `
+		update user_registrations set code_attempts = code_attempts + 1
+		where registration_id = $1 and code_attempts < $2`, id, codeAttempts)
+	return tag.RowsAffected() == 1, storeError(err)
+}
+
+// mailClaim is the right to send one mail.
+type mailClaim struct {
+	Resend    bool      // count it as asked for by the person, and begin the time anew
+	CodeHash  string    // of the code that the mail will show
+	ExpiresAt time.Time // of the registration, from this mail on
+}
+
+// claimMail takes one mail out of the budgets of the address, before it is sent:
+// at most one in a cooldown, at most mailsPerDay a day. It returns a limited error
+// with the time to wait, and has then changed nothing; or errLeaseLost.
+func (st *store) claimMail(ctx context.Context, c caller, reg registration, m mailClaim, cooldown time.Duration, now time.Time) error {
+	return st.tx(ctx, func(tx pgx.Tx) error {
+		for _, l := range mailLimits(reg.Email, cooldown) {
+			if err := hit(ctx, tx, l, now); err != nil {
+				return err
+			}
+		}
+		resend := 0
+		if m.Resend {
+			resend = 1
+		}
+		tag, err := tx.Exec(ctx, `
+			update user_registrations set mail_state = 'queued', verification_code = $3, code_attempts = 0, expires_at = $4,
+				resend_count = resend_count + $5
+			where registration_id = $1 and lease_owner = $2 and status = 'pending'`,
+			reg.ID, reg.Lease, m.CodeHash, m.ExpiresAt, resend)
+		if err == nil && tag.RowsAffected() == 0 {
+			err = errLeaseLost
+		}
+		if err != nil || !m.Resend {
+			return err
+		}
+		return writeAudit(ctx, tx, c, now, entry{Action: "registration.resend", Target: string(reg.ID)})
+	})
+}
+
+// mailHandedOver records that Keycloak has taken the mail (R5) and ends the lease.
+func (st *store) mailHandedOver(ctx context.Context, c caller, reg registration, due, now time.Time) error {
+	return st.tx(ctx, func(tx pgx.Tx) error {
+		tag, err := tx.Exec(ctx, `
+			update user_registrations set mail_state = 'sent', mailed_at = $3, lease_owner = null, due_at = $4
+			where registration_id = $1 and lease_owner = $2 and status = 'pending'`, reg.ID, reg.Lease, now, due)
+		if err != nil || tag.RowsAffected() == 0 {
+			return err // no row: too slow, another concludes; the mail is out all the same
+		}
+		return writeAudit(ctx, tx, c, now, entry{Action: "registration.mail", Target: string(reg.ID)})
+	})
+}
+
+// refundMail gives a claim back for a mail that was certainly not sent.
+func (st *store) refundMail(ctx context.Context, email string, cooldown time.Duration) error {
+	keys := []string{}
+	for _, l := range mailLimits(email, cooldown) {
+		keys = append(keys, l.Key)
+	}
+	_, err := st.pool.Exec(ctx, `update rate_limits set hits = hits - 1 where key = any($1) and hits > 0`, keys)
+	return storeError(err)
+}
+
+// limit is at most N hits of a key in a window that begins with the first one.
+type limit struct {
+	Key     string
+	N       int
+	Window  time.Duration
+	Problem problem // what the client is told
+}
+
+// hit counts one hit, exactly, over all instances. Over the limit it counts
+// nothing and returns the limit's problem with the time until the window ends.
+func hit(ctx context.Context, q querier, l limit, now time.Time) error {
+	var hits int
+	var resets time.Time
+	if err := q.QueryRow(ctx, `
+		insert into rate_limits as r (key, hits, resets_at) values ($1, 1, $2)
+		on conflict (key) do update set
+			hits = case when r.resets_at <= $3 then 1 else least(r.hits + 1, $4 + 1) end,
+			resets_at = case when r.resets_at <= $3 then excluded.resets_at else r.resets_at end
+		returning hits, resets_at`, l.Key, now.Add(l.Window), now, l.N).Scan(&hits, &resets); err != nil {
+		return storeError(err)
+	}
+	if hits > l.N {
+		return l.Problem.retryAfter(resets.Sub(now))
+	}
+	return nil
+}
+
+func (st *store) hit(ctx context.Context, l limit, now time.Time) error {
+	return hit(ctx, st.pool, l, now)
+}
+
+// peek says what hit would, and counts nothing.
+func (st *store) peek(ctx context.Context, l limit, now time.Time) error {
+	var resets time.Time
+	err := storeError(st.pool.QueryRow(ctx, `select resets_at from rate_limits where key = $1 and hits >= $2 and resets_at > $3`,
+		l.Key, l.N, now).Scan(&resets))
+	if errors.Is(err, errNotFound) {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	return l.Problem.retryAfter(resets.Sub(now))
+}
+
+// sweepLimits removes counters whose window is over.
+func (st *store) sweepLimits(ctx context.Context, now time.Time) error {
+	_, err := st.pool.Exec(ctx, `delete from rate_limits where key in (
+		select key from rate_limits where resets_at < $1 limit 10000)`, now)
+	return storeError(err)
+}
+
+// user is an account, as PostgreSQL knows it.
+type user struct {
+	ID         userID
+	KeycloakID string
+	Email      string
+	Username   string
+	Role       string
+	NetworkID  string
+	StationID  string
+	IsVerified bool
+	IsActive   bool
+}
+
+// userByKeycloakID returns the user whose tokens have this sub, deleted or not,
+// or errNotFound.
+func (st *store) userByKeycloakID(ctx context.Context, id string) (user, error) {
+	rows, _ := st.pool.Query(ctx, `
+		select user_id, keycloak_id, email, username, role, network_id, station_id, is_verified, is_active
+		from users where keycloak_id = $1`, id)
+	u, err := pgx.CollectExactlyOneRow(rows, pgx.RowToStructByPos[user])
+	return u, storeError(err)
+}
+
+// session is a sign-in, see schema.sql.
+type session struct {
+	ID          sessionID
+	User        userID
+	KeycloakID  string // claim sid
+	RefreshHash string
+	ExpiresAt   time.Time
+}
+
+// addSession stores a sign-in (L2).
+func (st *store) addSession(ctx context.Context, c caller, s session, now time.Time) error {
+	return st.tx(ctx, func(tx pgx.Tx) error {
+		if _, err := tx.Exec(ctx, `
+			insert into sessions (session_id, user_id, keycloak_session_id, refresh_hash, ip_address, user_agent,
+				created_at, last_used_at, expires_at)
+			values ($1, $2, $3, $4, $5, $6, $7, $7, $8)`,
+			s.ID, s.User, s.KeycloakID, s.RefreshHash, c.Address, c.UserAgent, now, s.ExpiresAt); err != nil {
+			return err
+		}
+		if _, err := tx.Exec(ctx, `update users set last_login_at = $2 where user_id = $1`, s.User, now); err != nil {
+			return err
+		}
+		c.Actor = string(s.User)
+		return writeAudit(ctx, tx, c, now, entry{Action: "login", Target: string(s.User),
+			Details: map[string]any{"session_id": s.ID}})
+	})
+}
+
+func nullString(s string) *string {
+	if s == "" {
+		return nil
+	}
+	return &s
+}
+
+func nullTime(t time.Time) *time.Time {
+	if t.IsZero() {
+		return nil
+	}
+	return &t
+}

@@ -1,0 +1,83 @@
+package templates
+
+import "github.com/a-h/templ"
+
+// A Sample is one page in one state, with invented data.
+type Sample struct {
+	Name string // "register-errors", a path segment
+	Page templ.Component
+}
+
+// Samples returns every page in every state. The development server shows them at /preview/{name}, and the tests
+// look at each in a browser.
+func Samples() []Sample {
+	const (
+		email = "ada.lovelace@example.com"
+		token = "6qS3jXr8vN2kT0wYbE5hCg"
+		id    = "01K6ZJ8M4V7Q2X9N5T3B"
+	)
+	long := "wilhelmine.charlotte.von-hohenfels-langenburg+registrierung@stadtwerke-donaudampfschifffahrt.example.com"
+	samples := []Sample{
+		{"home", Home()},
+		{"register", Register(RegisterForm{})},
+		{"register-errors", Register(RegisterForm{
+			Email: "ada.lovelace@", Username: "al", FirstName: "Ada", Phone: "030 123456",
+			Errors: map[string]string{
+				"email":    "is not a valid e-mail address",
+				"username": "must have at least 3 characters",
+				"phone":    "is not a valid phone number; write it with the country code, like +4930123456",
+				"password": "is too weak",
+			},
+		})},
+		{"register-exists", Register(RegisterForm{
+			Email: long, FirstName: "Wilhelmine", LastName: "von Hohenfels-Langenburg",
+			Problem: "An account with this e-mail address or username exists already.",
+		})},
+		{"registered", Registered(RegisteredView{Email: email})},
+		{"registered-queued", Registered(RegisteredView{Email: long, Queued: true})},
+		{"verify", Verify(VerifyView{Email: email, Token: token, Key: "key"})},
+		{"verify-long", Verify(VerifyView{Email: long, Token: token})},
+		{"code", Code(CodeForm{Email: email})},
+		{"code-errors", Code(CodeForm{Email: "ada", Errors: map[string]string{
+			"email": "is not a valid e-mail address", "code": "must be six digits",
+		}})},
+		{"code-wrong", Code(CodeForm{Email: email, Problem: "The e-mail address or the code is wrong."})},
+		{"resend", Resend(ResendForm{})},
+		{"resend-errors", Resend(ResendForm{Errors: map[string]string{"email": "is required"}})},
+		{"cancel", Cancel(CancelView{Email: email, Token: token})},
+		{"verified", Message(Verified(VerifiedView{Email: email, SignInURL: "/auth/login"}))},
+		{"verified-password", Message(Verified(VerifiedView{Email: email, SetPasswordURL: "https://id.example.com/"}))},
+		{"verified-already", Message(Verified(VerifiedView{Email: email, Already: true}))},
+		{"resent", Message(Resent(email, false))},
+		{"resent-queued", Message(Resent(email, true))},
+		{"cancelled", Message(Cancelled())},
+		{"previews", Previews([]Action{{"home", "/preview/home", false}, {"register", "/preview/register", false}})},
+	}
+	for _, p := range []ProblemView{
+		{"verification-expired", "Verification expired", 410,
+			"The time to confirm this registration is over. Please register again."},
+		{"verification-cancelled", "Registration cancelled", 410,
+			"This registration was cancelled or replaced by a newer one."},
+		{"invalid-token", "Invalid link", 400,
+			"This link is not valid. It may be incomplete or belong to a newer mail."},
+		{"invalid-code", "Wrong code", 400, "The e-mail address or the code is wrong."},
+		{"too-many-attempts", "Too many attempts", 429,
+			"The code was entered wrongly too often. The link in the mail still works, or ask for a new mail."},
+		{"resend-too-soon", "Too soon", 429, "A mail was sent a moment ago. Please wait before asking for another."},
+		{"resend-limit", "Too many mails", 429, "No more mails can be sent for this registration or address today."},
+		{"registration-not-found", "No registration", 404, "There is no open registration for this."},
+		{"already-verified", "Already confirmed", 409, "This address is confirmed already. You can sign in."},
+		{"user-exists", "Account exists", 409, "An account with this e-mail address or username exists already."},
+		{"too-many-requests", "Too many requests", 429, "Please wait a moment and try again."},
+		{"unavailable", "Temporarily unavailable", 503,
+			"The service can't do this right now. Nothing is lost; please try again in a moment."},
+		{"internal", "Something went wrong", 500,
+			"This is our fault. Please try again; if it stays, tell us the request id."},
+		{"not-found", "Not found", 404, "There is nothing at this address."},
+	} {
+		samples = append(samples,
+			Sample{"refused-" + p.Slug, Message(Refused(p, id, "/account/verify"))},
+			Sample{"problem-" + p.Slug, Problem(p)})
+	}
+	return samples
+}
