@@ -6,19 +6,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"mime"
 	"net/http"
 	"net/url"
-	"reflect"
 	"regexp"
-	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"time"
-	"unicode"
-	"unicode/utf8"
 
 	"auth-service/templates"
 
@@ -273,150 +266,6 @@ func (s *server) writeJSON(w http.ResponseWriter, r *http.Request, status int, o
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(status)
 	w.Write(body.Bytes())
-}
-
-// decode reads path, query and body into in, and checks it. Every wrong field is
-// named, all at once.
-func (s *server) decode(w http.ResponseWriter, r *http.Request, params nethttp.RequestDecoder, in any) error {
-	if params != nil {
-		if err := params.Decode(r, in, nil); err != nil {
-			return problemInvalidRequest.because(err)
-		}
-	}
-	var wrong []fieldError
-	if r.Method == http.MethodPost || r.Method == http.MethodPatch {
-		if mediaType, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || mediaType != "application/json" {
-			return problemUnsupportedMediaType
-		}
-		body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
-		if err != nil {
-			return bodyError(err)
-		}
-		if wrong, err = decodeJSON(body, in); err != nil {
-			return err
-		}
-	}
-	if wrong = append(wrong, check(in, wrong)...); len(wrong) > 0 {
-		return invalid(wrong...)
-	}
-	return nil
-}
-
-func bodyError(err error) error {
-	if errors.As(err, new(*http.MaxBytesError)) {
-		return problemPayloadTooLarge
-	}
-	return problemInvalidRequest.saying("The request body could not be read.").because(err)
-}
-
-// decodeJSON fills in from a JSON object and returns the members that are unknown,
-// are there twice, or have the wrong type. encoding/json itself would stop at the
-// first, and takes "EMAIL" for "email".
-func decodeJSON(body []byte, in any) ([]fieldError, error) {
-	notJSON := problemInvalidRequest.saying("The request body must be one JSON object.")
-	if !utf8.Valid(body) || !json.Valid(body) { // Valid refuses what follows the value, too
-		return nil, notJSON
-	}
-	dec := json.NewDecoder(bytes.NewReader(body))
-	if t, err := dec.Token(); err != nil || t != json.Delim('{') {
-		return nil, notJSON
-	}
-	fields := inputFields(in)
-	seen := map[string]bool{}
-	var wrong []fieldError
-	for dec.More() {
-		key, err := dec.Token()
-		if err != nil {
-			return nil, notJSON
-		}
-		var raw json.RawMessage
-		if err := dec.Decode(&raw); err != nil {
-			return nil, notJSON
-		}
-		name := key.(string)
-		f, known := fields[name]
-		switch {
-		case !known && len(name) > 50:
-			wrong = append(wrong, fieldError{"", "has a field that is not known"})
-		case !known:
-			wrong = append(wrong, fieldError{name, "is not known"})
-		case seen[name]:
-			wrong = append(wrong, fieldError{name, "is there twice"})
-		case string(raw) == "null": // as if it were absent
-		default:
-			if json.Unmarshal(raw, f.value.Addr().Interface()) != nil {
-				wrong = append(wrong, fieldError{name, "must be a " + f.value.Kind().String()})
-			}
-		}
-		seen[name] = true
-	}
-	return wrong, nil
-}
-
-// inputField is a field of an operation's input: its value and its tags, which are
-// both the rules that check applies and what the OpenAPI document says.
-type inputField struct {
-	value reflect.Value
-	tag   reflect.StructTag
-}
-
-func inputFields(in any) map[string]inputField {
-	v := reflect.ValueOf(in).Elem()
-	fields := map[string]inputField{}
-	for _, f := range reflect.VisibleFields(v.Type()) {
-		if name, _, _ := strings.Cut(f.Tag.Get("json"), ","); name != "" {
-			fields[name] = inputField{v.FieldByIndex(f.Index), f.Tag}
-		} else if name := f.Tag.Get("path") + f.Tag.Get("query"); name != "" {
-			fields[name] = inputField{v.FieldByIndex(f.Index), f.Tag}
-		}
-	}
-	return fields
-}
-
-// check applies the rules of the tags to the strings of in, except to fields that
-// are known to be wrong, and returns what is wrong, by field name.
-func check(in any, known []fieldError) []fieldError {
-	var wrong []fieldError
-	for name, f := range inputFields(in) {
-		if f.value.Kind() != reflect.String || slices.ContainsFunc(known, func(k fieldError) bool { return k.Field == name }) {
-			continue
-		}
-		if detail := checkString(f.value.String(), f.tag); detail != "" {
-			wrong = append(wrong, fieldError{name, detail})
-		}
-	}
-	slices.SortFunc(wrong, func(a, b fieldError) int { return strings.Compare(a.Field, b.Field) })
-	return wrong
-}
-
-func checkString(value string, tag reflect.StructTag) string {
-	least, _ := strconv.Atoi(tag.Get("minLength"))
-	most, err := strconv.Atoi(tag.Get("maxLength"))
-	if err != nil {
-		most = maxBody
-	}
-	length := utf8.RuneCountInString(value)
-	switch {
-	case value == "" && tag.Get("required") == "true":
-		return "is required"
-	case value == "":
-		return ""
-	case length < least:
-		return fmt.Sprintf("must have at least %d characters", least)
-	case length > most:
-		return fmt.Sprintf("must have at most %d characters", most)
-	case tag.Get("format") == "email" && !validEmail(value):
-		return "is not a valid e-mail address"
-	case tag.Get("format") != "password" && strings.ContainsFunc(value, unicode.IsControl):
-		return "has a character that is not allowed"
-	}
-	if pattern := tag.Get("pattern"); pattern != "" && !regexp.MustCompile(pattern).MatchString(value) {
-		if detail := tag.Get("mismatch"); detail != "" {
-			return detail
-		}
-		return "has a character that is not allowed"
-	}
-	return ""
 }
 
 // view is a page and its status.

@@ -268,16 +268,20 @@ func healthcheck(ctx context.Context, cfg config) error {
 	return nil
 }
 
-// version is what the build recorded: a tag, or the commit.
+// release is set by the build of the container: -ldflags "-X main.release=v1.2.3".
+var release string
+
+// version is what the build was told, else the commit that it recorded.
 func version() string {
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return "unknown"
+	if release != "" {
+		return release
 	}
-	for _, setting := range info.Settings {
-		if setting.Key == "vcs.revision" && len(setting.Value) >= 12 {
-			return setting.Value[:12]
+	if info, ok := debug.ReadBuildInfo(); ok {
+		for _, setting := range info.Settings {
+			if setting.Key == "vcs.revision" {
+				return setting.Value[:min(12, len(setting.Value))]
+			}
 		}
 	}
-	return info.Main.Version
+	return "unknown"
 }

@@ -60,18 +60,20 @@ const password = "correct horse battery staple"
 // world is a realm, a database and a mail server of a test's own, with one or more
 // instances of the service in front of them.
 type world struct {
-	*testing.T
-	realm   string
-	db      string
-	pool    *pgxpool.Pool
-	mail    *mail.Catcher
-	kc      *gate // between the service and Keycloak, where faults are made
-	pg      *pipe // between the service and PostgreSQL
-	env     map[string]string
-	url     string  // of the first instance
-	logs    *buffer // of all instances
-	secrets *buffer // what must not be in them: passwords, tokens, codes, one a line
-	ends    []func() error
+	testing.TB
+	realm      string
+	db         string
+	pool       *pgxpool.Pool
+	mail       *mail.Catcher
+	kc         *gate // between the service and Keycloak, where faults are made
+	pg         *pipe // between the service and PostgreSQL
+	env        map[string]string
+	url        string  // of the first instance
+	management string  // listener of the latest instance
+	logs       *buffer // of all instances
+	secrets    *buffer // what must not be in them: passwords, tokens, codes, one a line
+	ends       []func() error
+	quick      bool // don't check answers against the OpenAPI document
 }
 
 // sharedWorld is for all tests that can live together: they differ in the
@@ -85,26 +87,26 @@ var sharedWorld struct {
 
 // inSharedWorld returns the shared world for a test, and checks the invariants at
 // its end.
-func inSharedWorld(t *testing.T) *world {
+func inSharedWorld(t testing.TB) *world {
 	t.Helper()
 	sharedWorld.Do(func() { sharedWorld.w, sharedWorld.err = build(t.Context(), nil) })
 	if sharedWorld.err != nil {
 		t.Fatal(sharedWorld.err)
 	}
 	w := *sharedWorld.w
-	w.T = t
+	w.TB = t
 	t.Cleanup(w.check)
 	return &w
 }
 
 // newWorld builds a world with settings of its own.
-func newWorld(t *testing.T, settings map[string]string) *world {
+func newWorld(t testing.TB, settings map[string]string) *world {
 	t.Helper()
 	w, err := build(t.Context(), settings)
 	if err != nil {
 		t.Fatal(err)
 	}
-	w.T = t
+	w.TB = t
 	t.Cleanup(func() {
 		w.check()
 		w.close()
@@ -142,9 +144,11 @@ func build(ctx context.Context, settings map[string]string) (*world, error) {
 	if w.pg, err = newPipe(parsed.Host); err != nil {
 		return nil, err
 	}
-	parsed.Host = w.pg.addr
+	if settings["KEYCLOAK_URL"] == "" { // benchmarks go to both servers without a proxy in between
+		parsed.Host = w.pg.addr
+	}
 	w.env = map[string]string{
-		"DATABASE_URL": parsed.String(), "KEYCLOAK_URL": w.kc.url(), "KEYCLOAK_REALM": w.realm,
+		"DATABASE_URL": parsed.String(), "KEYCLOAK_URL": w.kc.url(), "KEYCLOAK_PUBLIC_URL": services.KeycloakURL, "KEYCLOAK_REALM": w.realm,
 		"KEYCLOAK_AUTH_CLIENT_ID": "auth-client", "KEYCLOAK_BACKEND_CLIENT_ID": "backend-admin",
 		"KEYCLOAK_BACKEND_CLIENT_SECRET": backendSecret, "SERVER_HOST": "127.0.0.1", "SERVER_PORT": "0",
 		"MANAGEMENT_ADDR": "127.0.0.1:0", "TRUSTED_PROXIES": "127.0.0.0/8", "LOG_LEVEL": "debug",
@@ -166,13 +170,14 @@ func (w *world) start(ctx context.Context) (string, error) {
 		ended <- run(ctx, nil, func(name string) string { return w.env[name] }, io.Discard, io.MultiWriter(logs, w.logs))
 	}()
 	w.ends = append(w.ends, func() error { cancel(); return <-ended })
-	var line struct{ Address string }
+	var line struct{ Address, Management string }
 	if err := logs.waitFor(30*time.Second, func(text string) bool {
 		m := regexp.MustCompile(`(?m)^.*"msg":"listening".*$`).FindString(text)
 		return json.Unmarshal([]byte(m), &line) == nil && strings.Contains(text, "the schema is current")
 	}); err != nil {
 		return "", fmt.Errorf("the service did not start: %w\n%s", err, logs)
 	}
+	w.management = line.Management
 	return "http://" + line.Address, nil
 }
 
@@ -187,7 +192,7 @@ func (w *world) close() {
 	w.pool.Close()
 	errs = append(errs, w.kc.close(), w.pg.close(), w.mail.Close(),
 		services.DropDatabase(ctx, w.db), services.DeleteRealm(ctx, w.realm))
-	if err := errors.Join(errs...); err != nil && w.T != nil {
+	if err := errors.Join(errs...); err != nil && w.TB != nil {
 		w.Errorf("the world did not end well: %v", err)
 	}
 }
@@ -282,7 +287,9 @@ func (w *world) do(r call) answer {
 	if err != nil {
 		w.Fatalf("%s %s: %v", r.method, r.path, err)
 	}
-	w.checkDocumented(r, a)
+	if !w.quick {
+		w.checkDocumented(r, a)
+	}
 	return a
 }
 

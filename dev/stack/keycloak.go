@@ -43,9 +43,9 @@ func (s *Stack) newKeycloak(java, maven string, port int) (*Server, error) {
 	return &Server{Name: "Keycloak", Port: port, Log: k.log, stopSignal: syscall.SIGTERM, start: k.start}, nil
 }
 
-// start starts Keycloak and heals what a SIGKILL may have left: first a
-// distribution that was killed while it compiled itself, then a database that
-// can't be opened, which is put aside and not deleted.
+// start starts Keycloak and heals what a SIGKILL may have left: a distribution
+// that was killed while it compiled itself, or a database that can't be
+// opened, which is put aside and not deleted.
 func (k *keycloakServer) start(ctx context.Context) (*Child, error) {
 	if err := os.RemoveAll(k.log); err != nil {
 		return nil, err
@@ -58,17 +58,17 @@ func (k *keycloakServer) start(ctx context.Context) (*Child, error) {
 		if err == nil {
 			return child, nil
 		}
-		if ctx.Err() != nil || attempt == 3 {
+		if ctx.Err() != nil || attempt == 2 {
 			return nil, err
 		}
 		log, _ := os.ReadFile(k.log)
-		if attempt == 1 {
+		if strings.Contains(string(log), "File corrupted") { // H2's words
+			aside := k.data + time.Now().Format(".broken-20060102-150405")
+			k.say("Keycloak's database is broken; it starts with an empty one, the old one is in " + aside)
+			err = os.Rename(k.data, aside)
+		} else {
 			k.say("Keycloak ended while it started; trying again with a freshly unpacked one")
 			err = os.RemoveAll(k.home)
-		} else if strings.Contains(string(log), "org.h2") {
-			aside := k.data + time.Now().Format(".broken-20060102-150405")
-			k.say("Keycloak can't open its database; it starts with an empty one, the old one is in " + aside)
-			err = os.Rename(k.data, aside)
 		}
 		if err != nil {
 			return nil, err
@@ -142,6 +142,8 @@ func (k *keycloakServer) command(log *os.File, compiled bool) *exec.Cmd {
 	port := strconv.Itoa(k.port)
 	cmd.Env = append(cmd.Env, "KC_HTTP_HOST=127.0.0.1", "KC_HTTP_PORT="+port, "KC_HOSTNAME=http://localhost:"+port,
 		"KC_HTTP_MANAGEMENT_PORT="+strconv.Itoa(k.management), "KC_HEALTH_ENABLED=true",
+		// Without it, two sign-ins of one person at the same moment refuse each other.
+		"KC_SPI_BRUTE_FORCE_PROTECTOR__DEFAULT_BRUTE_FORCE_DETECTOR__ALLOW_CONCURRENT_REQUESTS=true",
 		"KC_BOOTSTRAP_ADMIN_USERNAME="+k.AdminUser, "KC_BOOTSTRAP_ADMIN_PASSWORD="+k.AdminPassword)
 	return cmd
 }
