@@ -65,13 +65,11 @@ func (s *server) register(ctx context.Context, c caller, in registerIn) (registe
 	if strings.Contains(in.Username, "@") && !strings.EqualFold(in.Username, in.Email) {
 		return registerOut{}, invalid(fieldError{"username", "must not be another e-mail address"})
 	}
-	for _, err := range []error{
-		s.store.hit(ctx, registerLimit(in.Email), s.now()),
-		s.store.peek(ctx, mailLimits(in.Email, s.cfg.ResendCooldown)[1], s.now()),
-	} {
-		if err != nil {
-			return registerOut{}, err
-		}
+	if err := s.store.hit(ctx, registerLimit(in.Email), s.now()); err != nil {
+		return registerOut{}, err
+	}
+	if err := s.store.peek(ctx, mailsADay(in.Email), s.now()); err != nil {
+		return registerOut{}, err
 	}
 	token, code := newToken(), newCode()
 	reg := registration{
@@ -130,6 +128,9 @@ func (s *server) begin(ctx context.Context, c caller, reg registration) (registr
 	for {
 		var replaced registration
 		open, err := s.store.openRegistrations(ctx, reg.Email)
+		if err != nil {
+			return reg, err
+		}
 		for _, id := range open {
 			earlier, err := s.lease(ctx, id)
 			if err != nil {
@@ -140,9 +141,6 @@ func (s *server) begin(ctx context.Context, c caller, reg registration) (registr
 			} else if err := s.settle(ctx, c, earlier); err != nil {
 				return reg, err
 			}
-		}
-		if err != nil {
-			return reg, err
 		}
 		reg.Lease = gonanoid.Must()
 		err = s.store.addRegistration(ctx, c, reg, replaced, s.now())

@@ -11,11 +11,11 @@ import (
 // mailLimits are the budgets of an address. They count mails, not registrations,
 // so that replacing a registration is no way around them.
 func mailLimits(email string, cooldown time.Duration) []limit {
-	who := tokenHash(strings.ToLower(email))
-	return []limit{
-		{"mail:" + who, 1, cooldown, problemResendTooSoon},
-		{"mail-day:" + who, mailsPerDay, 24 * time.Hour, problemResendLimit},
-	}
+	return []limit{{"mail:" + tokenHash(strings.ToLower(email)), 1, cooldown, problemResendTooSoon}, mailsADay(email)}
+}
+
+func mailsADay(email string) limit {
+	return limit{"mail-day:" + tokenHash(strings.ToLower(email)), mailsPerDay, 24 * time.Hour, problemResendLimit}
 }
 
 // sendFirst sends the mail of a user who was just created and is disabled (R4).
@@ -136,6 +136,9 @@ func (s *server) verify(ctx context.Context, c caller, in verifyIn) (verifyOut, 
 		if err == nil {
 			err = s.finish(ctx, c, reg, user) // V3, V4
 		}
+		if err == nil && user.verified() && in.Token == "" {
+			err = problemInvalidCode // V3 had happened: nobody knows the code any more
+		}
 		if err != nil {
 			return verifyOut{}, err
 		}
@@ -168,14 +171,17 @@ func (s *server) lookUp(ctx context.Context, in verifyIn) (registration, error) 
 	}
 	if reg.State != pending && reg.State != verified {
 		key := "code:" + tokenHash(strings.ToLower(in.Email))
-		if err := s.store.hit(ctx, limit{key, codeAttempts, 24 * time.Hour, problemTooManyAttempts}, s.now()); err != nil {
-			return reg, err
+		err := s.store.hit(ctx, limit{key, codeAttempts, 24 * time.Hour, problemTooManyAttempts}, s.now())
+		if errors.As(err, new(problem)) {
+			err = problemTooManyAttempts.retryAfter(s.cfg.ResendCooldown)
+		} else if err == nil {
+			err = problemInvalidCode
 		}
-		return reg, problemInvalidCode
+		return reg, err
 	}
 	allowed, err := s.store.countCodeAttempt(ctx, reg.ID)
 	if err == nil && !allowed {
-		err = problemTooManyAttempts.about(string(reg.ID))
+		err = problemTooManyAttempts.retryAfter(s.cfg.ResendCooldown).about(string(reg.ID)) // by then a new code may be had
 	}
 	return reg, err
 }

@@ -9,7 +9,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -172,10 +171,10 @@ func build(ctx context.Context) (string, error) {
 		return "", err
 	}
 	binary := filepath.Join(root, "dev", ".run", "auth-service")
-	cmd := exec.CommandContext(ctx, "go", "build", "-o", binary, ".")
+	cmd := exec.Command("go", "build", "-o", binary, ".")
 	cmd.Dir = root
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("the service does not build: %w\n%s", err, bytes.TrimSpace(out))
+	if err := stack.Run(ctx, cmd); err != nil {
+		return "", fmt.Errorf("the service does not build: %w", err)
 	}
 	return binary, nil
 }
@@ -199,8 +198,8 @@ func prepare(ctx context.Context, s *stack.Stack, o options, say func(string)) (
 	}
 	say("database " + database + " and realm " + realm + " are there")
 	if !current {
-		say("NOTE: keycloak/realm.json or a port has changed since the realm was imported, and the realm is still the old one.\n" +
-			"         To import it again, and forget all users: go run ./dev -reset")
+		say("NOTE: keycloak/realm.json or a port has changed since the realm was imported; the realm is still the old one")
+		say("NOTE: go run ./dev -reset imports it again, and forgets all users")
 	}
 	return map[string]string{
 		"DATABASE_URL":                   databaseURL,

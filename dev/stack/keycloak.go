@@ -160,13 +160,14 @@ func (k *keycloakServer) unpack(ctx context.Context) error {
 	if _, err := os.Stat(k.home); err == nil {
 		return nil
 	}
+	k.say("this is the first start here: it takes about a minute, later ones about ten seconds")
 	half := k.home + ".half"
 	if err := os.RemoveAll(half); err != nil {
 		return err
 	}
 	defer os.RemoveAll(half)
 	err := during(k.say, "fetching Keycloak "+keycloakVersion+" with Maven (160 MB, once)", func() error {
-		return command(ctx, exec.Command(k.maven, "-q", "-B", "-ntp", "-f", filepath.Join(k.Root, "dev", "stack", "pom.xml"),
+		return Run(ctx, exec.Command(k.maven, "-q", "-B", "-ntp", "-f", filepath.Join(k.Root, "dev", "stack", "pom.xml"),
 			"validate", "-Dtarget="+half))
 	})
 	if err != nil {

@@ -112,11 +112,11 @@ func unprivileged() (*syscall.Credential, error) {
 // postgresData is the cluster's directory: in the state directory, or below
 // /var/tmp if the owner can't get there, as in a clone below /root.
 func (s *Stack) postgresData(owner *syscall.Credential) (string, error) {
-	probe := exec.Command("true")
+	probe := exec.Command("/bin/true")
 	probe.Dir = s.Dir
 	probe.SysProcAttr = &syscall.SysProcAttr{Credential: owner}
-	if probe.Run() == nil {
-		return filepath.Join(s.Dir, "postgres"), nil
+	if owner == nil || probe.Run() == nil {
+		return s.file("postgres"), nil
 	}
 	dir := fmt.Sprintf("/var/tmp/auth-service-%x", sha256.Sum256([]byte(s.Dir)))[:40]
 	if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, os.ErrExist) {
@@ -155,7 +155,7 @@ func createCluster(ctx context.Context, initdb, data string, owner *syscall.Cred
 		"--encoding=UTF8", "--locale=C.UTF-8", "--no-sync")
 	cmd.Dir = "/"
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: owner}
-	if err := command(ctx, cmd); err != nil {
+	if err := Run(ctx, cmd); err != nil {
 		return err
 	}
 	return os.Rename(half, data)

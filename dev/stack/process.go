@@ -94,8 +94,8 @@ func (c *Child) End(sig syscall.Signal, patience time.Duration) {
 	}
 }
 
-// command runs a program to its end; the error has the end of its output.
-func command(ctx context.Context, cmd *exec.Cmd) error {
+// Run runs a program to its end; the error has the end of its output.
+func Run(ctx context.Context, cmd *exec.Cmd) error {
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
 	c, err := Spawn(cmd, syscall.SIGTERM)
@@ -154,8 +154,10 @@ func (s *Server) Start(ctx context.Context) (err error) {
 	}
 	s.child, err = s.start(ctx)
 	if err != nil && ctx.Err() == nil {
-		log, _ := os.ReadFile(s.Log)
-		err = fmt.Errorf("%s did not start: %w\nThe end of %s:\n%s", s.Name, err, s.Log, lastLines(string(log)))
+		err = fmt.Errorf("%s did not start: %w", s.Name, err)
+		if log, _ := os.ReadFile(s.Log); len(log) > 0 {
+			err = fmt.Errorf("%w\nThe end of %s:\n%s", err, s.Log, lastLines(string(log)))
+		}
 	}
 	return err
 }

@@ -32,7 +32,7 @@ var (
 	Maven    = Tool{Name: "Maven", Binaries: []string{"mvn"}, Packages: "maven", Dirs: []string{"$MAVEN_HOME/bin"}}
 	Chromium = Tool{Name: "Chromium", Binaries: []string{"chromium", "chromium-browser", "google-chrome"},
 		Packages: "chromium fonts-dejavu-core", Dirs: []string{"/Applications/Google Chrome.app/Contents/MacOS"}}
-	Nginx = Tool{Name: "nginx", Binaries: []string{"nginx"}, Packages: "nginx-light", Dirs: []string{"/usr/sbin"}}
+	Nginx = Tool{Name: "nginx", Binaries: []string{"nginx"}, Packages: "nginx", Dirs: []string{"/usr/sbin"}}
 )
 
 // FindOrInstallChromium returns the path of a Chromium for the browser tests.
@@ -70,7 +70,7 @@ func FindOrInstall(ctx context.Context, progress func(string), tools ...Tool) ([
 		for _, args := range [][]string{{"update"}, install} {
 			cmd := exec.Command("apt-get", append([]string{"-q", "-o", "DPkg::Lock::Timeout=300"}, args...)...)
 			cmd.Env = append(os.Environ(), "DEBIAN_FRONTEND=noninteractive")
-			if err := command(ctx, cmd); err != nil {
+			if err := Run(ctx, cmd); err != nil {
 				return err
 			}
 		}
