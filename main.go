@@ -133,12 +133,14 @@ func (s *server) serve(ctx context.Context) error {
 
 	loops, stopLoops := context.WithCancel(ctx)
 	var running sync.WaitGroup
-	running.Go(func() { every(loops, time.Second, s.log, job{"migrate", s.migrateOnce()}) })
-	if s.cfg.JobInterval > 0 {
-		for _, j := range s.jobs() {
-			running.Go(func() { every(loops, s.cfg.JobInterval, s.log, s.measured(j)) })
+	running.Go(func() {
+		every(loops, time.Second, s.log, job{"migrate", s.migrateOnce()})
+		if s.cfg.JobInterval > 0 && loops.Err() == nil {
+			for _, j := range s.jobs() {
+				running.Go(func() { every(loops, s.cfg.JobInterval, s.log, s.measured(j)) })
+			}
 		}
-	}
+	})
 	failed := make(chan error, 2)
 	go func() { failed <- mgmt.Serve(management) }()
 	go func() {

@@ -35,6 +35,10 @@ func TestMain(m *testing.M) { os.Exit(testMain(m)) }
 func testMain(m *testing.M) int {
 	ctx, cancel := context.WithTimeout(context.Background(), 8*time.Minute)
 	defer cancel()
+	go func() {
+		<-stack.ParentGone()
+		os.Exit(1) // the stack dies with us
+	}()
 	start := time.Now()
 	var err error
 	services, err = stack.Use(ctx, stack.Options{Test: true, Progress: func(s string) {

@@ -57,7 +57,7 @@ func (s *server) mail(ctx context.Context, c caller, reg registration, claim mai
 	// enabled: settle sends it and disables.
 	err = enable()
 	if err == nil {
-		err = s.kc.sendMail(ctx, reg.KeycloakID, reg.Locale, reg.ExpiresAt.Sub(s.now()), !reg.WithPassword)
+		err = s.kc.sendMail(ctx, reg.KeycloakID, reg.Locale, reg.ExpiresAt.Sub(s.now()).Round(time.Minute), !reg.WithPassword)
 	}
 	disabled := s.closeMailWindow(ctx, reg)
 	if err == nil {
