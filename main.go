@@ -108,7 +108,8 @@ func newServer(ctx context.Context, cfg config, log *slog.Logger) (*server, erro
 	m.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "database_connections_in_use", Help: "Of the pool."},
 			func() float64 { return float64(st.pool.Stat().AcquiredConns()) }))
-	return &server{cfg: cfg, log: log, store: st, kc: newKeycloak(cfg, m), metrics: m, now: time.Now}, nil
+	return &server{cfg: cfg, log: log, store: st, kc: newKeycloak(cfg, m), metrics: m,
+		now: func() time.Time { return time.Now().Truncate(time.Microsecond) }}, nil // as exact as PostgreSQL keeps it
 }
 
 // serve runs the listeners and loops until ctx ends, then lets requests in flight

@@ -9,9 +9,11 @@ import (
 	"fmt"
 	"net/http"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 
+	"github.com/swaggest/jsonschema-go"
 	"github.com/swaggest/openapi-go"
 	"github.com/swaggest/openapi-go/openapi31"
 	collector "github.com/swaggest/rest/openapi"
@@ -26,6 +28,7 @@ func document(routes []route) ([]byte, error) {
 		WithDescription("People register, confirm their e-mail address and sign in; gateways ask whether a token may pass; " +
 			"administrators manage users. Errors are application/problem+json (RFC 9457).")
 	reflector.Spec.SetHTTPBearerTokenSecurity("bearerAuth", "JWT", "An access token of the realm.")
+	reflector.DefaultOptions = append(reflector.DefaultOptions, jsonschema.InterceptProp(required), jsonschema.InterceptSchema(strict))
 	docs := collector.NewCollector(reflector)
 	for _, rt := range routes {
 		if rt.Summary == "" {
@@ -37,6 +40,23 @@ func document(routes []route) ([]byte, error) {
 		}
 	}
 	return json.MarshalIndent(reflector.Spec, "", "  ")
+}
+
+// required lists what is always there: what encoding/json does not omit.
+func required(p jsonschema.InterceptPropParams) error {
+	if name, options, _ := strings.Cut(p.Field.Tag.Get("json"), ","); p.Processed && name != "" && options == "" &&
+		!slices.Contains(p.ParentSchema.Required, p.Name) {
+		p.ParentSchema.Required = append(p.ParentSchema.Required, p.Name)
+	}
+	return nil
+}
+
+// strict says of inputs what decodeJSON does: an unknown member is an error.
+func strict(p jsonschema.InterceptSchemaParams) (bool, error) {
+	if p.Processed && strings.HasSuffix(p.Value.Type().Name(), "In") {
+		p.Schema.WithAdditionalProperties(*(&jsonschema.SchemaOrBool{}).WithTypeBoolean(false))
+	}
+	return false, nil
 }
 
 // describe tells the document about a route: input, answer, and each problem that
@@ -56,8 +76,12 @@ func (rt route) describe(oc openapi.OperationContext) error {
 		}))
 	}
 	oc.AddRespStructure(rt.out, openapi.WithHTTPStatus(rt.status))
+	if rt.Name == "health" {
+		oc.AddRespStructure(rt.out, openapi.WithHTTPStatus(http.StatusServiceUnavailable))
+		return nil
+	}
 	problems := append([]problem{problemInvalidRequest, problemInternal}, rt.problems...)
-	if oc.Method() == http.MethodPost || strings.EqualFold(oc.Method(), "post") {
+	if oc.Method() == "post" {
 		problems = append(problems, problemPayloadTooLarge, problemUnsupportedMediaType)
 	}
 	byStatus := map[int][]string{}
