@@ -72,10 +72,6 @@ type config struct {
 	// runs none. Default: 30s.
 	JobInterval time.Duration `env:"JOB_INTERVAL" envDefault:"30s"`
 
-	// Preview serves every page with sample data under /preview. Never in
-	// production. Default: false.
-	Preview bool `env:"PREVIEW" envDefault:"false"`
-
 	logLevel slog.Level
 }
 

@@ -110,11 +110,6 @@ func (s *server) routes() []route {
 func (s *server) handler() (http.Handler, error) {
 	mux := http.NewServeMux()
 	routes := s.routes()
-	if s.cfg.Preview {
-		routes = append(routes,
-			route{"GET /preview", "", public, unlimited, "preview", "", page(s.previewIndex)},
-			route{"GET /preview/{name}", "", public, unlimited, "preview", "", page(s.preview)})
-	}
 	doc, err := document(routes)
 	if err != nil {
 		return nil, err

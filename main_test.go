@@ -156,7 +156,7 @@ func build(ctx context.Context, settings map[string]string) (*world, error) {
 		"KEYCLOAK_AUTH_CLIENT_ID": "auth-client", "KEYCLOAK_BACKEND_CLIENT_ID": "backend-admin",
 		"KEYCLOAK_BACKEND_CLIENT_SECRET": backendSecret, "SERVER_HOST": "127.0.0.1", "SERVER_PORT": "0",
 		"MANAGEMENT_ADDR": "127.0.0.1:0", "TRUSTED_PROXIES": "127.0.0.0/8", "LOG_LEVEL": "debug",
-		"JOB_INTERVAL": "1s", "PREVIEW": "true",
+		"JOB_INTERVAL": "1s",
 	}
 	maps.Copy(w.env, settings)
 	w.secrets.add(password, backendSecret)

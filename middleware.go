@@ -13,6 +13,8 @@ import (
 	"strings"
 	"time"
 
+	"auth-service/templates"
+
 	"github.com/jub0bs/cors"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promauto"
@@ -165,14 +167,11 @@ func (s *server) withLog(next http.Handler) http.Handler {
 	})
 }
 
-// pagePolicy is the strict Content-Security-Policy of everything but Swagger UI.
-const pagePolicy = "default-src 'none'; style-src 'self'; img-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
-
 func withSecurityHeaders(https bool, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		h := w.Header()
 		h.Set("Cache-Control", "no-store")
-		h.Set("Content-Security-Policy", pagePolicy)
+		h.Set("Content-Security-Policy", templates.Policy) // Swagger UI has its own
 		h.Set("Cross-Origin-Opener-Policy", "same-origin")
 		h.Set("Referrer-Policy", "same-origin") // the verification page's URL holds the token
 		h.Set("X-Content-Type-Options", "nosniff")

@@ -192,20 +192,3 @@ func (s *server) problemPage(_ context.Context, _ caller, r *http.Request) (view
 	}
 	return view{200, templates.Problem(problemView(p))}, nil
 }
-
-func (s *server) previewIndex(context.Context, caller, *http.Request) (view, error) {
-	var links []templates.Action
-	for _, sample := range templates.Samples() {
-		links = append(links, templates.Action{Label: sample.Name, URL: "/preview/" + sample.Name})
-	}
-	return view{200, templates.Previews(links)}, nil
-}
-
-func (s *server) preview(_ context.Context, _ caller, r *http.Request) (view, error) {
-	for _, sample := range templates.Samples() {
-		if sample.Name == r.PathValue("name") {
-			return view{200, sample.Page}, nil
-		}
-	}
-	return view{}, problemNotFound
-}

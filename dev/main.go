@@ -24,6 +24,7 @@ import (
 	"time"
 
 	"auth-service/dev/mail"
+	"auth-service/dev/preview"
 	"auth-service/dev/stack"
 )
 
@@ -126,7 +127,13 @@ func run(ctx context.Context, o options) error {
 		return err
 	}
 	defer catcher.Close()
-	inbox := &http.Server{Addr: fmt.Sprintf("127.0.0.1:%d", o.inboxPort), Handler: catcher.Inbox(), ReadHeaderTimeout: 10 * time.Second}
+	pages := http.NewServeMux()
+	pages.Handle("/", catcher.Inbox())
+	previews := preview.Handler(func(ctx context.Context) error { return preview.SendMails(ctx, s, o.smtpPort) })
+	for _, path := range []string{"/preview", "/preview/", "/static/"} {
+		pages.Handle(path, previews)
+	}
+	inbox := &http.Server{Addr: fmt.Sprintf("127.0.0.1:%d", o.inboxPort), Handler: pages, ReadHeaderTimeout: 10 * time.Second}
 	go func() { cancel(inbox.ListenAndServe()) }()
 	defer inbox.Close()
 
@@ -211,7 +218,6 @@ func prepare(ctx context.Context, s *stack.Stack, o options, say func(string)) (
 		"SERVER_PORT":                    strconv.Itoa(o.port),
 		"PUBLIC_URL":                     publicURL,
 		"LOG_FORMAT":                     "text",
-		"PREVIEW":                        "true",
 	}, nil
 }
 
@@ -255,15 +261,15 @@ func addresses(s *stack.Stack, o options, began time.Time) {
   Service          %[1]s
   Register         %[1]s/account/register
   Swagger UI       %[1]s/swagger-ui
-  Previews         %[1]s/preview
 `, service)
 	}
 	fmt.Printf(`
-  Inbox            http://localhost:%d   (receives on port %d)
-  Keycloak         %s/admin   (%s / %s, realm %s)
-  PostgreSQL       %s
+  Inbox            http://localhost:%[1]d   (receives on port %[2]d)
+  Previews         http://localhost:%[1]d/preview   (every page and every mail)
+  Keycloak         %[3]s/admin   (%[4]s / %[5]s, realm %[6]s)
+  PostgreSQL       %[7]s
 
-  ready after %.1f s; Ctrl-C ends everything
+  ready after %.1[8]f s; Ctrl-C ends everything
 
 `, o.inboxPort, o.smtpPort, s.KeycloakURL, s.AdminUser, s.AdminPassword, realm, s.DatabaseURL(database), time.Since(began).Seconds())
 }

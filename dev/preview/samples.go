@@ -1,6 +1,10 @@
-package templates
+package preview
 
-import "github.com/a-h/templ"
+import (
+	"auth-service/templates"
+
+	"github.com/a-h/templ"
+)
 
 // A Sample is one page in one state, with invented data.
 type Sample struct {
@@ -8,8 +12,8 @@ type Sample struct {
 	Page templ.Component
 }
 
-// Samples returns every page in every state. The development server shows them at /preview/{name}, and the tests
-// look at each in a browser.
+// Samples returns every page in every state. Handler shows them at /preview/{name}, and the tests look at each in a
+// browser.
 func Samples() []Sample {
 	const (
 		email = "ada.lovelace@example.com"
@@ -18,9 +22,9 @@ func Samples() []Sample {
 	)
 	long := "wilhelmine.charlotte.von-hohenfels-langenburg+registrierung@stadtwerke-donaudampfschifffahrt.example.com"
 	samples := []Sample{
-		{"home", Home()},
-		{"register", Register(RegisterForm{})},
-		{"register-errors", Register(RegisterForm{
+		{"home", templates.Home()},
+		{"register", templates.Register(templates.RegisterForm{})},
+		{"register-errors", templates.Register(templates.RegisterForm{
 			Email: "ada.lovelace@", Username: "al", FirstName: "Ada", Phone: "030 123456",
 			Errors: map[string]string{
 				"email":    "is not a valid e-mail address",
@@ -29,31 +33,34 @@ func Samples() []Sample {
 				"password": "is too weak",
 			},
 		})},
-		{"register-exists", Register(RegisterForm{
+		{"register-exists", templates.Register(templates.RegisterForm{
 			Email: long, FirstName: "Wilhelmine", LastName: "von Hohenfels-Langenburg",
 			Problem: "An account with this e-mail address or username exists already.",
 		})},
-		{"registered", Registered(RegisteredView{Email: email})},
-		{"registered-queued", Registered(RegisteredView{Email: long, Queued: true})},
-		{"verify", Verify(VerifyView{Email: email, Token: token, Key: "key"})},
-		{"verify-long", Verify(VerifyView{Email: long, Token: token})},
-		{"code", Code(CodeForm{Email: email})},
-		{"code-errors", Code(CodeForm{Email: "ada", Errors: map[string]string{
+		{"registered", templates.Registered(templates.RegisteredView{Email: email})},
+		{"registered-queued", templates.Registered(templates.RegisteredView{Email: long, Queued: true})},
+		{"verify", templates.Verify(templates.VerifyView{Email: email, Token: token, Key: "key"})},
+		{"verify-long", templates.Verify(templates.VerifyView{Email: long, Token: token})},
+		{"code", templates.Code(templates.CodeForm{Email: email})},
+		{"code-errors", templates.Code(templates.CodeForm{Email: "ada", Errors: map[string]string{
 			"email": "is not a valid e-mail address", "code": "must be six digits",
 		}})},
-		{"code-wrong", Code(CodeForm{Email: email, Problem: "The e-mail address or the code is wrong."})},
-		{"resend", Resend(ResendForm{})},
-		{"resend-errors", Resend(ResendForm{Errors: map[string]string{"email": "is required"}})},
-		{"cancel", Cancel(CancelView{Email: email, Token: token})},
-		{"verified", Message(Verified(VerifiedView{Email: email, SignInURL: "/auth/login"}))},
-		{"verified-password", Message(Verified(VerifiedView{Email: email, SetPasswordURL: "https://id.example.com/"}))},
-		{"verified-already", Message(Verified(VerifiedView{Email: email, Already: true}))},
-		{"resent", Message(Resent(email, false))},
-		{"resent-queued", Message(Resent(email, true))},
-		{"cancelled", Message(Cancelled())},
-		{"previews", Previews([]Action{{"home", "/preview/home", false}, {"register", "/preview/register", false}})},
+		{"code-wrong", templates.Code(templates.CodeForm{Email: email, Problem: "The e-mail address or the code is wrong."})},
+		{"resend", templates.Resend(templates.ResendForm{})},
+		{"resend-errors", templates.Resend(templates.ResendForm{Errors: map[string]string{"email": "is required"}})},
+		{"cancel", templates.Cancel(templates.CancelView{Email: email, Token: token})},
+		{"verified", templates.Message(templates.Verified(templates.VerifiedView{Email: email, SignInURL: "/auth/login"}))},
+		{"verified-password", templates.Message(templates.Verified(templates.VerifiedView{Email: email, SetPasswordURL: "https://id.example.com/"}))},
+		{"verified-already", templates.Message(templates.Verified(templates.VerifiedView{Email: email, Already: true}))},
+		{"resent", templates.Message(templates.Resent(email, false))},
+		{"resent-queued", templates.Message(templates.Resent(email, true))},
+		{"cancelled", templates.Message(templates.Cancelled())},
 	}
-	for _, p := range []ProblemView{
+	for _, problem := range []struct {
+		Slug, Title string
+		Status      int
+		Text        string
+	}{
 		{"verification-expired", "Verification expired", 410,
 			"The time to confirm this registration is over. Please register again."},
 		{"verification-cancelled", "Registration cancelled", 410,
@@ -75,9 +82,10 @@ func Samples() []Sample {
 			"This is our fault. Please try again; if it stays, tell us the request id."},
 		{"not-found", "Not found", 404, "There is nothing at this address."},
 	} {
+		p := templates.ProblemView(problem)
 		samples = append(samples,
-			Sample{"refused-" + p.Slug, Message(Refused(p, id, "/account/verify"))},
-			Sample{"problem-" + p.Slug, Problem(p)})
+			Sample{"refused-" + p.Slug, templates.Message(templates.Refused(p, id, "/account/verify"))},
+			Sample{"problem-" + p.Slug, templates.Problem(p)})
 	}
 	return samples
 }

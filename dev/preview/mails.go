@@ -1,0 +1,72 @@
+package preview
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"strconv"
+	"strings"
+
+	"auth-service/dev/stack"
+
+	"github.com/Nerzal/gocloak/v13"
+)
+
+// A Mail is one of the mails that Keycloak sends on our behalf.
+type Mail struct {
+	Name    string   // the local part of its receiver, before the language
+	Actions []string // what the person has to do
+	Ours    bool     // a registration: with this service's link and code instead of Keycloak's link
+}
+
+// Mails are all that there are. A registration with a password is asked to
+// verify its address only, and has a template of its own.
+var Mails = []Mail{
+	{"registration", []string{"VERIFY_EMAIL"}, true},
+	{"registration-no-password", []string{"UPDATE_PASSWORD"}, true},
+	{"invitation", []string{"VERIFY_EMAIL", "UPDATE_PASSWORD"}, false},
+	{"forgotten-password", []string{"UPDATE_PASSWORD"}, false},
+}
+
+// SendMails makes Keycloak send every mail in every language, to
+// name.language@example.test at the SMTP server on smtpPort. The people live in a
+// realm that is deleted again, so that the links lead nowhere.
+func SendMails(ctx context.Context, s *stack.Stack, smtpPort int) (err error) {
+	realm := "test-" + strings.ToLower(rand.Text())
+	vars := map[string]string{"SMTP_PORT": strconv.Itoa(smtpPort), "KEYCLOAK_BACKEND_CLIENT_SECRET": rand.Text()}
+	if err := s.CreateRealm(ctx, realm, vars); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, s.DeleteRealm(context.WithoutCancel(ctx), realm)) }()
+	token, err := s.AdminToken(ctx)
+	if err != nil {
+		return err
+	}
+	keycloak := gocloak.NewClient(s.KeycloakURL)
+	for _, m := range Mails {
+		for _, language := range []string{"en", "de"} {
+			attributes := map[string][]string{"locale": {language}}
+			if m.Ours {
+				attributes["email_verify_url"] = []string{"http://localhost:3000/account/verify"}
+				attributes["email_verify_token"] = []string{"p3G6d0Qm1yq0cZ2m8Rr5s7TtUuVvWwXx"}
+				attributes["email_verify_code"] = []string{"042917"}
+			}
+			name := m.Name + "." + language
+			id, err := keycloak.CreateUser(ctx, token, realm, gocloak.User{Username: &name, Email: gocloak.StringP(name + "@example.test"),
+				FirstName: gocloak.StringP("Ada"), LastName: gocloak.StringP("Lovelace"),
+				Enabled: gocloak.BoolP(true), Attributes: &attributes, RequiredActions: &m.Actions})
+			if err != nil {
+				return err
+			}
+			if strings.Join(m.Actions, "") == "VERIFY_EMAIL" {
+				err = keycloak.SendVerifyEmail(ctx, token, id, realm)
+			} else {
+				err = keycloak.ExecuteActionsEmail(ctx, token, realm, gocloak.ExecuteActionsEmail{UserID: &id, Actions: &m.Actions})
+			}
+			if err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
