@@ -24,7 +24,7 @@ a { color: #0b57b0; }
 }
 </style>
 </head>
-<body class="page" style="margin:0; padding:24px 12px; background-color:#f3f4f6; color:#1f2328; font-family:system-ui,-apple-system,'Segoe UI',Roboto,Helvetica,Arial,sans-serif; font-size:16px; line-height:1.5;">
+<body class="page" style="margin:0; padding:24px 12px; background-color:#f3f4f6; color:#1f2328; font-family:system-ui,-apple-system,'Segoe UI',Roboto,Helvetica,Arial,sans-serif; font-size:16px; line-height:1.5; overflow-wrap:anywhere;">
 <div class="card" style="max-width:520px; margin:0 auto; padding:28px 24px; background-color:#ffffff; border:1px solid #d5d9de; border-radius:12px;">
 <p class="quiet" style="margin:0 0 20px; color:#57606a; font-size:14px; font-weight:600;">${realmName}</p>
 <#nested>
