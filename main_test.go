@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -128,7 +129,7 @@ func build(ctx context.Context, settings map[string]string) (*world, error) {
 	}
 	_, smtpPort, _ := strings.Cut(w.mail.Addr(), ":")
 	if err := services.CreateRealm(ctx, w.realm, map[string]string{"REALM": w.realm, "SMTP_PORT": smtpPort,
-		"KEYCLOAK_BACKEND_CLIENT_SECRET": backendSecret, "PUBLIC_URL": "http://localhost:3000"}); err != nil {
+		"KEYCLOAK_BACKEND_CLIENT_SECRET": backendSecret, "PUBLIC_URL": cmp.Or(settings["PUBLIC_URL"], "http://localhost:3000")}); err != nil {
 		return nil, err
 	}
 	dbURL, err := services.CreateDatabase(ctx, w.db)

@@ -32,6 +32,7 @@ var (
 	Maven    = Tool{Name: "Maven", Binaries: []string{"mvn"}, Packages: "maven", Dirs: []string{"$MAVEN_HOME/bin"}}
 	Chromium = Tool{Name: "Chromium", Binaries: []string{"chromium", "chromium-browser", "google-chrome"},
 		Packages: "chromium fonts-dejavu-core", Dirs: []string{"/Applications/Google Chrome.app/Contents/MacOS"}}
+	NPM   = Tool{Name: "npm", Binaries: []string{"npm"}, Packages: "npm"}
 	Nginx = Tool{Name: "nginx", Binaries: []string{"nginx"}, Packages: "nginx", Dirs: []string{"/usr/sbin"}}
 )
 
