@@ -193,7 +193,7 @@ func readClaims(token string) (claims, error) {
 	var c claims
 	parts := strings.Split(token, ".")
 	if len(parts) != 3 {
-		return c, errors.New("Keycloak's access token is not a JWT")
+		return c, errors.New("keycloak's access token is not a JWT")
 	}
 	payload, err := base64.RawURLEncoding.DecodeString(parts[1])
 	if err == nil {
@@ -203,7 +203,7 @@ func readClaims(token string) (claims, error) {
 		err = errors.New("sub or sid is missing")
 	}
 	if err != nil {
-		return c, fmt.Errorf("Keycloak's access token: %w", err)
+		return c, fmt.Errorf("keycloak's access token: %w", err)
 	}
 	return c, nil
 }

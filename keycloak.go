@@ -27,17 +27,17 @@ const (
 
 // What Keycloak may answer beside errNotFound, errConflict and errUnavailable.
 var (
-	errInvalidCredentials = errors.New("Keycloak: invalid user credentials")
-	errAccountDisabled    = errors.New("Keycloak: account disabled")
-	errSetupRequired      = errors.New("Keycloak: account is not fully set up")
-	errMailNotSent        = errors.New("Keycloak could not send the mail")
-	errBusy               = fmt.Errorf("%w: Keycloak has enough to do", errUnavailable)
+	errInvalidCredentials = errors.New("keycloak: invalid user credentials")
+	errAccountDisabled    = errors.New("keycloak: account disabled")
+	errSetupRequired      = errors.New("keycloak: account is not fully set up")
+	errMailNotSent        = errors.New("keycloak could not send the mail")
+	errBusy               = fmt.Errorf("%w: keycloak has enough to do", errUnavailable)
 )
 
 // rejected are Keycloak's objections to a user: its profile rules, its password policy.
 type rejected struct{ Fields []fieldError }
 
-func (r rejected) Error() string { return fmt.Sprintf("Keycloak rejects %d fields", len(r.Fields)) }
+func (r rejected) Error() string { return fmt.Sprintf("keycloak rejects %d fields", len(r.Fields)) }
 
 // keycloak makes all calls to Keycloak. It knows nothing of PostgreSQL.
 type keycloak struct {
@@ -162,7 +162,7 @@ func (k *keycloak) serviceToken(ctx context.Context) (string, error) {
 	case r := <-renewed:
 		if r.Err != nil {
 			// A wrong secret is the operator's to mend; to callers it is an outage.
-			return "", fmt.Errorf("%w: Keycloak: the service account gets no token: %v", errUnavailable, r.Err)
+			return "", fmt.Errorf("%w: keycloak: the service account gets no token: %v", errUnavailable, r.Err)
 		}
 		return r.Val.(*oauth2.Token).AccessToken, nil
 	}
@@ -184,20 +184,20 @@ func keycloakError(err error) error {
 	case errors.As(err, &api):
 		switch {
 		case api.Code == 0: // no answer; the message quotes the URL, which may hold an address
-			return fmt.Errorf("%w: Keycloak: %s", errUnavailable, api.Message[strings.LastIndex(api.Message, `": `)+1:])
+			return fmt.Errorf("%w: keycloak: %s", errUnavailable, api.Message[strings.LastIndex(api.Message, `": `)+1:])
 		case api.Code >= 500:
-			return fmt.Errorf("%w: Keycloak: %s", errUnavailable, api.Message)
+			return fmt.Errorf("%w: keycloak: %s", errUnavailable, api.Message)
 		case api.Code == http.StatusNotFound:
 			return errNotFound
 		case api.Code == http.StatusConflict:
 			return errConflict
 		}
-		return fmt.Errorf("Keycloak: %s", api.Message)
+		return fmt.Errorf("keycloak: %s", api.Message)
 	case errors.As(err, &grant):
 		// Decided by error and description: the status differs between versions.
 		switch {
 		case grant.Response.StatusCode >= 500:
-			return fmt.Errorf("%w: Keycloak: %s", errUnavailable, grant.Response.Status)
+			return fmt.Errorf("%w: keycloak: %s", errUnavailable, grant.Response.Status)
 		case grant.ErrorDescription == "Account disabled":
 			return errAccountDisabled
 		case grant.ErrorDescription == "Account is not fully set up":
@@ -205,9 +205,9 @@ func keycloakError(err error) error {
 		case grant.ErrorDescription == "Invalid user credentials":
 			return errInvalidCredentials
 		}
-		return fmt.Errorf("Keycloak: %s: %s", grant.ErrorCode, grant.ErrorDescription)
+		return fmt.Errorf("keycloak: %s: %s", grant.ErrorCode, grant.ErrorDescription)
 	}
-	return fmt.Errorf("%w: Keycloak: %w", errUnavailable, err)
+	return fmt.Errorf("%w: keycloak: %w", errUnavailable, err)
 }
 
 // The attributes of a Keycloak user that are ours. The first four become claims;
@@ -273,7 +273,7 @@ func (k *keycloak) createUser(ctx context.Context, reg registration, token, code
 		location := resp.Header().Get("Location")
 		id = location[strings.LastIndex(location, "/")+1:]
 		if !keycloakIDPattern.MatchString(id) {
-			return errors.New("Keycloak answered a creation without the new user's id")
+			return errors.New("keycloak answered a creation without the new user's id")
 		}
 		return nil
 	})

@@ -117,15 +117,15 @@ func storeError(err error) error {
 	case errors.As(err, &pg):
 		switch pg.Code[:2] {
 		case "08", "53", "57": // connection, resources (too many clients), operator (shutdown, starting up, timeout)
-			return fmt.Errorf("%w: PostgreSQL: %s", errUnavailable, pg.Message)
+			return fmt.Errorf("%w: postgresql: %s", errUnavailable, pg.Message)
 		}
 		if pg.Code == "42P01" { // undefined_table: migrate has not come through yet
-			return fmt.Errorf("%w: PostgreSQL: the schema is not there yet", errUnavailable)
+			return fmt.Errorf("%w: postgresql: the schema is not there yet", errUnavailable)
 		}
-		return fmt.Errorf("PostgreSQL: %s (%s %s)", pg.Message, pg.Code, pg.ConstraintName)
+		return fmt.Errorf("postgresql: %s (%s %s)", pg.Message, pg.Code, pg.ConstraintName)
 	case pgconn.Timeout(err), pgconn.SafeToRetry(err), errors.As(err, new(*pgconn.ConnectError)),
 		strings.Contains(err.Error(), "conn closed"), strings.Contains(err.Error(), "unexpected EOF"):
-		return fmt.Errorf("%w: PostgreSQL: %w", errUnavailable, err)
+		return fmt.Errorf("%w: postgresql: %w", errUnavailable, err)
 	}
 	return err
 }
