@@ -44,6 +44,18 @@ func TestBrowser(t *testing.T) {
 		walk           func(*browser)
 	}{
 		{"WithPassword", "en", walkWithPassword},
+		{"German", "de", walkInGerman},
+		{"WithoutPassword", "en", walkWithoutPassword},
+		{"WithoutPasswordByCode", "en", walkWithoutPasswordByCode},
+		{"Code", "en", walkCode},
+		{"Resend", "en", walkResend},
+		{"Cancel", "en", walkCancel},
+		{"Expired", "en", walkExpired},
+		{"Mistakes", "en", walkMistakes},
+		{"OtherSite", "en", walkOtherSite},
+		{"Outage", "en", walkOutage},
+		{"Samples", "en", walkSamples},
+		{"SwaggerUI", "en", walkSwaggerUI},
 	} {
 		t.Run(walk.name, func(t *testing.T) {
 			b := &browser{world: new(*w), elsewhere: elsewhere.URL, language: walk.language}
@@ -213,8 +225,8 @@ func (b *browser) value(name string) string {
 	return evaluate[string](b, `document.querySelector("[name=`+name+`]").value`)
 }
 
-// audit looks at the page at the width of a phone and of a desk, in the light and
-// in the dark scheme: nothing sticks out, and axe-core has no objection. tags
+// audit looks at the page on a phone in the light scheme, and on a desk in the dark
+// one: nothing sticks out, and axe-core has no objection. tags
 // limits it to some of axe-core's rules.
 func (b *browser) audit(tags string) {
 	b.Helper()
@@ -222,25 +234,23 @@ func (b *browser) audit(tags string) {
 	b.scripts(true)
 	defer b.scripts(false)
 	evaluate[chromedp.Void](b, b.axe())
-	for _, width := range []int64{320, 1280} {
-		for _, scheme := range []string{"light", "dark"} {
-			if err := chromedp.Do(b.ctx, chromedp.EmulateViewport(width, 800)); err != nil {
-				b.Fatal(err)
-			}
-			if _, err := chromedp.Call(b.ctx, emulation.SetEmulatedMedia, emulation.SetEmulatedMediaParams{
-				Features: []*emulation.MediaFeature{{Name: "prefers-color-scheme", Value: scheme}}}); err != nil {
-				b.Fatal(err)
-			}
-			b.photograph(fmt.Sprintf("%d-%s", width, scheme))
-			for _, objection := range evaluate[[]string](b, `(async () => {
-				const found = await axe.run(`+tags+`)
-				const list = found.violations.map(v => v.help + ": " + v.nodes.map(n => n.html + " " + n.failureSummary).join("; "))
-				const root = document.documentElement
-				if (root.scrollWidth > root.clientWidth) list.push("it is " + root.scrollWidth + " wide")
-				return list
-			})()`) {
-				b.Errorf("page %d, %d px, %s: %s", b.pages, width, scheme, objection)
-			}
+	for width, scheme := range map[int64]string{320: "light", 1280: "dark"} {
+		if err := chromedp.Do(b.ctx, chromedp.EmulateViewport(width, 800)); err != nil {
+			b.Fatal(err)
+		}
+		if _, err := chromedp.Call(b.ctx, emulation.SetEmulatedMedia, emulation.SetEmulatedMediaParams{
+			Features: []*emulation.MediaFeature{{Name: "prefers-color-scheme", Value: scheme}}}); err != nil {
+			b.Fatal(err)
+		}
+		b.photograph(fmt.Sprintf("%d-%s", width, scheme))
+		for _, objection := range evaluate[[]string](b, `(async () => {
+			const found = await axe.run(`+tags+`)
+			const list = found.violations.map(v => v.help + ": " + v.nodes.map(n => n.html + " " + n.failureSummary).join("; "))
+			const root = document.documentElement
+			if (root.scrollWidth > root.clientWidth) list.push("it is " + root.scrollWidth + " wide")
+			return list
+		})()`) {
+			b.Errorf("page %d, %d px, %s: %s", b.pages, width, scheme, objection)
 		}
 	}
 }

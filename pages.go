@@ -77,7 +77,7 @@ func (s *server) verifyPage(ctx context.Context, _ caller, r *http.Request) (vie
 		return view{}, err
 	}
 	if reg.State == verified {
-		return view{200, templates.Message(templates.Verified(templates.VerifiedView{Email: reg.Email, Already: true}))}, nil
+		return verifiedPage(templates.VerifiedView{Email: reg.Email, Already: true}, s.setPasswordURL(reg, r.FormValue("key"))), nil
 	}
 	return view{200, templates.Verify(templates.VerifyView{Email: reg.Email, Token: token, Key: r.FormValue("key")})}, nil
 }
@@ -118,11 +118,15 @@ func (s *server) verifyForm(ctx context.Context, c caller, r *http.Request) (vie
 	} else if err != nil {
 		return view{}, err
 	}
-	v := templates.VerifiedView{Email: out.Email, Already: out.AlreadyVerified}
-	if out.SetPasswordURL != nil {
-		v.SetPasswordURL = *out.SetPasswordURL
+	return verifiedPage(templates.VerifiedView{Email: out.Email, Already: out.AlreadyVerified, PasswordMailed: out.PasswordMailed},
+		out.SetPasswordURL), nil
+}
+
+func verifiedPage(v templates.VerifiedView, setPasswordURL *string) view {
+	if setPasswordURL != nil {
+		v.SetPasswordURL = *setPasswordURL
 	}
-	return view{200, templates.Message(templates.Verified(v))}, nil
+	return view{200, templates.Message(templates.Verified(v))}
 }
 
 func missing(values map[string]string) (wrong []fieldError) {

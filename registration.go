@@ -37,9 +37,9 @@ type registerIn struct {
 	Username  string `json:"username,omitempty" minLength:"3" maxLength:"100" pattern:"^[^<>&\"'\\s$%!#?§,;:*~/\\\\|^=\\[\\]{}()\\x60]+$" example:"ada" description:"Default: the e-mail address, or the user id where that is longer than 100 characters."`
 	FirstName string `json:"first_name,omitempty" maxLength:"100" pattern:"^[^<>&\"$%!#?§;*~/\\\\|^=\\[\\]{}()]*$" example:"Ada"`
 	LastName  string `json:"last_name,omitempty" maxLength:"100" pattern:"^[^<>&\"$%!#?§;*~/\\\\|^=\\[\\]{}()]*$" example:"Lovelace"`
-	Phone     string `json:"phone,omitempty" pattern:"^\\+[1-9][0-9]{6,14}$" example:"+4930123456" description:"E.164, with the country code."`
+	Phone     string `json:"phone,omitempty" pattern:"^\\+[1-9][0-9]{6,14}$" mismatch:"is not a valid phone number; write it with the country code, like +4930123456" example:"+4930123456" description:"E.164, with the country code."`
 	Password  string `json:"password,omitempty" maxLength:"128" format:"password" example:"correct horse battery" description:"Handed to Keycloak and kept nowhere else. Without it the person chooses one on Keycloak's page after verification."`
-	Locale    string `json:"locale,omitempty" maxLength:"20" pattern:"^[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*$" example:"en" description:"Language of the mails (BCP 47). Default: from Accept-Language."`
+	Locale    string `json:"locale,omitempty" maxLength:"20" pattern:"^[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*$" mismatch:"is not a language tag, like de or en" example:"en" description:"Language of the mails (BCP 47). Default: from Accept-Language."`
 }
 
 type registerOut struct {

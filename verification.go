@@ -99,7 +99,7 @@ type verifyIn struct {
 	Token string `json:"token,omitempty" maxLength:"100" example:"p3G6d0Qm1yq0cZ2m8Rr5s7TtUuVvWwXx" description:"From the link."`
 	Key   string `json:"key,omitempty" maxLength:"4096" description:"From the link, if it has one: the way to the page where the password is chosen."`
 	Email string `json:"email,omitempty" maxLength:"255" format:"email" example:"ada@example.com" description:"With code, instead of token."`
-	Code  string `json:"code,omitempty" pattern:"^[0-9]{6}$" example:"042917"`
+	Code  string `json:"code,omitempty" pattern:"^[0-9]{6}$" mismatch:"must be six digits" example:"042917"`
 }
 
 type verifyOut struct {
@@ -108,7 +108,8 @@ type verifyOut struct {
 	Email           string         `json:"email" example:"ada@example.com"`
 	Status          string         `json:"status" enum:"active"`
 	AlreadyVerified bool           `json:"already_verified"`
-	SetPasswordURL  *string        `json:"set_password_url" nullable:"true" description:"Where the person chooses a password; null if there is one."`
+	SetPasswordURL  *string        `json:"set_password_url" nullable:"true" description:"Where the person chooses a password; null if there is one, or if the way there was mailed."`
+	PasswordMailed  bool           `json:"set_password_mailed" description:"Keycloak has mailed a link to choose the password: the address was confirmed by the code, and the way there is only in mails."`
 }
 
 // verify confirms an address by the link's token, or by the address and its code.
@@ -225,27 +226,32 @@ func (s *server) finish(ctx context.Context, c caller, reg registration, user ke
 }
 
 func (s *server) verifyAnswer(ctx context.Context, reg registration, in verifyIn, already bool) verifyOut {
-	out := verifyOut{reg.ID, reg.UserID, reg.Email, "active", already, nil}
-	if reg.WithPassword {
-		return out
-	}
-	if in.Key != "" {
-		url := s.kc.passwordURL(in.Key)
-		out.SetPasswordURL = &url
-	} else if !already {
+	out := verifyOut{reg.ID, reg.UserID, reg.Email, "active", already, s.setPasswordURL(reg, in.Key), false}
+	if !reg.WithPassword && in.Key == "" && !already {
 		// Verified by the code: the key is only in the mail. Keycloak mails its own link.
-		if err := s.kc.sendMail(ctx, reg.KeycloakID, reg.Locale, s.cfg.VerificationTTL, true); err != nil {
+		err := s.kc.sendMail(ctx, reg.KeycloakID, reg.Locale, s.cfg.VerificationTTL, true)
+		if out.PasswordMailed = err == nil; err != nil {
 			s.log.WarnContext(ctx, "the mail to choose a password was not sent", "registration", reg.ID, "error", err)
 		}
 	}
 	return out
 }
 
+// setPasswordURL is Keycloak's page for those who have registered without a
+// password, if their link had the key to it; else nil.
+func (s *server) setPasswordURL(reg registration, key string) *string {
+	if reg.WithPassword || key == "" || !actionKeyPattern.MatchString(key) {
+		return nil
+	}
+	url := s.kc.passwordURL(key)
+	return &url
+}
+
 // actionKeyPattern is what a key of Keycloak's links looks like, a JWT; or nothing.
 var actionKeyPattern = regexp.MustCompile(`^[A-Za-z0-9._-]*$`)
 
 type resendIn struct {
-	RegistrationID registrationID `json:"registration_id,omitempty" pattern:"^REG-[A-Za-z0-9_-]{16}$" example:"REG-V1StGXR8_Z5jdHi6"`
+	RegistrationID registrationID `json:"registration_id,omitempty" pattern:"^REG-[A-Za-z0-9_-]{16}$" mismatch:"is not the id of a registration" example:"REG-V1StGXR8_Z5jdHi6"`
 	Email          string         `json:"email,omitempty" maxLength:"255" format:"email" example:"ada@example.com" description:"Instead of registration_id."`
 }
 

@@ -51,6 +51,7 @@ func Samples() []Sample {
 		{"cancel", templates.Cancel(templates.CancelView{Email: email, Token: token})},
 		{"verified", templates.Message(templates.Verified(templates.VerifiedView{Email: email, SignInURL: "/auth/login"}))},
 		{"verified-password", templates.Message(templates.Verified(templates.VerifiedView{Email: email, SetPasswordURL: "https://id.example.com/"}))},
+		{"verified-password-mailed", templates.Message(templates.Verified(templates.VerifiedView{Email: email, PasswordMailed: true}))},
 		{"verified-already", templates.Message(templates.Verified(templates.VerifiedView{Email: email, Already: true}))},
 		{"resent", templates.Message(templates.Resent(email, false))},
 		{"resent-queued", templates.Message(templates.Resent(email, true))},
