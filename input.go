@@ -41,7 +41,7 @@ func (s *server) decode(w http.ResponseWriter, r *http.Request, params nethttp.R
 			return err
 		}
 	}
-	if wrong = append(wrong, check(in, wrong)...); len(wrong) > 0 {
+	if wrong = append(wrong, checkFields(in, wrong)...); len(wrong) > 0 {
 		return invalid(wrong...)
 	}
 	return nil
@@ -99,7 +99,7 @@ func decodeJSON(body []byte, in any) ([]fieldError, error) {
 }
 
 // inputField is a field of an operation's input: its value and its tags, which are
-// both the rules that check applies and what the OpenAPI document says.
+// both the rules that checkFields applies and what the OpenAPI document says.
 type inputField struct {
 	value reflect.Value
 	tag   reflect.StructTag
@@ -118,9 +118,9 @@ func inputFields(in any) map[string]inputField {
 	return fields
 }
 
-// check applies the rules of the tags to the strings of in, except to fields that
+// checkFields applies the rules of the tags to the strings of in, except to fields that
 // are known to be wrong, and returns what is wrong, by field name.
-func check(in any, known []fieldError) []fieldError {
+func checkFields(in any, known []fieldError) []fieldError {
 	var wrong []fieldError
 	for name, f := range inputFields(in) {
 		if f.value.Kind() != reflect.String || slices.ContainsFunc(known, func(k fieldError) bool { return k.Field == name }) {

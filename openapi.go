@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/http"
+	"reflect"
 	"regexp"
 	"slices"
 	"strings"
@@ -28,7 +29,8 @@ func document(routes []route) ([]byte, error) {
 		WithDescription("People register, confirm their e-mail address and sign in; gateways ask whether a token may pass; " +
 			"administrators manage users. Errors are application/problem+json (RFC 9457).")
 	reflector.Spec.SetHTTPBearerTokenSecurity("bearerAuth", "JWT", "An access token of the realm.")
-	reflector.DefaultOptions = append(reflector.DefaultOptions, jsonschema.InterceptProp(required), jsonschema.InterceptSchema(strict))
+	reflector.DefaultOptions = append(reflector.DefaultOptions, jsonschema.InterceptProp(required), jsonschema.InterceptSchema(strict),
+		jsonschema.InterceptDefName(func(t reflect.Type, _ string) string { return strings.ToUpper(t.Name()[:1]) + t.Name()[1:] }))
 	docs := collector.NewCollector(reflector)
 	for _, rt := range routes {
 		if rt.Summary == "" {

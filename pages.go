@@ -52,7 +52,7 @@ func unspaced(r *http.Request, name string) string {
 
 // checked is what decode does for JSON.
 func checked(in any) error {
-	if wrong := check(in, nil); len(wrong) > 0 {
+	if wrong := checkFields(in, nil); len(wrong) > 0 {
 		return invalid(wrong...)
 	}
 	return nil
