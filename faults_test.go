@@ -175,15 +175,3 @@ func (p *pipe) close() error {
 	p.conns = nil
 	return err
 }
-
-// count is how many calls have matched so far.
-func (g *gate) count(pattern string) (n int) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	for _, call := range g.calls {
-		if regexp.MustCompile(pattern).MatchString(call) {
-			n++
-		}
-	}
-	return n
-}
