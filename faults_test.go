@@ -1,14 +1,21 @@
 package main
 
 import (
+	"bytes"
+	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"net/http/httputil"
 	"net/url"
 	"regexp"
+	"slices"
+	"strings"
 	"sync"
+	"testing"
+	"time"
 )
 
 // fault is what happens to a call on its way to Keycloak.
@@ -19,18 +26,32 @@ const (
 	applied                  // it arrives, and the answer is lost
 )
 
+func (f fault) String() string { return [...]string{"", "lost", "applied"}[f] }
+
 // gate is a reverse proxy in front of the real Keycloak. Closed, it refuses
-// connections like a server that is stopped.
+// connections like a server that is stopped. Patterns are regular expressions for
+// a call's name and request, "send_mail PUT /admin/realms/…": see callName.
 type gate struct {
 	mu     sync.Mutex
 	addr   string
 	server *http.Server
 	proxy  *httputil.ReverseProxy
 
-	faults  map[string]fault // by a pattern of "PUT /admin/realms/…"
+	faults  map[string]fault
+	holds   []*hold
 	calls   []string
 	blocked chan struct{} // calls wait here; nil: they don't
 }
+
+// hold stops one call, before Keycloak has seen it or after it was done.
+type hold struct {
+	pattern  string
+	after    bool
+	there    chan struct{} // closed when the call is there
+	released chan struct{}
+}
+
+type callKey struct{}
 
 func newGate(target string) (*gate, error) {
 	u, err := url.Parse(target)
@@ -44,7 +65,9 @@ func newGate(target string) (*gate, error) {
 			r.Out.Host = r.In.Host // Keycloak's issuer is the address that it was called at
 		},
 		ModifyResponse: func(resp *http.Response) error {
-			if g.fault(resp.Request) == applied {
+			ctx := resp.Request.Context()
+			call := ctx.Value(callKey{}).(string)
+			if !g.wait(ctx, call, true) || g.fault(call) == applied {
 				return errors.New("the answer is lost")
 			}
 			return nil
@@ -76,15 +99,60 @@ func (g *gate) on(pattern string, f fault) {
 	g.faults[pattern] = f
 }
 
-func (g *gate) fault(r *http.Request) fault {
+func (g *gate) fault(call string) fault {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	for pattern, f := range g.faults {
-		if regexp.MustCompile(pattern).MatchString(r.Method + " " + r.URL.Path) {
+		if f != 0 && regexp.MustCompile(pattern).MatchString(call) {
 			return f
 		}
 	}
 	return 0
+}
+
+// count is how often a call was made.
+func (g *gate) count(name string) (n int) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, call := range g.calls {
+		if strings.HasPrefix(call, name+" ") {
+			n++
+		}
+	}
+	return n
+}
+
+// holdAt stops the next call that matches: before Keycloak sees it, or after it is
+// done and only the answer is missing. There is closed when it has come so far.
+// A call whose client dies meanwhile is dropped.
+func (g *gate) holdAt(pattern string, after bool) (there <-chan struct{}, release func()) {
+	h := &hold{pattern, after, make(chan struct{}), make(chan struct{})}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.holds = append(g.holds, h)
+	return h.there, sync.OnceFunc(func() { close(h.released) })
+}
+
+// wait waits at the first hold that matches; false: the client is gone.
+func (g *gate) wait(ctx context.Context, call string, after bool) bool {
+	g.mu.Lock()
+	i := slices.IndexFunc(g.holds, func(h *hold) bool {
+		return h.after == after && regexp.MustCompile(h.pattern).MatchString(call)
+	})
+	if i < 0 {
+		g.mu.Unlock()
+		return true
+	}
+	h := g.holds[i]
+	g.holds = slices.Delete(g.holds, i, i+1)
+	g.mu.Unlock()
+	close(h.there)
+	select {
+	case <-h.released:
+		return true
+	case <-ctx.Done():
+		return false
+	}
 }
 
 // block makes all calls wait, until the returned function is called: a server
@@ -103,8 +171,14 @@ func (g *gate) block() (release func()) {
 }
 
 func (g *gate) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	body, err := io.ReadAll(r.Body)
+	if err != nil {
+		panic(http.ErrAbortHandler)
+	}
+	r.Body = io.NopCloser(bytes.NewReader(body))
+	call := callName(r, string(body)) + " " + r.Method + " " + r.URL.Path
 	g.mu.Lock()
-	g.calls = append(g.calls, r.Method+" "+r.URL.Path)
+	g.calls = append(g.calls, call)
 	blocked := g.blocked
 	g.mu.Unlock()
 	if blocked != nil {
@@ -113,10 +187,38 @@ func (g *gate) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		case <-r.Context().Done():
 		}
 	}
-	if g.fault(r) == lost {
+	if !g.wait(r.Context(), call, false) || r.Context().Err() != nil || g.fault(call) == lost {
 		panic(http.ErrAbortHandler)
 	}
-	g.proxy.ServeHTTP(w, r)
+	g.proxy.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), callKey{}, call)))
+}
+
+// callName is what keycloak.go calls a request.
+func callName(r *http.Request, body string) string {
+	has := func(part string) bool { return strings.Contains(body, part) }
+	switch path := r.URL.Path; {
+	case strings.HasSuffix(path, "/token") && has("client_credentials"):
+		return "service_token"
+	case strings.HasSuffix(path, "/token"):
+		return "token"
+	case strings.HasSuffix(path, "-email"):
+		return "send_mail"
+	case strings.Contains(path, "/sessions/"):
+		return "end_session"
+	case strings.HasSuffix(path, "/users"):
+		return map[string]string{"POST": "create_user", "GET": "find_user"}[r.Method]
+	case !strings.Contains(path, "/users/"):
+		return "other"
+	case r.Method != "PUT":
+		return map[string]string{"GET": "get_user", "DELETE": "delete_user"}[r.Method]
+	case has(`"emailVerified":true`):
+		return "activate_user"
+	case has(`"attributes"`):
+		return "set_code"
+	case has(`"enabled":true`):
+		return "enable_user"
+	}
+	return "disable_user"
 }
 
 // pipe is a TCP proxy in front of PostgreSQL.
@@ -174,4 +276,176 @@ func (p *pipe) close() error {
 	}
 	p.conns = nil
 	return err
+}
+
+// What a person does, as a request.
+
+func registering(email, password string) call {
+	return call{method: "POST", path: "/api/v1/register", json: map[string]any{"email": email, "password": password}}
+}
+
+func verifying(l link) call {
+	return call{method: "POST", path: "/api/v1/register/verify", json: map[string]any{"token": l.Token}}
+}
+
+func typing(email, code string) call {
+	return call{method: "POST", path: "/api/v1/register/verify", json: map[string]any{"email": email, "code": code}}
+}
+
+func resending(email string) call {
+	return call{method: "POST", path: "/api/v1/register/resend", json: map[string]any{"email": email}}
+}
+
+func cancelling(l link) call {
+	return call{method: "POST", path: "/api/v1/register/cancel", json: map[string]any{"token": l.Token}}
+}
+
+func signingIn(email, password string) call {
+	return call{method: "POST", path: "/api/v1/auth/login", json: map[string]any{"email": email, "password": password}}
+}
+
+// exec runs SQL past the service.
+func (w *world) exec(sql string, args ...any) {
+	w.Helper()
+	if _, err := w.pool.Exec(w.Context(), sql, args...); err != nil {
+		w.Fatalf("%s: %v", sql, err)
+	}
+}
+
+// expire stands in for waiting until the time to confirm is over.
+func (w *world) expire(email string) {
+	w.Helper()
+	w.exec(`update user_registrations set expires_at = now() where lower(email) = lower($1) and status = 'pending'`, email)
+}
+
+// settle waits until the repair loops have done everything, also the mails. It
+// stands in for waiting until they are due (retryTime), not for a lease's end.
+func (w *world) settle() {
+	w.Helper()
+	var wrong []string
+	for end := time.Now().Add(30 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+		w.exec(`update user_registrations set due_at = now() where due_at > now() and lease_owner is null
+			and due_at < now() + interval '1 hour'`)
+		if wrong = w.violations(); len(wrong) > 0 {
+			continue
+		}
+		var queued int
+		if err := w.pool.QueryRow(w.Context(), `select count(*) from user_registrations where status = 'pending'
+			and mail_state = 'queued'`).Scan(&queued); err != nil {
+			w.Fatal(err)
+		}
+		if queued == 0 {
+			return
+		}
+		wrong = []string{fmt.Sprintf("%d mails are queued", queued)}
+	}
+	w.Fatalf("not repaired: %s", strings.Join(wrong, "\n"))
+}
+
+// lastMail is what the newest mail to an address says.
+func (w *world) lastMail(email string) link {
+	w.Helper()
+	return w.readMail(email, max(1, len(w.mail.To(email))))
+}
+
+// TestFaults loses every call to Keycloak, or its answer, in every operation. The
+// answer is one that the contract allows, nothing stays half done once the fault
+// is over, and the person who tries again succeeds.
+func TestFaults(t *testing.T) {
+	w := newWorld(t, map[string]string{"RESEND_COOLDOWN": "1ms", "RESEND_LIMIT": "100"})
+	// Tokens that hardly live make the service account fetch one for every call.
+	w.admin("PUT", "", map[string]any{"accessTokenLifespan": 20}, nil)
+
+	registered := func(w *world, email, password string) link {
+		w.wants(w.do(registering(email, password)), 201, "")
+		return w.readMail(email, 1)
+	}
+	// Afterwards the person, or the next one with that address, gets in.
+	getsIn := func(w *world, email, password string) {
+		w.wants(w.do(verifying(w.lastMail(email))), 200, "")
+		if password != "" {
+			w.wants(w.do(signingIn(email, password)), 200, "")
+		}
+	}
+	startsAnew := func(w *world, email, password string) {
+		w.wants(w.do(registering(email, password)), 201, "")
+		w.settle()
+		getsIn(w, email, password)
+	}
+	for _, op := range []struct {
+		name     string
+		calls    string // to Keycloak
+		password string
+		before   func(w *world, email, password string) link
+		try      func(email, password string, l link) call
+		success  int
+		slug     string // of success, if that is a refusal
+		after    func(w *world, email, password string)
+	}{
+		{name: "register", calls: "service_token create_user enable_user send_mail disable_user", password: password,
+			try: func(email, password string, _ link) call { return registering(email, password) }, success: 201, after: getsIn},
+		{name: "register without password", calls: "create_user enable_user send_mail disable_user",
+			try: func(email, _ string, _ link) call { return registering(email, "") }, success: 201, after: getsIn},
+		{name: "replace", calls: "service_token get_user delete_user create_user", before: registered,
+			try: func(email, _ string, _ link) call { return registering(email, "") }, success: 201, after: getsIn},
+		{name: "register after a creation without answer", calls: "find_user delete_user create_user",
+			before: func(w *world, email, password string) link {
+				w.kc.on("create_user", applied)
+				defer w.kc.on("create_user", 0)
+				w.wants(w.do(registering(email, password)), 503, "unavailable")
+				return link{}
+			},
+			try: func(email, _ string, _ link) call { return registering(email, "") }, success: 201, after: getsIn},
+		{name: "verify", calls: "service_token get_user activate_user", password: password, before: registered,
+			try: func(_, _ string, l link) call { return verifying(l) }, success: 200, after: getsIn},
+		{name: "verify by code", calls: "service_token get_user activate_user", password: password, before: registered,
+			try: func(email, _ string, l link) call { return typing(email, l.Code) }, success: 200, after: getsIn},
+		{name: "resend", calls: "service_token get_user set_code send_mail disable_user", before: registered,
+			try: func(email, _ string, _ link) call { return resending(email) }, success: 200,
+			after: func(w *world, email, _ string) {
+				w.wants(w.do(typing(email, w.lastMail(email).Code)), 200, "")
+			}},
+		{name: "cancel", calls: "service_token get_user delete_user", before: registered,
+			try: func(_, _ string, l link) call { return cancelling(l) }, success: 200, after: startsAnew},
+		{name: "expire", calls: "service_token get_user delete_user",
+			before: func(w *world, email, password string) link {
+				l := registered(w, email, password)
+				w.expire(email)
+				return l
+			},
+			try: func(_, _ string, l link) call { return verifying(l) }, success: 410, slug: "verification-expired", after: startsAnew},
+		{name: "login", calls: "token", password: password,
+			before: func(w *world, email, password string) link { w.account(email); return link{} },
+			try:    func(email, password string, _ link) call { return signingIn(email, password) }, success: 200,
+			after: func(w *world, email, password string) {}},
+	} {
+		for name := range strings.FieldsSeq(op.calls) {
+			for _, f := range []fault{lost, applied} {
+				t.Run(fmt.Sprintf("%s/%s %v", op.name, name, f), func(t *testing.T) {
+					w := *w
+					w.TB = t
+					email, l := newEmail(), link{}
+					if op.before != nil {
+						l = op.before(&w, email, op.password)
+					}
+					w.kc.on("^"+name+" ", f)
+					before := w.kc.count(name)
+					a := w.do(op.try(email, op.password, l))
+					w.kc.on("^"+name+" ", 0)
+					if w.kc.count(name) == before {
+						t.Fatalf("%s is not called", name)
+					}
+					if a.Status != 503 {
+						w.wants(a, op.success, op.slug)
+					} else {
+						w.wants(a, 503, "unavailable")
+						w.wants(w.do(op.try(email, op.password, l)), op.success, op.slug)
+					}
+					w.settle()
+					op.after(&w, email, op.password)
+					w.settle()
+				})
+			}
+		}
+	}
 }
