@@ -1,0 +1,269 @@
+package main
+
+import (
+	"encoding/json"
+	"io"
+	"maps"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+)
+
+// process is the real binary, to be killed.
+type process struct {
+	*exec.Cmd
+	url   string
+	ended chan error
+}
+
+// spawn starts the binary with the world's environment and settings of its own.
+func (w *world) spawn(binary string, settings map[string]string) *process {
+	w.Helper()
+	p := &process{Cmd: exec.Command(binary), ended: make(chan error, 1)}
+	env := maps.Clone(w.env)
+	maps.Copy(env, settings)
+	for name, value := range env {
+		p.Env = append(p.Env, name+"="+value)
+	}
+	logs := new(buffer)
+	p.Stderr = io.MultiWriter(logs, w.logs)
+	if err := p.Start(); err != nil {
+		w.Fatal(err)
+	}
+	go func() { p.ended <- p.Wait() }()
+	w.Cleanup(func() { p.Process.Kill() }) // has ended, unless the test has failed
+	var line struct{ Address string }
+	if err := logs.waitFor(30*time.Second, func(text string) bool {
+		m := regexp.MustCompile(`(?m)^.*"msg":"listening".*$`).FindString(text)
+		return json.Unmarshal([]byte(m), &line) == nil
+	}); err != nil {
+		w.Fatalf("the process did not start: %v\n%s", err, logs)
+	}
+	p.url = "http://" + line.Address
+	return p
+}
+
+// end sends a signal and waits for the process's end.
+func (w *world) end(p *process, signal syscall.Signal) {
+	w.Helper()
+	p.Process.Signal(signal)
+	select {
+	case err := <-p.ended:
+		if (err == nil) != (signal == syscall.SIGTERM) {
+			w.Fatalf("%v: the process ended with %v", signal, err)
+		}
+	case <-time.After(30 * time.Second):
+		w.Fatalf("%v: the process does not end", signal)
+	}
+}
+
+// leasesEnd stands in for the minute after which a dead process's lease ends.
+func (w *world) leasesEnd() {
+	w.Helper()
+	w.exec(`update user_registrations set due_at = now() where lease_owner is not null`)
+}
+
+// latest is the id and state of an address's latest registration.
+func (w *world) latest(email string) (id, status string) {
+	w.Helper()
+	if err := w.pool.QueryRow(w.Context(), `select registration_id, status from user_registrations
+		where lower(email) = lower($1) order by created_at desc limit 1`, email).Scan(&id, &status); err != nil {
+		w.Fatal(err)
+	}
+	return id, status
+}
+
+// repairs are what the repair loop has put on record for an address.
+func (w *world) repairs(email string) []string {
+	w.Helper()
+	rows, _ := w.pool.Query(w.Context(), `
+		select trim(action || ' ' || reason) from audit_log where actor = 'system:repair' and (target in
+			(select registration_id from user_registrations where lower(email) = lower($1)) or details->>'registration_id' in
+			(select registration_id from user_registrations where lower(email) = lower($1))) order by at, audit_id`, email)
+	actions, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil {
+		w.Fatal(err)
+	}
+	return actions
+}
+
+// TestCrash kills the process in every window between two writes, and starts a new
+// one, which brings both stores together again: registration.go names the windows.
+func TestCrash(t *testing.T) {
+	if testing.Short() {
+		t.Skip("the crash matrix")
+	}
+	binary := filepath.Join(t.TempDir(), "auth-service")
+	if out, err := exec.Command("go", "build", "-o", binary, ".").CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	// The instance in this process runs no jobs: it answers what is asked besides.
+	w := newWorld(t, map[string]string{"JOB_INTERVAL": "0", "RESEND_COOLDOWN": "1ms"})
+
+	const with, without = password, ""
+	registered := func(w *world, email, password string) link {
+		w.wants(w.do(registering(email, password)), 201, "")
+		return w.readMail(email, 1)
+	}
+	verified := func(w *world, email, password string) link { w.account(email); return link{} }
+	register := func(email, password string, _ link) call { return registering(email, password) }
+	verify := func(_, _ string, l link) call { return verifying(l) }
+	cancel := func(_, _ string, l link) call { return cancelling(l) }
+	resend := func(email, _ string, _ link) call { return resending(email) }
+
+	// What must have become of it.
+	opens := func(w *world, email, password string, _ link) {
+		l := w.lastMail(email)
+		w.wants(w.do(typing(email, l.Code)), 200, "") // the newest mail's
+		w.wants(w.do(verifying(l)), 200, "")
+		if password != "" {
+			w.wants(w.do(signingIn(email, password)), 200, "")
+		}
+	}
+	is := func(status string) func(*world, string, string, link) {
+		return func(w *world, email, password string, l link) {
+			if id, got := w.latest(email); got != status {
+				w.Fatalf("%s is %s, not %s", id, got, status)
+			}
+			switch status {
+			case "verified":
+				a := w.do(verifying(l))
+				w.wants(a, 200, "")
+				if a.JSON["already_verified"] != true {
+					w.Errorf("not verified already: %v", a)
+				}
+				w.wants(w.do(signingIn(email, password)), 200, "")
+			case "expired":
+				w.wants(w.do(verifying(l)), 410, "verification-expired")
+				w.register(email) // the address is free
+			case "cancelled":
+				if l.Token != "" {
+					w.wants(w.do(verifying(l)), 410, "verification-cancelled")
+				}
+				w.register(email)
+			}
+		}
+	}
+	for _, c := range []struct {
+		window   string
+		password string
+		before   func(w *world, email, password string) link
+		do       func(email, password string, l link) call // the process dies in it; nil: in the repair loop
+		at       string                                    // the call to Keycloak at which it dies: before it, or …
+		after    bool                                      // … after it
+		lock     string                                    // or rather when it next wants this table
+		repairs  string                                    // on record, by the loop
+		ends     func(w *world, email, password string, l link)
+	}{
+		{"R1, password gone", with, nil, register, "create_user", false, "", "registration.cancelled no_keycloak_user", is("cancelled")},
+		{"R1, no password", without, nil, register, "create_user", false, "", "user.create, registration.mail", opens},
+		{"R2", with, nil, register, "create_user", true, "", "user.create, registration.mail", opens},
+		{"R2, no password", without, nil, register, "create_user", true, "", "user.create, registration.mail", opens},
+		{"R3", with, nil, register, "create_user", true, "rate_limits", "registration.mail", opens},
+		{"R4, enabled or not", with, nil, register, "enable_user", false, "", "registration.mail", opens},
+		{"R4, enabled, no mail", with, nil, register, "send_mail", false, "", "registration.mail", opens},
+		{"R4, mailed, enabled", with, nil, register, "disable_user", false, "", "registration.mail", opens},
+		{"R4, mailed, enabled, no password", without, nil, register, "disable_user", false, "", "registration.mail", opens},
+		{"R5", with, nil, register, "disable_user", true, "", "registration.mail", opens},
+		{"R5, at the audit trail", with, nil, register, "disable_user", true, "audit_log", "registration.mail", opens},
+		{"C1, replaced, no password", without, registered, register, "get_user", false, "", "user.remove, user.create, registration.mail", opens},
+		{"C1, replaced, password gone", with, registered, register, "get_user", false, "",
+			"user.remove, registration.cancelled no_keycloak_user", is("cancelled")},
+		{"C2, replaced, no password", without, registered, register, "delete_user", true, "",
+			"user.remove, user.create, registration.mail", opens},
+		{"C1, cancelled", with, registered, cancel, "get_user", false, "", "user.remove", is("cancelled")},
+		{"C2, cancelled", with, registered, cancel, "delete_user", true, "", "user.remove", is("cancelled")},
+		{"V2", with, registered, verify, "activate_user", false, "", "", opens},
+		{"V3", with, registered, verify, "activate_user", true, "", "registration.verified", is("verified")},
+		{"V3, at the audit trail", with, registered, verify, "activate_user", true, "audit_log", "registration.verified", is("verified")},
+		{"E1", with, expiring(registered), verify, "delete_user", false, "", "user.remove", is("expired")},
+		{"E2", with, expiring(registered), verify, "delete_user", true, "", "user.remove", is("expired")},
+		{"E1, in the loop", with, expiring(registered), nil, "delete_user", false, "",
+			"registration.expired expired, user.remove", is("expired")},
+		{"M1", with, registered, resend, "set_code", false, "", "registration.mail", opens},
+		{"M2", with, registered, resend, "send_mail", false, "", "registration.mail", opens},
+		{"M3", with, registered, resend, "disable_user", false, "", "registration.mail", opens},
+		{"M3, disabled", with, registered, resend, "disable_user", true, "", "registration.mail", opens},
+		{"L1", with, verified, func(email, password string, _ link) call { return signingIn(email, password) }, "token", true, "", "",
+			func(w *world, email, password string, _ link) { w.wants(w.do(signingIn(email, password)), 200, "") }},
+	} {
+		t.Run(c.window, func(t *testing.T) {
+			w := *w
+			w.TB = t
+			email, l := newEmail(), link{}
+			if c.before != nil {
+				l = c.before(&w, email, c.password)
+			}
+			w.dieAt(binary, c.at, c.after, c.lock, func() call {
+				if c.do == nil {
+					return call{}
+				}
+				return c.do(email, c.password, l)
+			}())
+			w.leasesEnd()
+			repairer := w.spawn(binary, map[string]string{"JOB_INTERVAL": "50ms"})
+			w.settle()
+			if got := strings.Join(w.repairs(email), ", "); got != c.repairs {
+				t.Errorf("the loop's record is %q, not %q", got, c.repairs)
+			}
+			c.ends(&w, email, c.password, l)
+			w.end(repairer, syscall.SIGTERM)
+		})
+	}
+}
+
+// dieAt sends a request to a process of its own and kills that at a point between
+// two writes. Without a request it dies in its repair loop.
+func (w *world) dieAt(binary, at string, after bool, lock string, r call) {
+	w.Helper()
+	there, release := w.kc.holdAt("^"+at+" ", after)
+	defer release()
+	interval := "0"
+	if r.path == "" {
+		interval = "50ms"
+		w.exec(`update user_registrations set due_at = expires_at where status = 'pending'`)
+	}
+	p := w.spawn(binary, map[string]string{"JOB_INTERVAL": interval})
+	answered := make(chan answer, 1)
+	if r.path != "" {
+		go func() { a, _ := w.send(p.url, r); answered <- a }()
+	}
+	select {
+	case <-there:
+	case a := <-answered:
+		w.Fatalf("it did not come to %s: %v", at, a)
+	case <-time.After(20 * time.Second):
+		w.Fatalf("it did not come to %s", at)
+	}
+	if lock != "" {
+		tx, err := w.pool.Begin(w.Context())
+		if err == nil {
+			defer tx.Rollback(w.Context())
+			_, err = tx.Exec(w.Context(), `lock table `+lock+` in access exclusive mode`)
+		}
+		if err != nil {
+			w.Fatal(err)
+		}
+		release()
+		w.eventually("it waits for "+lock, 10*time.Second, func() (waits bool) {
+			w.pool.QueryRow(w.Context(), `select exists (select from pg_locks where not granted and relation = $1::regclass)`, lock).Scan(&waits)
+			return waits
+		})
+	}
+	w.end(p, syscall.SIGKILL)
+}
+
+// expiring lets the time of a registration run out.
+func expiring(before func(*world, string, string) link) func(*world, string, string) link {
+	return func(w *world, email, password string) link {
+		l := before(w, email, password)
+		w.expire(email)
+		return l
+	}
+}
