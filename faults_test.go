@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -454,6 +455,238 @@ func TestFaults(t *testing.T) {
 					w.settle()
 				})
 			}
+		}
+	}
+}
+
+// TestLeftUndone has faults that nobody comes back to: only the repair loop is left.
+func TestLeftUndone(t *testing.T) {
+	w := newWorld(t, map[string]string{"RESEND_COOLDOWN": "1ms"})
+	registered := func() (string, link) {
+		email := newEmail()
+		w.register(email)
+		return email, w.readMail(email, 1)
+	}
+	during := func(call string, f fault, do func()) {
+		w.Helper()
+		w.kc.on("^"+call+" ", f)
+		defer w.kc.on("^"+call+" ", 0)
+		do()
+	}
+	w.Run("verified in Keycloak, the answer lost", func() {
+		email, l := registered()
+		during("activate_user", applied, func() { w.wants(w.do(verifying(l)), 503, "unavailable") })
+		w.settle()
+		w.wants(w.do(signingIn(email, password)), 200, "")
+	})
+	w.Run("a wrong code before the mail window is closed", func() {
+		email := newEmail()
+		during("disable_user", lost, func() { w.register(email) })
+		w.wants(w.do(typing(email, "x"+w.readMail(email, 1).Code[1:])), 400, "invalid-request")
+		w.wants(w.do(typing(email, other(w.readMail(email, 1).Code))), 400, "invalid-code")
+		w.settle()
+	})
+	w.Run("an outage before the mail window is closed", func() {
+		email := newEmail()
+		during("disable_user", lost, func() { w.register(email) })
+		l := w.readMail(email, 1)
+		during("get_user", lost, func() { w.wants(w.do(verifying(l)), 503, "unavailable") })
+		w.settle()
+		w.wants(w.do(verifying(l)), 200, "")
+	})
+	w.Run("a creation without answer, a registration after it, and an outage", func() {
+		email := newEmail()
+		during("create_user", lost, func() { w.wants(w.do(registering(email, password)), 503, "unavailable") })
+		w.register(email)
+		l := w.readMail(email, 1)
+		during("find_user", lost, func() { w.wants(w.do(registering(email, password)), 503, "unavailable") })
+		w.wants(w.do(verifying(l)), 200, "") // it was not replaced, and nobody holds it
+	})
+	w.Run("mails that were certainly not sent cost nothing", func() {
+		email, _ := registered()
+		during("set_code", lost, func() {
+			for range 3 {
+				a := w.do(resending(email))
+				w.wants(a, 200, "")
+				if a.text("verification_email") != "queued" {
+					w.Errorf("not queued: %v", a)
+				}
+			}
+		})
+		w.settle()
+		var hits int
+		if err := w.pool.QueryRow(w.Context(), `select hits from rate_limits where key = $1`, mailsADay(email).Key).Scan(&hits); err != nil || hits != 2 {
+			w.Errorf("%d mails were counted, not 2 (%v)", hits, err)
+		}
+	})
+}
+
+// Run is a subtest that shares the world.
+func (w *world) Run(name string, f func()) {
+	t := w.TB.(*testing.T)
+	t.Run(name, func(t *testing.T) {
+		defer func(tb testing.TB) { w.TB = tb }(w.TB)
+		w.TB = t
+		f()
+	})
+}
+
+// other is a wrong code.
+func other(code string) string {
+	return code[:5] + string('0'+(code[5]-'0'+1)%10)
+}
+
+// within sends requests in parallel and fails if an answer takes longer than d.
+func (w *world) within(d time.Duration, calls ...call) []answer {
+	w.Helper()
+	answers := make([]answer, len(calls))
+	var all sync.WaitGroup
+	for i, r := range calls {
+		all.Go(func() {
+			start := time.Now()
+			answers[i] = w.do(r)
+			if took := time.Since(start); took > d {
+				w.Errorf("%s took %v: %v", r.path, took, answers[i])
+			}
+		})
+	}
+	all.Wait()
+	return answers
+}
+
+// TestOutages takes Keycloak, the mail server and PostgreSQL away.
+func TestOutages(t *testing.T) {
+	w := newWorld(t, nil)
+	const patience = 5*time.Second + 200*time.Millisecond // the answer itself has 5 s
+	type known struct {
+		email string
+		link
+	}
+	open := func() known {
+		email := newEmail()
+		w.register(email)
+		return known{email, w.readMail(email, 1)}
+	}
+	account := newEmail()
+	w.account(account)
+	health := func(status int, word string) {
+		w.Helper()
+		w.eventually("health is "+word, 15*time.Second, func() bool {
+			a := w.get("/health")
+			return a.Status == status && a.text("status") == word
+		})
+	}
+	// Nobody is served, and everybody later.
+	refused := func(begin func(), end func(), calls ...call) {
+		w.Helper()
+		begin()
+		for _, a := range w.within(patience, calls...) {
+			w.wants(a, 503, "unavailable")
+		}
+		end()
+	}
+	for _, outage := range []struct {
+		name       string
+		begin, end func()
+		health     string
+	}{
+		{"Keycloak is stopped", func() { w.kc.close() }, func() { w.kc.open() }, "degraded"},
+		{"PostgreSQL is stopped", func() { w.pg.close() }, func() { w.pg.open() }, "down"},
+	} {
+		w.Run(outage.name, func() {
+			a, b, c, fresh := open(), open(), open(), newEmail()
+			refused(outage.begin, func() {
+				health(map[string]int{"degraded": 200, "down": 503}[outage.health], outage.health)
+				outage.end()
+			}, registering(fresh, password), verifying(a.link), typing(b.email, b.Code), resending(c.email), signingIn(account, password))
+			health(200, "ok")
+			w.wants(w.do(registering(fresh, password)), 201, "")
+			w.wants(w.do(verifying(a.link)), 200, "")
+			w.wants(w.do(typing(b.email, b.Code)), 200, "")
+			w.wants(w.do(resending(c.email)), 429, "resend-too-soon") // and not: limited by the try
+			w.wants(w.do(signingIn(account, password)), 200, "")
+			w.settle()
+		})
+	}
+	w.Run("Keycloak hangs", func() {
+		a, b, fresh := open(), open(), newEmail()
+		calls := []call{registering(fresh, password), verifying(a.link), typing(b.email, b.Code), resending(b.email), signingIn(account, password)}
+		for len(calls) < 20 {
+			calls = append(calls, registering(newEmail(), password), signingIn(account, password), registering(newEmail(), ""))
+		}
+		var release func()
+		refused(func() { release = w.kc.block() }, func() { release() }, calls...)
+		w.wants(w.do(registering(fresh, password)), 201, "")
+		w.wants(w.do(verifying(a.link)), 200, "")
+		w.settle()
+	})
+	w.Run("the mail server is stopped", func() {
+		w.mail.Close()
+		email := newEmail()
+		if a := w.register(email); a.text("verification_email") != "queued" {
+			w.Errorf("not queued: %v", a)
+		}
+		for range 3 { // tries that fail
+			tried := w.kc.count("send_mail")
+			w.exec(`update user_registrations set due_at = now() where mail_state = 'queued' and lease_owner is null`)
+			w.eventually("another try", 10*time.Second, func() bool { return w.kc.count("send_mail") > tried })
+			w.eventually("its end", 10*time.Second, func() (over bool) {
+				w.pool.QueryRow(w.Context(), `select not exists (select from user_registrations where lease_owner is not null)`).Scan(&over)
+				return over
+			})
+		}
+		if err := w.mail.Restart(); err != nil {
+			w.Fatal(err)
+		}
+		ctx, cancel := context.WithTimeout(w.Context(), time.Minute)
+		defer cancel()
+		m, err := w.mail.WaitFor(ctx, email, 1) // by itself
+		if err != nil {
+			w.Fatal(err)
+		}
+		var hits int
+		if err := w.pool.QueryRow(w.Context(), `select hits from rate_limits where key = $1`, mailsADay(email).Key).Scan(&hits); err != nil || hits != 1 {
+			w.Errorf("%d mails were counted, not 1 (%v)", hits, err)
+		}
+		w.wants(w.do(typing(email, w.readLink(m).Code)), 200, "")
+	})
+	w.Run("both are down at the start", func() {
+		w.kc.close()
+		w.pg.close()
+		ended := w.startBlind()
+		defer ended()
+		health(503, "down")
+		w.pg.open()
+		health(200, "degraded")
+		w.kc.open()
+		health(200, "ok")
+		w.account(newEmail())
+	})
+}
+
+// startBlind starts an instance without waiting for its schema, and makes it the
+// one that is spoken to, until the returned function ends it.
+func (w *world) startBlind() (end func()) {
+	w.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	logs, ended := new(buffer), make(chan error, 1)
+	go func() {
+		ended <- run(ctx, nil, func(name string) string { return w.env[name] }, io.Discard, io.MultiWriter(logs, w.logs))
+	}()
+	var line struct{ Address string }
+	if err := logs.waitFor(10*time.Second, func(text string) bool {
+		m := regexp.MustCompile(`(?m)^.*"msg":"listening".*$`).FindString(text)
+		return json.Unmarshal([]byte(m), &line) == nil
+	}); err != nil {
+		w.Fatal(err)
+	}
+	former := w.url
+	w.url = "http://" + line.Address
+	return func() {
+		w.url = former
+		cancel()
+		if err := <-ended; err != nil {
+			w.Error(err)
 		}
 	}
 }
