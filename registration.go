@@ -20,7 +20,7 @@ import (
 const (
 	leaseTime    = 60 * time.Second // a flow must be over by then: see flowTime
 	flowTime     = 40 * time.Second
-	leaseWait    = 5 * time.Second  // how long a request waits for another one's lease
+	leaseWait    = time.Second      // how long a request waits for another one's lease; a call to Keycloak may follow
 	retryTime    = 20 * time.Second // until the repair loop tries again what has failed
 	doubtTime    = 10 * time.Minute // how long a creation without an answer may still arrive in Keycloak
 	mailsPerDay  = 10               // to one address
@@ -233,15 +233,12 @@ func (s *server) touch(ctx context.Context, c caller, reg registration) (registr
 	return s.store.registration(ctx, reg.ID)
 }
 
-// letGo ends the lease of a flow that stops early, and says when the repair loop
-// must look: never, when the time to confirm is over, or soon, if something is owed.
+// letGo ends the lease of a flow that stops early. The repair loop looks soon,
+// whatever the row says: an answer of Keycloak may be lost, or a window still open.
 func (s *server) letGo(ctx context.Context, reg registration) {
 	due := s.now().Add(retryTime)
-	switch {
-	case reg.State == verified:
+	if reg.State == verified {
 		due = time.Time{}
-	case reg.State == pending && reg.Mail == mailSent:
-		due = reg.ExpiresAt
 	}
 	if err := s.store.release(ctx, reg, due); err != nil {
 		s.log.ErrorContext(ctx, "a lease was not released; it ends by itself", "registration", reg.ID, "error", err)
@@ -345,6 +342,12 @@ func (s *server) settle(ctx context.Context, c caller, reg registration) error {
 			return err
 		}
 	}
+	if reg.State == pending && known && user.enabled() && !user.verified() { // R4, M1 … M3: the mail window was left open
+		if err := s.closeMailWindow(ctx, reg); err != nil {
+			s.letGo(ctx, reg)
+			return err
+		}
+	}
 	switch {
 	case reg.State == verified:
 		return s.store.release(ctx, reg, time.Time{})
@@ -377,12 +380,6 @@ func (s *server) settle(ctx context.Context, c caller, reg registration) error {
 	case reg.Mail == mailQueued: // R3, R4, M1 … M3
 		_, err := s.sendAgain(ctx, c, reg, user, false)
 		return err
-
-	case user.enabled(): // the window was left open
-		if err := s.closeMailWindow(ctx, reg); err != nil {
-			s.letGo(ctx, reg)
-			return err
-		}
 	}
 	return s.store.release(ctx, reg, reg.ExpiresAt)
 }

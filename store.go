@@ -250,10 +250,11 @@ func (st *store) takeDue(ctx context.Context, owner string, start, now time.Time
 }
 
 // openRegistrations returns the registrations of an address that are not settled:
-// the pending one, and ended ones that still owe Keycloak a deletion.
+// ended ones that still owe Keycloak a deletion, then the pending one.
 func (st *store) openRegistrations(ctx context.Context, email string) ([]registrationID, error) {
 	rows, _ := st.pool.Query(ctx, `
-		select registration_id from user_registrations where lower(email) = lower($1) and due_at is not null`, email)
+		select registration_id from user_registrations where lower(email) = lower($1) and due_at is not null
+		order by status = 'pending'`, email)
 	ids, err := pgx.CollectRows(rows, pgx.RowTo[registrationID])
 	return ids, storeError(err)
 }

@@ -55,8 +55,9 @@ func (s *server) mail(ctx context.Context, c caller, reg registration, claim mai
 	}
 	// Dying from here on (M1 … M3, R4) leaves the mail queued and the user perhaps
 	// enabled: settle sends it and disables.
-	err = enable()
-	if err == nil {
+	if err = enable(); err != nil {
+		err = errors.Join(errMailNotSent, err)
+	} else {
 		err = s.kc.sendMail(ctx, reg.KeycloakID, reg.Locale, reg.ExpiresAt.Sub(s.now()).Round(time.Minute), !reg.WithPassword)
 	}
 	disabled := s.closeMailWindow(ctx, reg)
