@@ -650,6 +650,17 @@ func TestOutages(t *testing.T) {
 		}
 		w.wants(w.do(typing(email, w.readLink(m).Code)), 200, "")
 	})
+	w.Run("the mail window is left open, and the next mail must wait", func() {
+		email := newEmail()
+		w.kc.on("^send_mail ", applied)
+		w.kc.on("^disable_user ", lost)
+		w.register(email)
+		w.kc.on("^send_mail ", 0)
+		w.kc.on("^disable_user ", 0)
+		w.exec(`update user_registrations set due_at = now() where mail_state = 'queued' and lease_owner is null`)
+		w.check() // disabled long before the cooldown's end
+		w.wants(w.do(typing(email, w.readMail(email, 1).Code)), 200, "")
+	})
 	w.Run("both are down at the start", func() {
 		w.kc.close()
 		w.pg.close()
