@@ -1,9 +1,12 @@
 package main
 
 import (
+	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
+	"net"
 	"net/netip"
 	"net/url"
 	"os"
@@ -78,8 +81,7 @@ type config struct {
 // secret is a value that must never be printed.
 type secret string
 
-func (secret) String() string               { return "[redacted]" }
-func (secret) GoString() string             { return "[redacted]" }
+func (secret) Format(f fmt.State, _ rune)   { io.WriteString(f, "[redacted]") } // whatever the verb
 func (secret) LogValue() slog.Value         { return slog.StringValue("[redacted]") }
 func (secret) MarshalText() ([]byte, error) { return []byte("[redacted]"), nil }
 
@@ -175,6 +177,16 @@ func (cfg *config) check(getenv func(string) string, wrong func(string, ...any))
 	}
 	if (cfg.TLSCertFile == "") != (cfg.TLSKeyFile == "") {
 		wrong("TLS_CERT_FILE and TLS_KEY_FILE must be set together")
+	} else if cfg.TLSCertFile != "" {
+		if _, err := tls.LoadX509KeyPair(cfg.TLSCertFile, cfg.TLSKeyFile); err != nil {
+			wrong("TLS_CERT_FILE, TLS_KEY_FILE: %w", err)
+		}
+	}
+	if _, err := newCORS(cfg.CORSOrigins); err != nil {
+		wrong("CORS_ALLOWED_ORIGINS: %w", err)
+	}
+	if _, _, err := net.SplitHostPort(cfg.ManagementAddr); err != nil {
+		wrong("MANAGEMENT_ADDR: %w", err)
 	}
 	if cfg.LogFormat != "json" && cfg.LogFormat != "text" {
 		wrong("LOG_FORMAT must be json or text")

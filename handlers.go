@@ -128,7 +128,7 @@ func (s *server) handler() (http.Handler, error) {
 	}
 	corsMiddleware, err := newCORS(s.cfg.CORSOrigins)
 	if err != nil {
-		return nil, fmt.Errorf("CORS_ALLOWED_ORIGINS: %w", err)
+		return nil, err
 	}
 	https := strings.HasPrefix(s.cfg.PublicURL, "https://")
 	return withRequestID(s.withLog(withSecurityHeaders(https, corsMiddleware.Wrap(s.orProblem(mux))))), nil

@@ -252,10 +252,7 @@ func (s *server) managementHandler() http.Handler {
 func healthcheck(ctx context.Context, cfg config) error {
 	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
 	defer cancel()
-	_, port, err := net.SplitHostPort(cfg.ManagementAddr)
-	if err != nil {
-		return fmt.Errorf("MANAGEMENT_ADDR: %w", err)
-	}
+	_, port, _ := net.SplitHostPort(cfg.ManagementAddr) // loadConfig has tried that
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+net.JoinHostPort("127.0.0.1", port)+"/livez", nil)
 	if err != nil {
 		return err
