@@ -1,0 +1,202 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"log/slog"
+	"maps"
+	"os"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+// enough is an environment with what is required and nothing else.
+var enough = map[string]string{
+	"DATABASE_URL": "postgres://auth:s3cret-db@db/auth", "KEYCLOAK_URL": "http://keycloak:8080/", "KEYCLOAK_REALM": "people",
+	"KEYCLOAK_AUTH_CLIENT_ID": "auth-client", "KEYCLOAK_BACKEND_CLIENT_ID": "backend-admin",
+	"KEYCLOAK_BACKEND_CLIENT_SECRET": "s3cret-client",
+}
+
+// environment is enough with changes; an empty value removes a variable.
+func environment(changes map[string]string) func(string) string {
+	all := maps.Clone(enough)
+	maps.Copy(all, changes)
+	return func(name string) string { return all[name] }
+}
+
+func TestConfigValues(t *testing.T) {
+	dir := t.TempDir()
+	file := filepath.Join(dir, "secret")
+	if err := os.WriteFile(file, []byte(" host=s3cret-file\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for variable, c := range map[string]struct{ set, field, unset, want string }{
+		"DATABASE_URL":                        {"host=other dbname=x", "DatabaseURL", "postgres://auth:s3cret-db@db/auth", "host=other dbname=x"},
+		"KEYCLOAK_URL":                        {"https://id.example//", "KeycloakURL", "http://keycloak:8080", "https://id.example"},
+		"KEYCLOAK_PUBLIC_URL":                 {"https://id.example/", "KeycloakPublicURL", "http://keycloak:8080", "https://id.example"},
+		"KEYCLOAK_REALM":                      {"other", "KeycloakRealm", "people", "other"},
+		"KEYCLOAK_AUTH_CLIENT_ID":             {"other", "AuthClientID", "auth-client", "other"},
+		"KEYCLOAK_BACKEND_CLIENT_ID":          {"other", "BackendClientID", "backend-admin", "other"},
+		"KEYCLOAK_BACKEND_CLIENT_SECRET":      {"other", "BackendClientSecret", "s3cret-client", "other"},
+		"KEYCLOAK_BACKEND_CLIENT_SECRET_FILE": {file, "BackendClientSecret", "s3cret-client", "host=s3cret-file"},
+		"DATABASE_URL_FILE":                   {file, "DatabaseURL", "postgres://auth:s3cret-db@db/auth", "host=s3cret-file"},
+		"SERVER_HOST":                         {"::1", "Host", "0.0.0.0", "::1"},
+		"SERVER_PORT":                         {"8443", "Port", "3000", "8443"},
+		"PUBLIC_URL":                          {"https://a.example/", "PublicURL", "http://localhost:3000", "https://a.example"},
+		"MANAGEMENT_ADDR":                     {":1", "ManagementAddr", "127.0.0.1:9090", ":1"},
+		"CORS_ALLOWED_ORIGINS":                {"https://a.example,https://b.example", "CORSOrigins", "[]", "[https://a.example https://b.example]"},
+		"TRUSTED_PROXIES":                     {"10.0.0.0/8,fd00::/8", "TrustedProxies", "[]", "[10.0.0.0/8 fd00::/8]"},
+		"LOG_LEVEL":                           {"WARN", "logLevel", "INFO", "WARN"},
+		"RUST_LOG":                            {"hyper=error,trace", "logLevel", "INFO", "DEBUG"},
+		"LOG_FORMAT":                          {"text", "LogFormat", "json", "text"},
+		"VERIFICATION_TTL":                    {"1h30m", "VerificationTTL", "24h0m0s", "1h30m0s"},
+		"RESEND_COOLDOWN":                     {"5s", "ResendCooldown", "1m0s", "5s"},
+		"RESEND_LIMIT":                        {"1", "ResendLimit", "5", "1"},
+		"REFRESH_GRACE":                       {"1s", "RefreshGrace", "10s", "1s"},
+		"JOB_INTERVAL":                        {"0s", "JobInterval", "30s", "0s"},
+		"PREVIEW":                             {"true", "Preview", "false", "true"},
+	} {
+		got := func(changes map[string]string) string {
+			cfg, err := loadConfig(environment(changes))
+			if err != nil {
+				t.Errorf("%s: %v", variable, err)
+			}
+			switch v := reflect.ValueOf(cfg).FieldByName(c.field); {
+			case c.field == "logLevel":
+				return cfg.logLevel.String()
+			case v.Type() == reflect.TypeFor[secret]():
+				return v.String() // fmt would redact it
+			default:
+				return fmt.Sprint(v)
+			}
+		}
+		set := map[string]string{variable: c.set}
+		if name, ok := strings.CutSuffix(variable, "_FILE"); ok {
+			set[name] = ""
+		}
+		if unset, set := got(nil), got(set); unset != c.unset || set != c.want {
+			t.Errorf("%s: unset %q, set %q; want %q, %q", variable, unset, set, c.unset, c.want)
+		}
+	}
+}
+
+func TestConfigMistakes(t *testing.T) {
+	empty := filepath.Join(t.TempDir(), "empty")
+	if err := os.WriteFile(empty, []byte(" \n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		name    string
+		changes map[string]string
+		want    []string // one line each, sorted
+	}{
+		{"nothing at all", map[string]string{"DATABASE_URL": "", "KEYCLOAK_URL": "", "KEYCLOAK_REALM": "", "KEYCLOAK_AUTH_CLIENT_ID": "",
+			"KEYCLOAK_BACKEND_CLIENT_ID": "", "KEYCLOAK_BACKEND_CLIENT_SECRET": ""},
+			[]string{"DATABASE_URL is required", "KEYCLOAK_AUTH_CLIENT_ID is required", "KEYCLOAK_BACKEND_CLIENT_ID is required",
+				"KEYCLOAK_BACKEND_CLIENT_SECRET is required", "KEYCLOAK_REALM is required", "KEYCLOAK_URL is required"}},
+		{"everything wrong", map[string]string{"DATABASE_URL": "postgres://auth:s3cret-db@db:port/auth", "KEYCLOAK_URL": "keycloak:8080",
+			"KEYCLOAK_PUBLIC_URL": "ftp://id.example", "PUBLIC_URL": "https://", "SERVER_PORT": "70000", "TRUSTED_PROXIES": "10.0.0.1",
+			"CORS_ALLOWED_ORIGINS": "app.example", "MANAGEMENT_ADDR": "9090", "TLS_CERT_FILE": "cert.pem", "LOG_LEVEL": "loud", "LOG_FORMAT": "xml",
+			"VERIFICATION_TTL": "-1h", "RESEND_COOLDOWN": "0s", "REFRESH_GRACE": "0s", "RESEND_LIMIT": "0", "JOB_INTERVAL": "soon", "PREVIEW": "perhaps"},
+			[]string{"CORS_ALLOWED_ORIGINS: …", "DATABASE_URL is not a connection string that PostgreSQL's driver understands", "JOB_INTERVAL: …",
+				"KEYCLOAK_PUBLIC_URL must be a URL that begins with http:// or https://", "KEYCLOAK_URL must be a URL that begins with http:// or https://",
+				"LOG_FORMAT must be json or text", "LOG_LEVEL must be debug, info, warn or error", "MANAGEMENT_ADDR: …", "PREVIEW: …",
+				"PUBLIC_URL must be a URL that begins with http:// or https://", "REFRESH_GRACE must be longer than 0", "RESEND_COOLDOWN must be longer than 0",
+				"RESEND_LIMIT must be at least 1", "SERVER_PORT: …", "TLS_CERT_FILE and TLS_KEY_FILE must be set together", "TRUSTED_PROXIES: …",
+				"VERIFICATION_TTL must be longer than 0"}},
+		{"a secret from two places", map[string]string{"DATABASE_URL_FILE": empty},
+			[]string{"DATABASE_URL and DATABASE_URL_FILE are both set; use one"}},
+		{"secret files", map[string]string{"DATABASE_URL": "", "DATABASE_URL_FILE": empty, "KEYCLOAK_BACKEND_CLIENT_SECRET": "",
+			"KEYCLOAK_BACKEND_CLIENT_SECRET_FILE": "/does/not/exist"},
+			[]string{"DATABASE_URL_FILE: …", "KEYCLOAK_BACKEND_CLIENT_SECRET_FILE: …"}},
+		{"TLS files", map[string]string{"TLS_CERT_FILE": empty, "TLS_KEY_FILE": "/does/not/exist"}, []string{"TLS_CERT_FILE, TLS_KEY_FILE: …"}},
+		{"a negative pause", map[string]string{"JOB_INTERVAL": "-1s"}, []string{"JOB_INTERVAL must not be negative"}},
+		{"RUST_LOG", map[string]string{"RUST_LOG": "loud"}, []string{"RUST_LOG must be debug, info, warn or error"}},
+	} {
+		var stdout, stderr bytes.Buffer
+		err := run(t.Context(), nil, environment(c.changes), &stdout, &stderr)
+		if err == nil || stdout.Len()+stderr.Len() > 0 {
+			t.Errorf("%s: error %v, output %s%s", c.name, err, &stdout, &stderr)
+			continue
+		}
+		heading, list, _ := strings.Cut(err.Error(), "\n")
+		if heading != "the configuration is wrong:" || strings.Contains(list, "s3cret") {
+			t.Errorf("%s: %v", c.name, err)
+		}
+		lines := strings.Split(list, "\n")
+		for i, line := range lines { // the words of libraries are theirs
+			for _, want := range c.want {
+				if name, ok := strings.CutSuffix(want, "…"); ok && strings.HasPrefix(line, name) {
+					lines[i] = want
+				}
+			}
+		}
+		slices.Sort(lines)
+		if diff := cmp.Diff(c.want, lines); diff != "" {
+			t.Errorf("%s (-want +got):\n%s\n%v", c.name, diff, err)
+		}
+	}
+}
+
+// Whatever prints a configuration prints no secret.
+func TestSecretsAreNeverPrinted(t *testing.T) {
+	cfg, err := loadConfig(environment(nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var out bytes.Buffer
+	for _, v := range []any{cfg, &cfg, cfg.DatabaseURL, &cfg.DatabaseURL, []secret{cfg.BackendClientSecret},
+		map[string]secret{"x": cfg.BackendClientSecret}} {
+		for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%q", "%x", "%d"} {
+			fmt.Fprintf(&out, verb+"\n", v)
+		}
+		for _, h := range []slog.Handler{slog.NewTextHandler(&out, nil), slog.NewJSONHandler(&out, nil)} {
+			slog.New(h).Info("starting", "config", v, slog.Group("g", "v", v))
+		}
+		if encoded, err := json.Marshal(v); err == nil {
+			out.Write(encoded)
+		}
+	}
+	hex := fmt.Sprintf("%x", "s3cret")
+	if text := out.String(); strings.Contains(text, "s3cret") || strings.Contains(text, hex) || !strings.Contains(text, "[redacted]") {
+		i := max(strings.Index(text, "s3cret"), strings.Index(text, hex))
+		t.Errorf("a secret is printed: …%s", text[max(0, i-150):min(len(text), max(i, 0)+50)])
+	}
+}
+
+// The commands that are no service.
+func TestCommands(t *testing.T) {
+	w := inSharedWorld(t)
+	getenv := func(name string) string { return w.env[name] }
+	for _, c := range []struct {
+		args   []string
+		stdout string
+		fails  string
+	}{
+		{[]string{"version"}, version() + "\n", ""},
+		{[]string{"jobs"}, "", ""},
+		{[]string{"jobs", "twice"}, "", "unknown command"},
+		{[]string{"serv"}, "", "unknown command"},
+		{[]string{"healthcheck"}, "", "connection refused"}, // nothing listens on port 0
+	} {
+		var stdout, stderr bytes.Buffer
+		err := run(t.Context(), c.args, getenv, &stdout, &stderr)
+		if stdout.String() != c.stdout || (err != nil) != (c.fails != "") || err != nil && !strings.Contains(err.Error(), c.fails) {
+			t.Errorf("%v: %v, output %q; want %q %s", c.args, err, &stdout, c.stdout, c.fails)
+		}
+	}
+	up := environment(map[string]string{"MANAGEMENT_ADDR": w.management})
+	if err := run(t.Context(), []string{"healthcheck"}, up, &bytes.Buffer{}, &bytes.Buffer{}); err != nil {
+		t.Errorf("healthcheck of the running service: %v", err)
+	}
+	if time.Duration(leaseTime) <= flowTime {
+		t.Error("a flow may outlive its lease")
+	}
+}
