@@ -1,14 +1,739 @@
 package main
 
-import "testing"
+import (
+	"encoding/json"
+	"fmt"
+	"maps"
+	"net/url"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
 
-func TestRegisterVerifyLogin(t *testing.T) {
+	"github.com/google/go-cmp/cmp"
+)
+
+type body = map[string]any
+
+// attempt is one line of a table of requests.
+type attempt struct {
+	name   string
+	path   string
+	body   body
+	status int
+	slug   string
+}
+
+// try sends a table of requests, in order.
+func (w *world) try(list ...attempt) {
+	w.Helper()
+	for _, r := range list {
+		w.Log(r.name)
+		w.wants(w.post(r.path, r.body), r.status, r.slug)
+	}
+}
+
+// exec changes what is in the database, past the service.
+func (w *world) exec(sql string, args ...any) {
+	w.Helper()
+	if _, err := w.pool.Exec(w.Context(), sql, args...); err != nil {
+		w.Fatal(err)
+	}
+}
+
+// value is the one text that a query returns.
+func (w *world) value(sql string, args ...any) (text string) {
+	w.Helper()
+	if err := w.pool.QueryRow(w.Context(), sql, args...).Scan(&text); err != nil {
+		w.Fatal(err)
+	}
+	return text
+}
+
+// overdue lets the time to confirm a registration be over.
+func (w *world) overdue(id string) {
+	w.exec(`update user_registrations set expires_at = now() - interval '1 second' where registration_id = $1`, id)
+}
+
+// minuteLater lets the cooldown of an address be over.
+func (w *world) minuteLater(email string) {
+	w.exec(`update rate_limits set resets_at = now() where key = $1`, mailLimits(email, 0)[0].Key)
+}
+
+const (
+	registerPath, verifyPath = "/api/v1/register", "/api/v1/register/verify"
+	resendPath, cancelPath   = "/api/v1/register/resend", "/api/v1/register/cancel"
+	loginPath                = "/api/v1/auth/login"
+)
+
+func TestRegisterWithPassword(t *testing.T) {
 	w := inSharedWorld(t)
 	email := newEmail()
-	a := w.post("/api/v1/register", map[string]any{"email": email, "password": password, "first_name": "Ada", "locale": "en"})
+	username := "ada-" + email[:8]
+	a := w.post(registerPath, body{"email": email, "username": username, "first_name": "Ada", "last_name": "Lovelace",
+		"phone": "+4930123456", "password": password, "locale": "en"})
 	w.wants(a, 201, "")
-	w.wants(w.login(email, password), 403, "account-not-verified")
+	id := a.text("registration_id")
+	if a.Header.Get("Location") != "/api/v1/registrations/"+id || !regexp.MustCompile(`^REG-[A-Za-z0-9_-]{16}$`).MatchString(id) {
+		t.Errorf("Location %q, id %q", a.Header.Get("Location"), id)
+	}
+	for name, d := range map[string]time.Duration{"expires_at": 24 * time.Hour, "resend_available_at": time.Minute} {
+		at, err := time.Parse(time.RFC3339, a.text(name))
+		if off := time.Until(at) - d; err != nil || off.Abs() > 10*time.Second || !strings.HasSuffix(a.text(name), "Z") {
+			t.Errorf("%s is %q", name, a.text(name))
+		}
+		delete(a.JSON, name)
+	}
+	if diff := cmp.Diff(body{"registration_id": id, "email": email, "username": username, "status": "pending_verification",
+		"verification_email": "sent"}, a.JSON); diff != "" {
+		t.Error(diff)
+	}
+	u := w.keycloakUsers()[id]
 	l := w.readMail(email, 1)
-	w.wants(w.post("/api/v1/register/verify", map[string]any{"token": l.Token}), 200, "")
-	w.wants(w.login(email, password), 200, "")
+	if diff := cmp.Diff(map[string][]string{"user_id": u.Attributes["user_id"], "roles": {"user"}, "network_id": {"X"}, "station_id": {"X"},
+		"registration_id": {id}, "locale": {"en"}, "email_verify_url": {"http://localhost:3000/account/verify"},
+		"email_verify_token": {l.Token}, "email_verify_code": {l.Code}}, u.Attributes); diff != "" || u.Enabled || u.EmailVerified {
+		t.Errorf("Keycloak's user: %s %+v", diff, u)
+	}
+	if got := w.value(`select concat_ws(' ', username, first_name, last_name, phone, role, source, network_id = '', station_id = '', is_verified)
+		from users where email = $1`, email); got != username+" Ada Lovelace +4930123456 user web t t f" {
+		t.Error(got)
+	}
+	rows := w.value(`select r::text || u::text from user_registrations r join users u using (user_id) where r.registration_id = $1`, id)
+	for _, s := range []string{password, l.Token, l.Code} {
+		if strings.Contains(rows, s) {
+			t.Errorf("the database holds %q: %s", s, rows)
+		}
+	}
+	w.wants(w.login(email, password), 403, "account-not-verified")
+	w.wants(w.login(username, password), 403, "account-not-verified")
+
+	a = w.post(verifyPath, body{"token": l.Token})
+	w.wants(a, 200, "")
+	want := body{"registration_id": id, "user_id": u.Attributes["user_id"][0], "email": email, "status": "active",
+		"already_verified": false, "set_password_url": nil}
+	if diff := cmp.Diff(want, a.JSON); diff != "" {
+		t.Error(diff)
+	}
+	want["already_verified"] = true
+	for _, again := range []body{{"token": l.Token}, {"email": email, "code": l.Code}} {
+		if diff := cmp.Diff(want, w.post(verifyPath, again).JSON); diff != "" {
+			t.Error(diff)
+		}
+	}
+	w.try(
+		attempt{"another code, once verified", verifyPath, body{"email": email, "code": other(l.Code)}, 400, "invalid-code"},
+		attempt{"resend, once verified", resendPath, body{"registration_id": id}, 409, "already-verified"},
+		attempt{"cancel, once verified", cancelPath, body{"token": l.Token}, 409, "already-verified"},
+		attempt{"sign in", loginPath, body{"username": username, "password": password}, 200, ""},
+	)
+}
+
+// other is a code that is not this one.
+func other(code string) string { return string('0'+(code[0]-'0'+1)%10) + code[1:] }
+
+func TestRegisterWithoutPassword(t *testing.T) {
+	w := inSharedWorld(t)
+	byLink, byCode := newEmail(), newEmail()
+	for _, email := range []string{byLink, byCode} {
+		w.wants(w.post(registerPath, body{"email": email}), 201, "")
+	}
+	l := w.readMail(byLink, 1)
+	w.wants(w.post(verifyPath, body{"token": l.Token, "key": l.Key + "&redirect_uri=//evil"}), 400, "invalid-request")
+	a := w.post(verifyPath, body{"token": l.Token, "key": l.Key})
+	w.wants(a, 200, "")
+	page := a.text("set_password_url")
+	if want := services.KeycloakURL + "/realms/" + w.realm + "/login-actions/action-token?key=" + l.Key; l.Key == "" || page != want {
+		t.Errorf("set_password_url is %q, want %q", page, want)
+	}
+	if resp, err := client.Get(page); err != nil || resp.StatusCode >= 400 {
+		t.Errorf("Keycloak's page: %v %v", resp, err)
+	}
+	w.wants(w.login(byLink, password), 401, "invalid-credentials") // there is no password yet
+
+	l = w.readMail(byCode, 1)
+	a = w.post(verifyPath, body{"email": byCode, "code": l.Code})
+	w.wants(a, 200, "")
+	if a.JSON["set_password_url"] != nil {
+		t.Error(a)
+	}
+	w.eventually("a mail with Keycloak's own link", 10*time.Second, func() bool { return len(w.mail.To(byCode)) == 2 })
+	if m := w.mail.To(byCode)[1]; !strings.Contains(m.Text, "/login-actions/action-token?key=") || strings.Contains(m.Text, l.Token) {
+		t.Error(m.Text)
+	}
+}
+
+// Every path of the table of routes does the same as its first one.
+func TestAliases(t *testing.T) {
+	w := inSharedWorld(t)
+	for _, path := range []string{"/register", "/api/v1/auth/register"} {
+		w.wants(w.post(path, body{"email": newEmail(), "password": password}), 201, "")
+	}
+	email := newEmail()
+	w.register(email)
+	w.try(
+		attempt{"resend", "/verify/resend", body{"email": email}, 429, "resend-too-soon"},
+		attempt{"verify", "/verify", body{"token": w.readMail(email, 1).Token}, 200, ""},
+		attempt{"login", "/auth/login", body{"email": email, "password": password}, 200, ""},
+	)
+}
+
+func TestRegisterFields(t *testing.T) {
+	long := strings.Repeat("x", 200)
+	for _, c := range []struct {
+		field  string
+		detail string // "" = accepted
+		values []string
+	}{
+		{"email", "is required", []string{""}},
+		{"email", "", []string{"a@b.cd", "o'neil+news@mail.example.test", "ada@münchen.example", "A@B.CD"}},
+		{"email", "is not a valid e-mail address", []string{"ada", "ada@", "@b.cd", "ada@localhost", "a b@c.de", "Ada <a@b.cd>", "a@b.cd,c@d.ef", "ä@b.cd",
+			"a@b..cd", "a@b.cd.", "a@[127.0.0.1]", `"a b"@c.de`, "a@b.cd\r\nBcc: x@y.zz", " a@b.cd", long[:65] + "@b.cd"}},
+		{"email", "must have at most 255 characters", []string{long + long}},
+		{"username", "", []string{"ada", "Ada.L_1-2", "ädä", long[:100]}},
+		{"username", "must have at least 3 characters", []string{"ab", "ä1"}},
+		{"username", "must have at most 100 characters", []string{long[:101]}},
+		{"username", "has a character that is not allowed", []string{"a b c", "<script>", "a\u0000b", "a\tb", "a/../b", "{ada}"}},
+		{"first_name", "", []string{"Ada", "Anne-Marie d'Arc, Jr.", "李", long[:100]}},
+		{"first_name", "must have at most 100 characters", []string{long[:101]}},
+		{"first_name", "has a character that is not allowed", []string{"<b>", "a\nb", "${x}", "a\u0000"}},
+		{"last_name", "", []string{"Lovelace", "O’Neil"}},
+		{"last_name", "must have at most 100 characters", []string{long[:101]}},
+		{"last_name", "has a character that is not allowed", []string{"<b>", "a\u0085b"}},
+		{"phone", "", []string{"+4930123456", "+123456789012345"}},
+		{"phone", "has a character that is not allowed", []string{"030123456", "+0123456789", "+49 30 123456", "+123456", "+1234567890123456", "+49\n"}},
+		{"password", "", []string{"x", "       ", long[:128]}}, // what else it must be is Keycloak's to say
+		{"password", "must have at most 128 characters", []string{long[:129]}},
+		{"locale", "", []string{"de", "de-AT", "zh-Hant-TW"}},
+		{"locale", "has a character that is not allowed", []string{"de_AT", "german", "d", "../de"}},
+		{"locale", "must have at most 20 characters", []string{"de-" + long[:18]}},
+	} {
+		for _, value := range c.values {
+			encoded, err := json.Marshal(body{"email": "a@b.cd", c.field: value})
+			if err != nil {
+				t.Fatal(err)
+			}
+			var in registerIn
+			wrong, err := decodeJSON(encoded, &in)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var want []fieldError
+			if c.detail != "" {
+				want = []fieldError{{c.field, c.detail}}
+			}
+			if diff := cmp.Diff(want, append(wrong, check(&in, wrong)...)); diff != "" {
+				t.Errorf("%s %q (-want +got):\n%s", c.field, value, diff)
+			}
+		}
+	}
+}
+
+func TestRegisterRefused(t *testing.T) {
+	w := inSharedWorld(t)
+	taken, name := newEmail(), "name-"+newEmail()[:8]
+	w.account(taken)
+	for _, c := range []struct {
+		name string
+		body body
+		want map[string]string
+	}{
+		{"every field", body{"email": "no-address", "username": "x!", "first_name": "<script>", "last_name": strings.Repeat("L", 101), "phone": "030-1234",
+			"password": strings.Repeat("p", 129), "locale": "english!", "role": "chief-admin"},
+			map[string]string{"email": "is not a valid e-mail address", "username": "must have at least 3 characters",
+				"first_name": "has a character that is not allowed", "last_name": "must have at most 100 characters",
+				"phone": "has a character that is not allowed", "password": "must have at most 128 characters",
+				"locale": "has a character that is not allowed", "role": "is not known"}},
+		{"wrong types", body{"email": 77777, "username": true, "password": body{"a": "bcdef"}, "phone": []string{"+49301234567"}},
+			map[string]string{"email": "must be a string", "username": "must be a string", "password": "must be a string", "phone": "must be a string"}},
+		{"nothing", body{}, map[string]string{"email": "is required"}},
+		{"null is nothing", body{"email": nil}, map[string]string{"email": "is required"}},
+		{"another's address as username", body{"email": newEmail(), "username": taken}, map[string]string{"username": "must not be another e-mail address"}},
+		{"Keycloak: short password", body{"email": newEmail(), "password": "sh0rt-7"}, map[string]string{"password": "must have at least 8 characters"}},
+		{"Keycloak: password is the username", body{"email": newEmail(), "username": name, "password": name}, map[string]string{"password": "must not be equal to the username"}},
+		{"Keycloak: password is the address", body{"email": name + "@example.test", "username": name + "x", "password": name + "@example.test"},
+			map[string]string{"password": "must not be equal to the email"}},
+		{"Keycloak: homograph", body{"email": newEmail(), "username": "\u0430dmin-x"}, map[string]string{"username": "has a character that is not allowed"}},
+		{"Keycloak: domain", body{"email": "ada@exa_mple.com"}, map[string]string{"email": "is not a valid e-mail address"}},
+	} {
+		a := w.post(registerPath, c.body)
+		w.Log(c.name)
+		w.wants(a, 400, "invalid-request")
+		got := map[string]string{}
+		for _, e := range a.JSON["errors"].([]any) {
+			got[e.(body)["field"].(string)] = e.(body)["detail"].(string)
+		}
+		if diff := cmp.Diff(c.want, got); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", c.name, diff)
+		}
+		for field, value := range c.body {
+			if text := strings.Trim(fmt.Sprint(value), "map[a:]"); text != "<nil>" && text != "true" && strings.Contains(string(a.Body), text) {
+				t.Errorf("%s: the answer quotes %s: %s", c.name, field, a.Body)
+			}
+		}
+	}
+	// Nothing is left of what Keycloak has refused: the same person may try again.
+	w.wants(w.post(registerPath, body{"email": name + "@example.test", "username": name, "password": password}), 201, "")
+}
+
+func TestDuplicates(t *testing.T) {
+	w := inSharedWorld(t)
+	names := map[string]string{}
+	for _, where := range []string{"both", "keycloak", "here"} {
+		names[where] = where + "-" + newEmail()[:8]
+	}
+	address := func(where string) string { return names[where] + "@example.test" }
+	w.wants(w.post(registerPath, body{"email": address("both"), "username": names["both"], "password": password}), 201, "")
+	w.wants(w.post(verifyPath, body{"token": w.readMail(address("both"), 1).Token}), 200, "")
+	w.admin("POST", "/users", body{"email": address("keycloak"), "username": names["keycloak"], "enabled": true}, nil)
+	w.exec(`insert into users (user_id, keycloak_id, email, username, source) values ($1, $1, $2, $3, 'internal')`,
+		"USR-"+names["here"], address("here"), names["here"])
+	for where, name := range names {
+		w.try(
+			attempt{where + ": address", registerPath, body{"email": address(where), "password": password}, 409, "user-exists"},
+			attempt{where + ": ADDRESS", registerPath, body{"email": strings.ToUpper(address(where)), "username": "free-" + name}, 409, "user-exists"},
+			attempt{where + ": username", registerPath, body{"email": newEmail(), "username": name}, 409, "user-exists"},
+			attempt{where + ": USERNAME", registerPath, body{"email": newEmail(), "username": strings.ToUpper(name)}, 409, "user-exists"},
+		)
+	}
+	// A pending registration holds its username, too, and gives it back.
+	pending, username := newEmail(), "held-"+names["both"]
+	w.wants(w.post(registerPath, body{"email": pending, "username": username, "password": password}), 201, "")
+	w.try(
+		attempt{"held", registerPath, body{"email": newEmail(), "username": username}, 409, "user-exists"},
+		attempt{"cancelled", cancelPath, body{"token": w.readMail(pending, 1).Token}, 200, ""},
+		attempt{"free again", registerPath, body{"email": newEmail(), "username": username}, 201, ""},
+	)
+}
+
+func TestReplace(t *testing.T) {
+	w := inSharedWorld(t)
+	email := newEmail()
+	first := w.post(registerPath, body{"email": email, "username": "first-" + email[:6], "password": "the first password"})
+	w.secrets.add("the first password")
+	w.wants(first, 201, "")
+	earlier := w.readMail(email, 1)
+	second := w.post(registerPath, body{"email": strings.ToUpper(email), "username": "second-" + email[:6], "password": password})
+	w.wants(second, 201, "")
+	if second.text("verification_email") != "queued" || second.text("registration_id") == first.text("registration_id") {
+		t.Errorf("the second mail comes within the cooldown: %v", second)
+	}
+	if a := w.get(first.Header.Get("Location")); a.text("status") != "cancelled" {
+		t.Error(a)
+	}
+	if u, ok := w.keycloakUsers()[first.text("registration_id")]; ok {
+		t.Errorf("Keycloak still has %+v", u)
+	}
+	w.minuteLater(email)
+	w.exec(`update user_registrations set due_at = now() where registration_id = $1`, second.text("registration_id"))
+	l := w.readMail(email, 2)
+	if l.Token == earlier.Token {
+		t.Error("both mails have the same link")
+	}
+	w.try(
+		attempt{"earlier link", verifyPath, body{"token": earlier.Token}, 410, "verification-cancelled"},
+		attempt{"cancelling the earlier one", cancelPath, body{"token": earlier.Token}, 200, ""}, // as it is already
+		attempt{"resending the earlier one", resendPath, body{"registration_id": first.text("registration_id")}, 404, "registration-not-found"},
+		attempt{"link", verifyPath, body{"token": l.Token}, 200, ""},
+		attempt{"earlier password", loginPath, body{"email": email, "password": "the first password"}, 401, "invalid-credentials"},
+		attempt{"earlier username", loginPath, body{"username": "first-" + email[:6], "password": password}, 401, "invalid-credentials"},
+		attempt{"password", loginPath, body{"email": email, "password": password}, 200, ""},
+	)
+}
+
+func TestDefaultUsername(t *testing.T) {
+	w := inSharedWorld(t)
+	id := newEmail()[:12]
+	for _, c := range []struct{ email, username string }{
+		{id + "@example.test", id + "@example.test"},
+		{"CAPS." + id + "@Example.test", "CAPS." + id + "@Example.test"},
+		{"o'neil-" + id + "@example.test", "USR-"}, // Keycloak has no ' in usernames
+		{id + "@" + strings.Repeat("a.", 60) + "test", "USR-"},
+		{id + "@" + strings.Repeat("a.", (100-12-1-4)/2) + "xtest", id + "@" + strings.Repeat("a.", (100-12-1-4)/2) + "xtest"}, // 100 characters
+	} {
+		a := w.register(c.email)
+		if got := a.text("username"); got != c.username && !(c.username == "USR-" && regexp.MustCompile(`^USR-[\w-]{16}$`).MatchString(got)) {
+			t.Errorf("%s has username %s", c.email, got)
+		}
+		w.try(
+			attempt{c.email, verifyPath, body{"token": w.readMail(c.email, 1).Token}, 200, ""},
+			attempt{c.email, loginPath, body{"email": strings.ToUpper(c.email), "password": password}, 200, ""},
+			attempt{c.email, loginPath, body{"username": a.text("username"), "password": password}, 200, ""},
+		)
+	}
+}
+
+func TestMailLanguage(t *testing.T) {
+	w := inSharedWorld(t)
+	const english, german = "Confirm your e-mail address", "Bitte bestätigen Sie Ihre E-Mail-Adresse"
+	for _, c := range []struct{ locale, header, subject, text string }{
+		{"", "", english, "Someone registered"},
+		{"de", "", german, "Jemand hat sich"},
+		{"de-AT", "en", german, "Jemand hat sich"},
+		{"en-GB", "de", english, "Someone registered"},
+		{"", "de-CH,en;q=0.5", german, "Jemand hat sich"},
+		{"fr", "", english, "Someone registered"},
+		{"", "*;q=x,,;", english, "Someone registered"},
+	} {
+		email := newEmail()
+		w.wants(w.do(call{method: "POST", path: registerPath, json: body{"email": email, "password": password, "locale": c.locale},
+			header: map[string]string{"Accept-Language": c.header}}), 201, "")
+		l := w.readMail(email, 1)
+		m := w.mail.To(email)[0]
+		if m.Subject != c.subject || !strings.Contains(m.Text, c.text) || !strings.Contains(m.HTML, c.text) {
+			t.Errorf("%+v: %s\n%s", c, m.Subject, m.Text)
+		}
+		cancel := strings.Replace(l.URL, "/account/verify", "/account/cancel", 1)
+		for part, text := range map[string]string{"text": m.Text, "html": m.HTML} {
+			if !strings.Contains(text, l.URL) || !strings.Contains(text, l.Code) || !strings.Contains(text, cancel) || strings.Contains(text, "login-actions") {
+				t.Errorf("%+v: the %s part lacks something:\n%s", c, part, text)
+			}
+		}
+	}
+}
+
+func TestCodes(t *testing.T) {
+	w := inSharedWorld(t)
+	email, unknown := newEmail(), newEmail()
+	id := w.register(email).text("registration_id")
+	l := w.readMail(email, 1)
+	// Unknown address and wrong code are answered alike, to the last header, as long as one likes.
+	for i := range codeAttempts + 2 {
+		var answers [2]answer
+		for n, address := range []string{email, unknown} {
+			a := w.post(verifyPath, body{"email": address, "code": other(l.Code)})
+			if i < codeAttempts {
+				w.wants(a, 400, "invalid-code")
+			} else {
+				w.wants(a, 429, "too-many-attempts")
+			}
+			delete(a.JSON, "request_id")
+			a.Header.Del("X-Request-Id")
+			a.Header.Del("Date")
+			answers[n] = answer{Status: a.Status, Header: a.Header, JSON: a.JSON}
+		}
+		if diff := cmp.Diff(answers[0], answers[1]); diff != "" {
+			t.Errorf("attempt %d: known and unknown differ:\n%s", i+1, diff)
+		}
+	}
+	w.wants(w.post(verifyPath, body{"email": email, "code": l.Code}), 429, "too-many-attempts")
+	w.wants(w.post(verifyPath, body{"token": newToken()}), 400, "invalid-token")
+	w.minuteLater(email)
+	w.wants(w.post(resendPath, body{"registration_id": id}), 200, "")
+	next := w.readMail(email, 2)
+	if next.Token != l.Token || next.Code == l.Code {
+		t.Errorf("a new mail has the same link and a new code: %v, %v", l, next)
+	}
+	w.try(
+		attempt{"earlier code", verifyPath, body{"email": email, "code": l.Code}, 400, "invalid-code"},
+		attempt{"new code", verifyPath, body{"email": strings.ToUpper(email), "code": next.Code}, 200, ""},
+	)
+	// The link works when the attempts are used up.
+	email = newEmail()
+	w.register(email)
+	l = w.readMail(email, 1)
+	w.exec(`update user_registrations set code_attempts = $2 where email = $1`, email, codeAttempts)
+	w.try(
+		attempt{"code", verifyPath, body{"email": email, "code": l.Code}, 429, "too-many-attempts"},
+		attempt{"link", verifyPath, body{"token": l.Token}, 200, ""},
+	)
+}
+
+func TestBodiesOfTheOthers(t *testing.T) {
+	w := inSharedWorld(t)
+	email, id := newEmail(), string(newRegistrationID())
+	for path, bodies := range map[string][]body{
+		verifyPath: {{}, {"email": email}, {"code": "123456"}, {"token": "t", "email": email, "code": "123456"}, {"email": email, "code": "12345"},
+			{"email": email, "code": "12345a"}, {"email": email, "code": 123456}, {"email": "x", "code": "123456"}, {"token": strings.Repeat("t", 101)},
+			{"token": "t\u0000"}, {"token": "t", "key": "a b"}},
+		resendPath: {{}, {"email": email, "registration_id": id}, {"registration_id": "REG-x"}, {"registration_id": "USR" + id[3:]}, {"email": "x"}},
+		cancelPath: {{}, {"token": ""}, {"token": 1}, {"token": "t\u0000"}, {"token": "t", "registration_id": id}},
+		loginPath: {{}, {"email": email}, {"password": password}, {"email": email, "username": "ada", "password": password},
+			{"email": email, "password": ""}, {"username": "a\u0000b", "password": password}, {"email": email, "password": strings.Repeat("p", 129)}},
+	} {
+		for _, b := range bodies {
+			w.Log(path, b)
+			a := w.post(path, b)
+			w.wants(a, 400, "invalid-request")
+			if errs, _ := a.JSON["errors"].([]any); len(errs) != 1 && len(b) > 0 {
+				t.Errorf("%s %v: %s", path, b, a.Body)
+			}
+		}
+	}
+	w.try(
+		attempt{"unknown token", verifyPath, body{"token": "p3G6d0Qm1yq0cZ2m8Rr5s7TtUuVvWwXx"}, 400, "invalid-token"},
+		attempt{"unknown token", cancelPath, body{"token": "p3G6d0Qm1yq0cZ2m8Rr5s7TtUuVvWwXx"}, 400, "invalid-token"},
+		attempt{"unknown id", resendPath, body{"registration_id": id}, 404, "registration-not-found"},
+		attempt{"unknown address", resendPath, body{"email": email}, 404, "registration-not-found"},
+	)
+}
+
+func TestExpiry(t *testing.T) {
+	w := inSharedWorld(t)
+	for name, touch := range map[string]func(email, id string, l link){
+		"by the link": func(_, _ string, l link) {
+			w.wants(w.post(verifyPath, body{"token": l.Token}), 410, "verification-expired")
+		},
+		"by the code": func(email, _ string, l link) {
+			w.wants(w.post(verifyPath, body{"email": email, "code": l.Code}), 410, "verification-expired")
+		},
+		"by resend": func(_, id string, _ link) {
+			w.wants(w.post(resendPath, body{"registration_id": id}), 410, "verification-expired")
+		},
+		"by cancelling": func(_, _ string, l link) {
+			w.wants(w.post(cancelPath, body{"token": l.Token}), 410, "verification-expired")
+		},
+		"by the loop": func(_, id string, _ link) {
+			w.exec(`update user_registrations set due_at = now() where registration_id = $1`, id)
+		},
+		"by signing in": func(email, _ string, _ link) { w.wants(w.login(email, password), 403, "account-not-verified") },
+		"by a new one":  func(email, _ string, _ link) { w.register(email) },
+	} {
+		t.Log(name)
+		email := newEmail()
+		id := w.register(email).text("registration_id")
+		l := w.readMail(email, 1)
+		w.overdue(id)
+		if a := w.get("/api/v1/registrations/" + id); a.text("status") != "verification_expired" {
+			t.Error(a)
+		}
+		touch(email, id, l)
+		if name == "by signing in" || name == "by a new one" {
+			continue // the one changes nothing, the other cancels
+		}
+		w.eventually("expired and gone", 10*time.Second, func() bool {
+			_, there := w.keycloakUsers()[id]
+			return !there && w.value(`select status from user_registrations where registration_id = $1`, id) == "expired"
+		})
+		w.try(
+			attempt{"the link", verifyPath, body{"token": l.Token}, 410, "verification-expired"},
+			attempt{"another mail", resendPath, body{"email": email}, 410, "verification-expired"},
+			attempt{"cancelling", cancelPath, body{"token": l.Token}, 410, "verification-expired"},
+			attempt{"the code", verifyPath, body{"email": email, "code": l.Code}, 400, "invalid-code"},
+			attempt{"signing in", loginPath, body{"email": email, "password": password}, 401, "invalid-credentials"},
+			attempt{"registering again", registerPath, body{"email": email, "password": password}, 201, ""},
+		)
+	}
+}
+
+func TestResend(t *testing.T) {
+	w := inSharedWorld(t)
+	email := newEmail()
+	id := w.register(email).text("registration_id")
+	l := w.readMail(email, 1)
+	codes := map[string]bool{l.Code: true}
+	w.exec(`update user_registrations set expires_at = now() + interval '1 hour' where registration_id = $1`, id)
+	for n := 2; n <= 5; n++ {
+		a := w.post(resendPath, body{"email": email})
+		w.wants(a, 429, "resend-too-soon")
+		if wait := a.Header.Get("Retry-After"); wait < "50" || wait > "60" {
+			t.Errorf("Retry-After: %s", wait)
+		}
+		w.minuteLater(email)
+		a = w.post(resendPath, []body{{"registration_id": id}, {"email": strings.ToUpper(email)}}[n%2])
+		w.wants(a, 200, "")
+		for name, d := range map[string]time.Duration{"expires_at": 24 * time.Hour, "resend_available_at": time.Minute} {
+			at, err := time.Parse(time.RFC3339, a.text(name))
+			if off := time.Until(at) - d; err != nil || off.Abs() > 10*time.Second {
+				t.Errorf("%s is %q", name, a.text(name))
+			}
+			delete(a.JSON, name)
+		}
+		if diff := cmp.Diff(body{"registration_id": id, "status": "pending_verification", "verification_email": "sent", "resend_count": float64(n - 1)}, a.JSON); diff != "" {
+			t.Error(diff)
+		}
+		next := w.readMail(email, n)
+		if next.URL != l.URL || codes[next.Code] {
+			t.Errorf("mail %d has %v, the first had %v", n, next, l)
+		}
+		codes[next.Code] = true
+	}
+	w.minuteLater(email)
+	w.wants(w.post(resendPath, body{"email": email}), 429, "resend-limit")
+
+	// Replacing begins a new registration, and is no way around the day's limit.
+	a := w.register(email)
+	l = w.readMail(email, 6)
+	day := mailLimits(email, 0)[1].Key
+	if hits := w.value(`select hits::text from rate_limits where key = $1`, day); hits != "6" {
+		t.Errorf("%s mails counted", hits)
+	}
+	w.exec(`update rate_limits set hits = 10 where key = $1`, day)
+	w.minuteLater(email)
+	w.try(
+		attempt{"resend", resendPath, body{"email": email}, 429, "resend-limit"},
+		attempt{"replace", registerPath, body{"email": email, "password": password}, 429, "resend-limit"},
+		attempt{"the link still works", verifyPath, body{"token": l.Token}, 200, ""},
+	)
+	if got := w.get(a.Header.Get("Location")); got.text("status") != "active" {
+		t.Error(got)
+	}
+	// Nor may one address be registered again and again.
+	email = newEmail()
+	for range 5 {
+		w.register(email)
+	}
+	w.wants(w.post(registerPath, body{"email": strings.ToUpper(email), "password": password}), 429, "too-many-requests")
+}
+
+func TestCancel(t *testing.T) {
+	w := inSharedWorld(t)
+	email := newEmail()
+	a := w.register(email)
+	id, l := a.text("registration_id"), w.readMail(email, 1)
+	for range 2 { // it stays cancelled
+		if diff := cmp.Diff(body{"registration_id": id, "status": "cancelled"}, w.post(cancelPath, body{"token": l.Token}).JSON); diff != "" {
+			t.Error(diff)
+		}
+	}
+	if _, there := w.keycloakUsers()[id]; there {
+		t.Error("Keycloak still has the user")
+	}
+	w.try(
+		attempt{"the link", verifyPath, body{"token": l.Token}, 410, "verification-cancelled"},
+		attempt{"the code", verifyPath, body{"email": email, "code": l.Code}, 400, "invalid-code"},
+		attempt{"another mail", resendPath, body{"registration_id": id}, 404, "registration-not-found"},
+		attempt{"signing in", loginPath, body{"email": email, "password": password}, 401, "invalid-credentials"},
+		attempt{"registering again", registerPath, body{"email": email, "password": password}, 201, ""},
+	)
+}
+
+func TestStatus(t *testing.T) {
+	w := inSharedWorld(t)
+	for word, lead := range map[string]func(id string, l link){
+		"pending_verification": func(string, link) {},
+		"active":               func(_ string, l link) { w.wants(w.post(verifyPath, body{"token": l.Token}), 200, "") },
+		"cancelled":            func(_ string, l link) { w.wants(w.post(cancelPath, body{"token": l.Token}), 200, "") },
+		"verification_expired": func(id string, l link) {
+			w.overdue(id)
+			w.wants(w.post(verifyPath, body{"token": l.Token}), 410, "verification-expired")
+		},
+	} {
+		email := newEmail()
+		r := w.register(email)
+		id := r.text("registration_id")
+		lead(id, w.readMail(email, 1))
+		a := w.get(r.Header.Get("Location"))
+		for _, name := range []string{"expires_at", "resend_available_at"} {
+			if _, err := time.Parse(time.RFC3339, a.text(name)); err != nil {
+				t.Error(err)
+			}
+			delete(a.JSON, name)
+		}
+		if diff := cmp.Diff(body{"registration_id": id, "status": word, "verification_email": "sent", "resend_count": 0.0}, a.JSON); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", word, diff)
+		}
+	}
+	for _, id := range []string{string(newRegistrationID()), "REG-short", "REG-V1StGXR8_Z5jdHi6x", "USR-V1StGXR8_Z5jdHi6", "x", "%00", "%ff", "'", "REG-V1StGXR8_Z5jdHi%0a"} {
+		w.Log(id)
+		w.wants(w.get("/api/v1/registrations/"+id), 404, "registration-not-found")
+	}
+}
+
+// Mail scanners open links, with GET and HEAD, before the person does.
+func TestLinksChangeNothing(t *testing.T) {
+	w := inSharedWorld(t)
+	email, from := newEmail(), newAddress()
+	r := w.register(email)
+	l := w.readMail(email, 1)
+	everything := func() string {
+		user, _ := json.Marshal(w.keycloakUsers()[r.text("registration_id")])
+		return string(user) + w.value(`select r::text || u::text || (select count(*) from audit_log where ip_address = $2)
+			from user_registrations r join users u using (user_id) where r.email = $1`, email, from)
+	}
+	link, _ := url.Parse(l.URL)
+	visit := func(status int) {
+		for _, path := range []string{link.RequestURI(), "/account/cancel?" + link.RawQuery} {
+			for i := range 6 {
+				a := w.do(call{method: []string{"GET", "HEAD"}[i%2], path: path, from: from})
+				if a.Status != status {
+					t.Errorf("%s: %v, want %d", path, a, status)
+				}
+			}
+			w.do(call{method: "GET", path: path + "x", from: from}) // a broken link
+			w.do(call{method: "HEAD", path: path + "x", from: from})
+		}
+		w.do(call{path: r.Header.Get("Location"), from: from})
+		for _, path := range []string{"/account/register", "/account/resend?email=" + email, "/account/verify?email=" + email, "/account/ready"} {
+			w.do(call{path: path, from: from})
+		}
+	}
+	before := everything()
+	visit(200)
+	if after := everything(); after != before {
+		t.Errorf("before:\n%s\nafter:\n%s", before, after)
+	}
+	w.overdue(r.text("registration_id"))
+	before = everything()
+	visit(410)
+	if after := everything(); after != before {
+		t.Errorf("overdue, before:\n%s\nafter:\n%s", before, after)
+	}
+}
+
+// The forms do what the API does, with the same statuses.
+func TestForms(t *testing.T) {
+	w := inSharedWorld(t)
+	email := newEmail()
+	person := map[string]string{"email": " " + email + " ", "phone": "+49 30 123456", "password": password}
+	type form = map[string]string
+	submit := func(path string, values form, status int, shows ...string) {
+		t.Helper()
+		a := w.form(path, values)
+		if a.Status != status || a.Header.Get("Content-Type") != "text/html; charset=utf-8" || strings.Contains(string(a.Body), password) {
+			t.Errorf("%s %v: got %v, want %d", path, values, a, status)
+		}
+		for _, s := range shows {
+			if !strings.Contains(string(a.Body), s) {
+				t.Errorf("%s %v does not show %q:\n%s", path, values, s, a.Body)
+			}
+		}
+	}
+	for _, header := range []map[string]string{{"Sec-Fetch-Site": "cross-site"}, {"Sec-Fetch-Site": "same-site"}, {"Origin": "https://evil.example"}} {
+		for _, path := range []string{"/account/register", "/account/verify", "/account/resend", "/account/cancel"} {
+			a := w.do(call{method: "POST", path: path, form: url.Values{"email": {email}, "password": {password}}, header: header})
+			if a.Status != 403 || !strings.Contains(string(a.Body), problemForbidden.Title) {
+				t.Errorf("%s %v: %v", path, header, a)
+			}
+		}
+	}
+	wrong := maps.Clone(person)
+	wrong["email"], wrong["username"] = "ada@", "<x>"
+	submit("/account/register", wrong, 400, "is not a valid e-mail address", "User name has a character that is not allowed", `value="ada@"`)
+	submit("/account/register", form{}, 400, "E-mail address is required")
+	submit("/account/register", form{"email": newEmail(), "password": "short"}, 400, "must have at least 8 characters")
+	submit("/account/register", form{"email": strings.Repeat("x", maxBody)}, 413, problemPayloadTooLarge.Title)
+	submit("/account/register", person, 201, "Look into your mailbox", "/account/verify?email=")
+	l := w.readMail(email, 1)
+	submit("/account/resend", form{"email": email}, 429, problemResendTooSoon.Title)
+	submit("/account/resend", form{"email": "x"}, 400, "is not a valid e-mail address")
+	submit("/account/resend", form{}, 400, "is required")
+	submit("/account/resend", form{"email": newEmail()}, 404, problemRegistrationNotFound.Title)
+	w.minuteLater(email)
+	submit("/account/resend", form{"email": email}, 200, "A new mail is on its way")
+	l = w.readMail(email, 2)
+	submit("/account/verify", form{"email": email, "code": other(l.Code)}, 400, problemInvalidCode.Detail)
+	submit("/account/verify", form{"email": email, "code": "12"}, 400, "Code ")
+	submit("/account/verify", form{}, 400, "E-mail address is required", "Code is required")
+	submit("/account/verify", form{"token": "unknown"}, 400, problemInvalidToken.Title)
+	submit("/account/verify", form{"email": email, "code": l.Code[:3] + " " + l.Code[3:]}, 200, "confirmed")
+	submit("/account/verify", form{"token": l.Token}, 200, "confirmed already")
+	submit("/account/register", person, 409, problemUserExists.Detail)
+	submit("/account/resend", form{"email": email}, 409, problemAlreadyVerified.Title)
+	submit("/account/cancel", form{"token": l.Token}, 409, problemAlreadyVerified.Title)
+	submit("/account/cancel", form{"token": "unknown"}, 400, problemInvalidToken.Title)
+	submit("/account/cancel", form{}, 400)
+
+	for slug, status := range map[string]string{"verification-cancelled": "cancelled", "verification-expired": "expired"} {
+		person["email"] = newEmail()
+		submit("/account/register", person, 201)
+		l = w.readMail(person["email"], 1)
+		if status == "cancelled" {
+			submit("/account/cancel", form{"token": l.Token}, 200)
+		} else {
+			w.exec(`update user_registrations set expires_at = now() where email = $1`, person["email"])
+		}
+		submit("/account/verify", form{"token": l.Token}, 410, problems[slug].Title)
+	}
+	w.exec(`insert into rate_limits (key, hits, resets_at) values ($1, 5, now() + interval '1 hour')`, "code:"+tokenHash(newEmail()))
 }
