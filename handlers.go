@@ -186,7 +186,7 @@ func (s *server) limited(rt route, next http.Handler) http.Handler {
 // refuse answers with err, on a page or in JSON as the route does, and puts
 // refusals of what would have changed something on record.
 func (s *server) refuse(w http.ResponseWriter, r *http.Request, rt route, err error) {
-	if p := asProblem(err); r.Method != http.MethodGet && p.Status < 500 && p.slug() != problemInvalidRequest.slug() {
+	if p := asProblem(err); r.Method != http.MethodGet && r.Method != http.MethodHead && p.Status < 500 && p.slug() != problemInvalidRequest.slug() {
 		s.recordRefusal(r.Context(), s.caller(r), rt.Name, p)
 	}
 	if rt.status == 0 {
