@@ -42,6 +42,9 @@ func (s *server) decode(w http.ResponseWriter, r *http.Request, params nethttp.R
 		}
 	}
 	if wrong = append(wrong, checkFields(in, wrong)...); len(wrong) > 0 {
+		if r.PathValue(wrong[0].Field) != "" {
+			return problemNotFound // an id that nothing can have
+		}
 		return invalid(wrong...)
 	}
 	return nil
