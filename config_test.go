@@ -61,7 +61,6 @@ func TestConfigValues(t *testing.T) {
 		"RESEND_LIMIT":                        {"1", "ResendLimit", "5", "1"},
 		"REFRESH_GRACE":                       {"1s", "RefreshGrace", "10s", "1s"},
 		"JOB_INTERVAL":                        {"0s", "JobInterval", "30s", "0s"},
-		"PREVIEW":                             {"true", "Preview", "false", "true"},
 	} {
 		got := func(changes map[string]string) string {
 			cfg, err := loadConfig(environment(changes))
@@ -104,10 +103,10 @@ func TestConfigMistakes(t *testing.T) {
 		{"everything wrong", map[string]string{"DATABASE_URL": "postgres://auth:s3cret-db@db:port/auth", "KEYCLOAK_URL": "keycloak:8080",
 			"KEYCLOAK_PUBLIC_URL": "ftp://id.example", "PUBLIC_URL": "https://", "SERVER_PORT": "70000", "TRUSTED_PROXIES": "10.0.0.1",
 			"CORS_ALLOWED_ORIGINS": "app.example", "MANAGEMENT_ADDR": "9090", "TLS_CERT_FILE": "cert.pem", "LOG_LEVEL": "loud", "LOG_FORMAT": "xml",
-			"VERIFICATION_TTL": "-1h", "RESEND_COOLDOWN": "0s", "REFRESH_GRACE": "0s", "RESEND_LIMIT": "0", "JOB_INTERVAL": "soon", "PREVIEW": "perhaps"},
+			"VERIFICATION_TTL": "-1h", "RESEND_COOLDOWN": "0s", "REFRESH_GRACE": "0s", "RESEND_LIMIT": "0", "JOB_INTERVAL": "soon"},
 			[]string{"CORS_ALLOWED_ORIGINS: …", "DATABASE_URL is not a connection string that PostgreSQL's driver understands", "JOB_INTERVAL: …",
 				"KEYCLOAK_PUBLIC_URL must be a URL that begins with http:// or https://", "KEYCLOAK_URL must be a URL that begins with http:// or https://",
-				"LOG_FORMAT must be json or text", "LOG_LEVEL must be debug, info, warn or error", "MANAGEMENT_ADDR: …", "PREVIEW: …",
+				"LOG_FORMAT must be json or text", "LOG_LEVEL must be debug, info, warn or error", "MANAGEMENT_ADDR: …",
 				"PUBLIC_URL must be a URL that begins with http:// or https://", "REFRESH_GRACE must be longer than 0", "RESEND_COOLDOWN must be longer than 0",
 				"RESEND_LIMIT must be at least 1", "SERVER_PORT: …", "TLS_CERT_FILE and TLS_KEY_FILE must be set together", "TRUSTED_PROXIES: …",
 				"VERIFICATION_TTL must be longer than 0"}},
