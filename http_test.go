@@ -75,7 +75,7 @@ func TestErrors(t *testing.T) {
 		{"bad key", call{method: "POST", path: "/api/v1/register/verify", json: map[string]any{"token": "x", "key": "a&b"}}, 400, "invalid-request", "key"},
 		{"bad code", call{method: "POST", path: "/verify", json: map[string]any{"email": "a@b.test", "code": "12"}}, 400, "invalid-request", "code"},
 		{"bad id", call{method: "POST", path: "/verify/resend", json: map[string]any{"registration_id": "x"}}, 400, "invalid-request", "registration_id"},
-		{"bad id in the path", call{path: "/api/v1/registrations/x"}, 400, "invalid-request", "registration_id"},
+		{"bad id in the path", call{path: "/api/v1/registrations/x"}, 404, "not-found", ""},
 		{"no password", call{method: "POST", path: "/auth/login", json: map[string]any{"email": "a@b.test"}}, 400, "invalid-request", "password"},
 		{"no name", call{method: "POST", path: "/auth/login", json: map[string]any{"password": "x"}}, 400, "invalid-request", "username"},
 	} {
@@ -467,8 +467,8 @@ func TestGracefulStop(t *testing.T) {
 	}
 }
 
-// TestCommands runs the subcommands as an operator does.
-func TestCommands(t *testing.T) {
+// TestSubcommands runs the subcommands as an operator does.
+func TestSubcommands(t *testing.T) {
 	w := newWorld(t, map[string]string{"JOB_INTERVAL": "0"})
 	command := func(args ...string) (string, error) {
 		var out bytes.Buffer

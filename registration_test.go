@@ -33,14 +33,6 @@ func (w *world) try(list ...attempt) {
 	}
 }
 
-// exec changes what is in the database, past the service.
-func (w *world) exec(sql string, args ...any) {
-	w.Helper()
-	if _, err := w.pool.Exec(w.Context(), sql, args...); err != nil {
-		w.Fatal(err)
-	}
-}
-
 // value is the one text that a query returns.
 func (w *world) value(sql string, args ...any) (text string) {
 	w.Helper()
@@ -128,9 +120,6 @@ func TestRegisterWithPassword(t *testing.T) {
 		attempt{"sign in", loginPath, body{"username": username, "password": password}, 200, ""},
 	)
 }
-
-// other is a code that is not this one.
-func other(code string) string { return string('0'+(code[0]-'0'+1)%10) + code[1:] }
 
 func TestRegisterWithoutPassword(t *testing.T) {
 	w := inSharedWorld(t)
@@ -225,7 +214,7 @@ func TestRegisterFields(t *testing.T) {
 			if c.detail != "" {
 				want = []fieldError{{c.field, c.detail}}
 			}
-			if diff := cmp.Diff(want, append(wrong, check(&in, wrong)...)); diff != "" {
+			if diff := cmp.Diff(want, append(wrong, checkFields(&in, wrong)...)); diff != "" {
 				t.Errorf("%s %q (-want +got):\n%s", c.field, value, diff)
 			}
 		}
