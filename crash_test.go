@@ -1,12 +1,10 @@
 package main
 
 import (
-	"encoding/json"
 	"io"
 	"maps"
 	"os/exec"
 	"path/filepath"
-	"regexp"
 	"strings"
 	"syscall"
 	"testing"
@@ -38,14 +36,7 @@ func (w *world) spawn(binary string, settings map[string]string) *process {
 	}
 	go func() { p.ended <- p.Wait() }()
 	w.Cleanup(func() { p.Process.Kill() }) // has ended, unless the test has failed
-	var line struct{ Address string }
-	if err := logs.waitFor(30*time.Second, func(text string) bool {
-		m := regexp.MustCompile(`(?m)^.*"msg":"listening".*$`).FindString(text)
-		return json.Unmarshal([]byte(m), &line) == nil
-	}); err != nil {
-		w.Fatalf("the process did not start: %v\n%s", err, logs)
-	}
-	p.url = "http://" + line.Address
+	p.url = w.listening(logs)
 	return p
 }
 
@@ -107,10 +98,6 @@ func TestCrash(t *testing.T) {
 	w := newWorld(t, map[string]string{"JOB_INTERVAL": "0", "RESEND_COOLDOWN": "1ms"})
 
 	const with, without = password, ""
-	registered := func(w *world, email, password string) link {
-		w.wants(w.do(registering(email, password)), 201, "")
-		return w.readMail(email, 1)
-	}
 	verified := func(w *world, email, password string) link { w.account(email); return link{} }
 	register := func(email, password string, _ link) call { return registering(email, password) }
 	verify := func(_, _ string, l link) call { return verifying(l) }

@@ -325,22 +325,29 @@ func (w *world) settle() {
 	w.Helper()
 	var wrong []string
 	for end := time.Now().Add(30 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
-		w.exec(`update user_registrations set due_at = now() where due_at > now() and lease_owner is null
-			and due_at < now() + interval '1 hour'`)
-		if wrong = w.violations(); len(wrong) > 0 {
-			continue
-		}
-		var queued int
-		if err := w.pool.QueryRow(w.Context(), `select count(*) from user_registrations where status = 'pending'
-			and mail_state = 'queued'`).Scan(&queued); err != nil {
+		wrong = w.violations()
+		var queued, busy int
+		if err := w.pool.QueryRow(w.Context(), `select count(*) filter (where status = 'pending' and mail_state = 'queued'),
+			count(*) filter (where lease_owner is not null or due_at <= now()) from user_registrations`).Scan(&queued, &busy); err != nil {
 			w.Fatal(err)
 		}
-		if queued == 0 {
+		if len(wrong) == 0 && queued == 0 && busy == 0 {
 			return
 		}
-		wrong = []string{fmt.Sprintf("%d mails are queued", queued)}
+		wrong = append(wrong, fmt.Sprintf("%d mails are queued, %d registrations due or leased", queued, busy))
+		if len(wrong) > 1 || queued > 0 {
+			w.exec(`update user_registrations set due_at = now() where due_at > now() and lease_owner is null
+				and due_at < now() + interval '1 hour'`)
+		}
 	}
 	w.Fatalf("not repaired: %s", strings.Join(wrong, "\n"))
+}
+
+// registered registers an address and reads the mail.
+func registered(w *world, email, password string) link {
+	w.Helper()
+	w.wants(w.do(registering(email, password)), 201, "")
+	return w.readMail(email, 1)
 }
 
 // lastMail is what the newest mail to an address says.
@@ -353,14 +360,10 @@ func (w *world) lastMail(email string) link {
 // answer is one that the contract allows, nothing stays half done once the fault
 // is over, and the person who tries again succeeds.
 func TestFaults(t *testing.T) {
-	w := newWorld(t, map[string]string{"RESEND_COOLDOWN": "1ms", "RESEND_LIMIT": "100"})
+	w := newWorld(t, map[string]string{"RESEND_COOLDOWN": "1ms", "RESEND_LIMIT": "100", "JOB_INTERVAL": "200ms"})
 	// Tokens that hardly live make the service account fetch one for every call.
 	w.admin("PUT", "", map[string]any{"accessTokenLifespan": 20}, nil)
 
-	registered := func(w *world, email, password string) link {
-		w.wants(w.do(registering(email, password)), 201, "")
-		return w.readMail(email, 1)
-	}
 	// Afterwards the person, or the next one with that address, gets in.
 	getsIn := func(w *world, email, password string) {
 		w.wants(w.do(verifying(w.lastMail(email))), 200, "")
@@ -461,12 +464,7 @@ func TestFaults(t *testing.T) {
 
 // TestLeftUndone has faults that nobody comes back to: only the repair loop is left.
 func TestLeftUndone(t *testing.T) {
-	w := newWorld(t, map[string]string{"RESEND_COOLDOWN": "1ms"})
-	registered := func() (string, link) {
-		email := newEmail()
-		w.register(email)
-		return email, w.readMail(email, 1)
-	}
+	w := newWorld(t, map[string]string{"RESEND_COOLDOWN": "1ms", "JOB_INTERVAL": "200ms"})
 	during := func(call string, f fault, do func()) {
 		w.Helper()
 		w.kc.on("^"+call+" ", f)
@@ -474,7 +472,8 @@ func TestLeftUndone(t *testing.T) {
 		do()
 	}
 	w.Run("verified in Keycloak, the answer lost", func() {
-		email, l := registered()
+		email := newEmail()
+		l := registered(w, email, password)
 		during("activate_user", applied, func() { w.wants(w.do(verifying(l)), 503, "unavailable") })
 		w.settle()
 		w.wants(w.do(signingIn(email, password)), 200, "")
@@ -503,7 +502,8 @@ func TestLeftUndone(t *testing.T) {
 		w.wants(w.do(verifying(l)), 200, "") // it was not replaced, and nobody holds it
 	})
 	w.Run("mails that were certainly not sent cost nothing", func() {
-		email, _ := registered()
+		email := newEmail()
+		registered(w, email, password)
 		during("set_code", lost, func() {
 			for range 3 {
 				a := w.do(resending(email))
@@ -558,15 +558,6 @@ func (w *world) within(d time.Duration, calls ...call) []answer {
 func TestOutages(t *testing.T) {
 	w := newWorld(t, nil)
 	const patience = 5*time.Second + 200*time.Millisecond // the answer itself has 5 s
-	type known struct {
-		email string
-		link
-	}
-	open := func() known {
-		email := newEmail()
-		w.register(email)
-		return known{email, w.readMail(email, 1)}
-	}
 	account := newEmail()
 	w.account(account)
 	health := func(status int, word string) {
@@ -576,14 +567,11 @@ func TestOutages(t *testing.T) {
 			return a.Status == status && a.text("status") == word
 		})
 	}
-	// Nobody is served, and everybody later.
-	refused := func(begin func(), end func(), calls ...call) {
+	refused := func(calls ...call) {
 		w.Helper()
-		begin()
 		for _, a := range w.within(patience, calls...) {
 			w.wants(a, 503, "unavailable")
 		}
-		end()
 	}
 	for _, outage := range []struct {
 		name       string
@@ -594,30 +582,34 @@ func TestOutages(t *testing.T) {
 		{"PostgreSQL is stopped", func() { w.pg.close() }, func() { w.pg.open() }, "down"},
 	} {
 		w.Run(outage.name, func() {
-			a, b, c, fresh := open(), open(), open(), newEmail()
-			refused(outage.begin, func() {
-				health(map[string]int{"degraded": 200, "down": 503}[outage.health], outage.health)
-				outage.end()
-			}, registering(fresh, password), verifying(a.link), typing(b.email, b.Code), resending(c.email), signingIn(account, password))
+			a, b, c, fresh := newEmail(), newEmail(), newEmail(), newEmail()
+			first, second := registered(w, a, password), registered(w, b, password)
+			registered(w, c, password)
+			outage.begin()
+			refused(registering(fresh, password), verifying(first), typing(b, second.Code), resending(c), signingIn(account, password))
+			health(map[string]int{"degraded": 200, "down": 503}[outage.health], outage.health)
+			outage.end()
 			health(200, "ok")
 			w.wants(w.do(registering(fresh, password)), 201, "")
-			w.wants(w.do(verifying(a.link)), 200, "")
-			w.wants(w.do(typing(b.email, b.Code)), 200, "")
-			w.wants(w.do(resending(c.email)), 429, "resend-too-soon") // and not: limited by the try
+			w.wants(w.do(verifying(first)), 200, "")
+			w.wants(w.do(typing(b, second.Code)), 200, "")
+			w.wants(w.do(resending(c)), 429, "resend-too-soon") // and not: limited by the try
 			w.wants(w.do(signingIn(account, password)), 200, "")
 			w.settle()
 		})
 	}
 	w.Run("Keycloak hangs", func() {
-		a, b, fresh := open(), open(), newEmail()
-		calls := []call{registering(fresh, password), verifying(a.link), typing(b.email, b.Code), resending(b.email), signingIn(account, password)}
+		a, b, fresh := newEmail(), newEmail(), newEmail()
+		first, second := registered(w, a, password), registered(w, b, password)
+		calls := []call{registering(fresh, password), verifying(first), typing(b, second.Code), resending(b), signingIn(account, password)}
 		for len(calls) < 20 {
 			calls = append(calls, registering(newEmail(), password), signingIn(account, password), registering(newEmail(), ""))
 		}
-		var release func()
-		refused(func() { release = w.kc.block() }, func() { release() }, calls...)
+		release := w.kc.block()
+		refused(calls...)
+		release()
 		w.wants(w.do(registering(fresh, password)), 201, "")
-		w.wants(w.do(verifying(a.link)), 200, "")
+		w.wants(w.do(verifying(first)), 200, "")
 		w.settle()
 	})
 	w.Run("the mail server is stopped", func() {
@@ -684,15 +676,8 @@ func (w *world) startBlind() (end func()) {
 	go func() {
 		ended <- run(ctx, nil, func(name string) string { return w.env[name] }, io.Discard, io.MultiWriter(logs, w.logs))
 	}()
-	var line struct{ Address string }
-	if err := logs.waitFor(10*time.Second, func(text string) bool {
-		m := regexp.MustCompile(`(?m)^.*"msg":"listening".*$`).FindString(text)
-		return json.Unmarshal([]byte(m), &line) == nil
-	}); err != nil {
-		w.Fatal(err)
-	}
 	former := w.url
-	w.url = "http://" + line.Address
+	w.url = w.listening(logs)
 	return func() {
 		w.url = former
 		cancel()
@@ -700,4 +685,16 @@ func (w *world) startBlind() (end func()) {
 			w.Error(err)
 		}
 	}
+}
+
+// listening waits until an instance says where it listens.
+func (w *world) listening(logs *buffer) (url string) {
+	w.Helper()
+	var line struct{ Address string }
+	if err := logs.waitFor(30*time.Second, func(text string) bool {
+		return json.Unmarshal([]byte(regexp.MustCompile(`(?m)^.*"msg":"listening".*$`).FindString(text)), &line) == nil
+	}); err != nil {
+		w.Fatalf("the service did not start: %v\n%s", err, logs)
+	}
+	return "http://" + line.Address
 }

@@ -54,8 +54,7 @@ func TestParallel(t *testing.T) {
 
 	w.Run("two hundred guesses of a code", func() {
 		email := newEmail()
-		w.register(email)
-		l := w.readMail(email, 1)
+		l := registered(w, email, password)
 		var guesses []call
 		for i := range 200 {
 			if code := fmt.Sprintf("%06d", 123*i); code != l.Code {
@@ -103,8 +102,7 @@ func TestParallel(t *testing.T) {
 	w.Run("a double click", func() {
 		for i := range 6 {
 			email := newEmail()
-			w.register(email)
-			l := w.readMail(email, 1)
+			l := registered(w, email, password)
 			click := verifying(l)
 			if i%2 == 1 {
 				click = typing(email, l.Code)
@@ -136,8 +134,7 @@ func TestParallel(t *testing.T) {
 		wins := map[string]int{}
 		for round := range 24 {
 			email := newEmail()
-			w.register(email)
-			l := w.readMail(email, 1)
+			l := registered(w, email, password)
 			others := map[string]call{"resend": resending(email), "cancel": cancelling(l), "replace": registering(email, password), "": {}}
 			names := slices.Sorted(maps.Keys(others))
 			acts := []func() answer{late(verifying(l))}
