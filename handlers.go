@@ -174,7 +174,9 @@ func (s *server) limited(rt route, next http.Handler) http.Handler {
 	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		key := "address:" + rt.Budget.Name + ":" + network(s.clientAddress(r))
-		err := s.store.hit(r.Context(), limit{key, rt.Budget.N, rt.Budget.Window, problemTooManyRequests}, s.now())
+		ctx, cancel := context.WithTimeout(r.Context(), leaseWait*4) // a PostgreSQL that hangs is like one that is away
+		defer cancel()
+		err := s.store.hit(ctx, limit{key, rt.Budget.N, rt.Budget.Window, problemTooManyRequests}, s.now())
 		if err != nil {
 			s.refuse(w, r, rt, err)
 			return

@@ -138,6 +138,10 @@ func (s *server) begin(ctx context.Context, c caller, reg registration) (registr
 			}
 			if earlier.State == pending {
 				replaced = earlier
+				if _, err := s.userOf(ctx, earlier); errors.Is(err, errUnavailable) {
+					s.letGo(ctx, earlier)
+					return reg, err // while Keycloak is away, what there is stays as it is
+				}
 			} else if err := s.settle(ctx, c, earlier); err != nil {
 				return reg, err
 			}

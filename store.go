@@ -380,14 +380,25 @@ func (st *store) forgetUser(ctx context.Context, c caller, reg registration, now
 	})
 }
 
-// conclude makes the registration verified and its user an account (V4). codeHash
-// replaces the one whose key is gone. It returns errLeaseLost.
-func (st *store) conclude(ctx context.Context, c caller, reg registration, codeHash string, now time.Time) error {
+// rekeyCode replaces the code's hash, or returns errLeaseLost.
+func (st *store) rekeyCode(ctx context.Context, reg registration, codeHash string) error {
+	tag, err := st.pool.Exec(ctx, `
+		update user_registrations set verification_code = $3
+		where registration_id = $1 and lease_owner = $2 and status = 'pending'`, reg.ID, reg.Lease, codeHash)
+	if err == nil && tag.RowsAffected() == 0 {
+		return errLeaseLost
+	}
+	return storeError(err)
+}
+
+// conclude makes the registration verified and its user an account (V4). It
+// returns errLeaseLost.
+func (st *store) conclude(ctx context.Context, c caller, reg registration, now time.Time) error {
 	return st.tx(ctx, func(tx pgx.Tx) error {
 		tag, err := tx.Exec(ctx, `
-			update user_registrations set status = 'verified', verified_at = $3, verification_code = $4, mail_state = 'sent',
+			update user_registrations set status = 'verified', verified_at = $3, mail_state = 'sent',
 				lease_owner = null, due_at = null
-			where registration_id = $1 and lease_owner = $2 and status = 'pending'`, reg.ID, reg.Lease, now, codeHash)
+			where registration_id = $1 and lease_owner = $2 and status = 'pending'`, reg.ID, reg.Lease, now)
 		if err != nil {
 			return err
 		}

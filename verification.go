@@ -138,9 +138,6 @@ func (s *server) verify(ctx context.Context, c caller, in verifyIn) (verifyOut, 
 		if err == nil {
 			err = s.finish(ctx, c, reg, user) // V3, V4
 		}
-		if err == nil && user.verified() && in.Token == "" {
-			err = problemInvalidCode // V3 had happened: nobody knows the code any more
-		}
 		if err != nil {
 			return verifyOut{}, err
 		}
@@ -203,9 +200,13 @@ func (s *server) checkedUser(ctx context.Context, c caller, reg registration, in
 	switch {
 	case err != nil:
 	case user.verified(): // V3 had happened: what remains is our conclusion
+		if in.Token == "" && !sameSecret(reg.CodeHash, codeHash(reg.TokenHash, in.Code)) {
+			err = problemInvalidCode.about(string(reg.ID))
+		}
 	case in.Token != "" && !sameSecret(token, in.Token):
 		err = problemInvalidToken.about(string(reg.ID))
-	case in.Token == "" && !(sameSecret(user.attribute(attrCode), in.Code) && sameSecret(reg.CodeHash, codeHash(token, in.Code))):
+	case in.Token == "" && !(sameSecret(user.attribute(attrCode), in.Code) &&
+		(sameSecret(reg.CodeHash, codeHash(token, in.Code)) || sameSecret(reg.CodeHash, codeHash(reg.TokenHash, in.Code)))):
 		err = problemInvalidCode.about(string(reg.ID))
 	}
 	if err != nil {
@@ -214,16 +215,24 @@ func (s *server) checkedUser(ctx context.Context, c caller, reg registration, in
 	return user, err
 }
 
-// finish makes a leased registration an account in both stores.
+// finish makes a leased registration an account in both stores. V3 removes the
+// token and with it the key of the code's hash; so the code gets another key
+// first, or who sends it again could not be told that all is well.
 func (s *server) finish(ctx context.Context, c caller, reg registration, user keycloakUser) error {
-	code := user.attribute(attrCode)
-	if err := s.kc.activate(ctx, user); err != nil { // V3
+	var err error
+	if code := user.attribute(attrCode); code != "" {
+		err = s.store.rekeyCode(ctx, reg, codeHash(reg.TokenHash, code))
+	}
+	if err == nil {
+		err = s.kc.activate(ctx, user) // V3
+	}
+	if err != nil {
 		s.letGo(ctx, reg)
 		return err
 	}
 	// Dying here (V3) leaves an account in Keycloak that is pending here: a second
 	// click, a sign-in or the repair loop finds it verified and goes on.
-	return s.store.conclude(ctx, c, reg, codeHash(reg.TokenHash, code), s.now()) // V4
+	return s.store.conclude(ctx, c, reg, s.now()) // V4
 }
 
 func (s *server) verifyAnswer(ctx context.Context, reg registration, in verifyIn, already bool) verifyOut {
