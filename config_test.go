@@ -12,7 +12,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/google/go-cmp/cmp"
 )
@@ -167,35 +166,5 @@ func TestSecretsAreNeverPrinted(t *testing.T) {
 	if text := out.String(); strings.Contains(text, "s3cret") || strings.Contains(text, hex) || !strings.Contains(text, "[redacted]") {
 		i := max(strings.Index(text, "s3cret"), strings.Index(text, hex))
 		t.Errorf("a secret is printed: …%s", text[max(0, i-150):min(len(text), max(i, 0)+50)])
-	}
-}
-
-// The commands that are no service.
-func TestCommands(t *testing.T) {
-	w := inSharedWorld(t)
-	getenv := func(name string) string { return w.env[name] }
-	for _, c := range []struct {
-		args   []string
-		stdout string
-		fails  string
-	}{
-		{[]string{"version"}, version() + "\n", ""},
-		{[]string{"jobs"}, "", ""},
-		{[]string{"jobs", "twice"}, "", "unknown command"},
-		{[]string{"serv"}, "", "unknown command"},
-		{[]string{"healthcheck"}, "", "connection refused"}, // nothing listens on port 0
-	} {
-		var stdout, stderr bytes.Buffer
-		err := run(t.Context(), c.args, getenv, &stdout, &stderr)
-		if stdout.String() != c.stdout || (err != nil) != (c.fails != "") || err != nil && !strings.Contains(err.Error(), c.fails) {
-			t.Errorf("%v: %v, output %q; want %q %s", c.args, err, &stdout, c.stdout, c.fails)
-		}
-	}
-	up := environment(map[string]string{"MANAGEMENT_ADDR": w.management})
-	if err := run(t.Context(), []string{"healthcheck"}, up, &bytes.Buffer{}, &bytes.Buffer{}); err != nil {
-		t.Errorf("healthcheck of the running service: %v", err)
-	}
-	if time.Duration(leaseTime) <= flowTime {
-		t.Error("a flow may outlive its lease")
 	}
 }

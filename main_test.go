@@ -364,7 +364,7 @@ func (w *world) send(base string, r call) (answer, error) {
 	if a.Body, err = io.ReadAll(resp.Body); err != nil {
 		return a, err
 	}
-	if strings.Contains(resp.Header.Get("Content-Type"), "json") {
+	if strings.Contains(resp.Header.Get("Content-Type"), "json") && r.method != "HEAD" {
 		err = json.Unmarshal(a.Body, &a.JSON)
 	}
 	for _, name := range []string{"access_token", "refresh_token", "id_token"} {
