@@ -40,7 +40,7 @@ a { color: #0b57b0; }
 <#-- The one thing to press. Its address stands again, as text, at the end of the mail: `plain` below. -->
 <#macro button href text>
 <table role="presentation" cellpadding="0" cellspacing="0" border="0" style="margin:24px 0;"><tr><td bgcolor="#0b57b0" style="border-radius:8px;">
-<a href="${href}" style="display:inline-block; padding:13px 24px; border:1px solid #0b57b0; border-radius:8px; color:#ffffff; font-weight:600; text-decoration:none;">${text}</a>
+<a href="${href}" style="display:inline-block; padding:13px 24px; border:1px solid #0b57b0; border-radius:8px; color:#ffffff; font-weight:600; text-align:center; text-decoration:none;">${text}</a>
 </td></tr></table>
 </#macro>
 

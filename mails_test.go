@@ -1,0 +1,134 @@
+package main
+
+import (
+	"context"
+	"net/url"
+	"regexp"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"auth-service/dev/mail"
+	"auth-service/dev/preview"
+)
+
+// TestMails reads every mail in every language, in both of its parts.
+func TestMails(t *testing.T) {
+	w := inSharedWorld(t)
+	subjects := map[string]string{
+		"registration.en": "Confirm your e-mail address", "registration.de": "Bitte bestätigen Sie Ihre E-Mail-Adresse",
+		"registration-no-password.en": "Access to your account", "registration-no-password.de": "Zugang zu Ihrem Konto",
+		"invitation.en": "Access to your account", "invitation.de": "Zugang zu Ihrem Konto",
+		"forgotten-password.en": "Access to your account", "forgotten-password.de": "Zugang zu Ihrem Konto",
+	}
+	_, port, _ := strings.Cut(w.mail.Addr(), ":")
+	smtpPort, err := strconv.Atoi(port)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := preview.SendMails(t.Context(), services, smtpPort); err != nil {
+		t.Fatal(err)
+	}
+	for _, kind := range preview.Mails {
+		for _, language := range []string{"en", "de"} {
+			name := kind.Name + "." + language
+			t.Run(name, func(t *testing.T) {
+				m := w.receive(name+"@example.test", 1)
+				if m.Subject != subjects[name] {
+					t.Errorf("the subject is %q, want %q", m.Subject, subjects[name])
+				}
+				if !strings.Contains(m.HTML, `<html lang="`+language+`"`) {
+					t.Errorf("the mail is not in %q:\n%s", language, m.HTML)
+				}
+				if !kind.Ours { // Keycloak's link, and nothing of ours
+					if n := len(m.Links); n != 1 || !strings.Contains(m.Links[0], "/login-actions/action-token?key=") || codePattern.MatchString(m.Text) {
+						t.Errorf("%d links:\n%s", n, m.Text)
+					}
+					sameLinks(t, m)
+				}
+			})
+		}
+	}
+
+	for _, language := range []string{"en", "de"} {
+		for name, password := range map[string]string{"registration": password, "registration-no-password": ""} {
+			t.Run("sent by the service: "+name+"."+language, func(t *testing.T) {
+				email := "o'neil+" + newEmail() // what a person can choose freely
+				w.wants(w.post("/api/v1/register", map[string]any{"email": email, "password": password, "locale": language,
+					"first_name": "Zoë http://evil.test", "last_name": "O'Neil"}), 400, "invalid-request") // a name is no link
+				w.wants(w.post("/api/v1/register", map[string]any{"email": email, "password": password, "locale": language,
+					"first_name": "Zoë", "last_name": "O'Neil"}), 201, "")
+				m := w.receive(email, 1)
+				l := w.readLink(m)
+				if m.Subject != subjects[name+"."+language] || (l.Key == "") != (password != "") {
+					t.Errorf("subject %q, key %q", m.Subject, l.Key)
+				}
+				for _, part := range []string{m.Text, m.HTML} {
+					for _, want := range []string{l.Code, "/account/cancel?token=" + l.Token, w.env["PUBLIC_URL"] + "/account/verify"} {
+						if !strings.Contains(part, want) {
+							t.Errorf("a part lacks %q:\n%s", want, part)
+						}
+					}
+					for _, never := range []string{"Zoë", "Neil", email, "/login-actions/"} {
+						if strings.Contains(part, never) {
+							t.Errorf("a part has %q:\n%s", never, part)
+						}
+					}
+				}
+				sameLinks(t, m)
+			})
+		}
+	}
+}
+
+// TestMailEscapes puts markup where a mail prints what it is given.
+func TestMailEscapes(t *testing.T) {
+	w := newWorld(t, nil)
+	const hostile = `<b>"&'</b>`
+	user := map[string]any{"username": "eve", "email": "eve@example.test", "firstName": "Eve", "enabled": true,
+		"requiredActions": []string{"VERIFY_EMAIL"}, "attributes": map[string]any{attrURL: []string{"http://localhost/account/verify" + hostile},
+			attrToken: []string{hostile}, attrCode: []string{hostile}}}
+	w.admin("POST", "/users", user, nil)
+	var found []seenUser
+	w.admin("GET", "/users?username=eve&exact=true", nil, &found)
+	w.admin("PUT", "/users/"+found[0].ID+"/send-verify-email", nil, nil)
+	m := w.receive("eve@example.test", 1)
+	if strings.Contains(m.HTML, "<b>") || !strings.Contains(m.HTML, "&lt;b&gt;") {
+		t.Errorf("not escaped:\n%s", m.HTML)
+	}
+	if !strings.Contains(m.Text, hostile) || strings.Contains(m.Text, "&lt;") {
+		t.Errorf("escaped, though it is plain text:\n%s", m.Text)
+	}
+}
+
+func (w *world) receive(to string, n int) mail.Message {
+	w.Helper()
+	ctx, cancel := context.WithTimeout(w.Context(), 30*time.Second)
+	defer cancel()
+	m, err := w.mail.WaitFor(ctx, to, n)
+	if err != nil {
+		w.Fatal(err)
+	}
+	return m
+}
+
+var hrefPattern = regexp.MustCompile(`href="([^"]*)"`)
+
+// sameLinks checks that both parts of a mail lead to the same places.
+func sameLinks(t *testing.T, m mail.Message) {
+	t.Helper()
+	inHTML := map[string]bool{}
+	for _, href := range hrefPattern.FindAllStringSubmatch(m.HTML, -1) {
+		inHTML[strings.ReplaceAll(href[1], "&amp;", "&")] = true
+	}
+	for _, link := range m.Links {
+		if _, err := url.Parse(link); err != nil || !inHTML[link] {
+			t.Errorf("the link %s is not in the HTML part (%v):\n%s", link, err, m.HTML)
+		}
+		delete(inHTML, link)
+	}
+	for link := range inHTML {
+		t.Errorf("the link %s is in the HTML part only", link)
+	}
+}
