@@ -42,6 +42,7 @@ func TestBrowser(t *testing.T) {
 	elsewhere := httptest.NewServer(w.otherSite())
 	t.Cleanup(elsewhere.Close)
 	audited := new(sync.Map)
+	w.sendPreviews()
 	for _, walk := range []struct {
 		name, language string
 		walk           func(*browser)

@@ -197,8 +197,12 @@ func walkGerman(b *browser) {
 	b.wants(b.login(email, password), 200, "")
 }
 
-// walkSamples looks at every page in every state.
+// walkSamples looks at every page in every state, and at every mail.
 func walkSamples(b *browser) {
+	for _, m := range preview.Mails {
+		b.arrive(chromedp.Navigate(b.elsewhere+"/mail/"+m.Name+"."+b.language+"@example.test"), 200, anything)
+		b.look(mailRules)
+	}
 	for _, sample := range preview.Samples() {
 		b.arrive(chromedp.Navigate(b.elsewhere+"/preview/"+sample.Name), 200, anything)
 		b.look("")
