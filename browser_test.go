@@ -246,9 +246,12 @@ func (b *browser) look(rules string) {
 	b.scripts(true)
 	defer b.scripts(false)
 	evaluate[chromedp.Void](b, b.axe())
-	schemes := map[string][]string{"en": {"light", "dark"}, "de": {"light"}}[b.language]
+	inScheme := map[string]string{"light": rules, "dark": `runOnly: {type: "rule", values: ["color-contrast"]}`} // the rest has no colour
+	if b.language != "en" {
+		delete(inScheme, "dark")
+	}
 	for _, width := range []int64{320, 1280} {
-		for _, scheme := range schemes {
+		for scheme, rules := range inScheme {
 			b.must(chromedp.Do(b.ctx, chromedp.EmulateViewport(width, 800)))
 			_, err := chromedp.Call(b.ctx, emulation.SetEmulatedMedia, emulation.SetEmulatedMediaParams{
 				Features: []*emulation.MediaFeature{{Name: "prefers-color-scheme", Value: scheme}}})
