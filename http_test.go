@@ -712,8 +712,8 @@ func FuzzValidEmail(f *testing.F) {
 	})
 }
 
-// TestCommands runs the subcommands as an operator does.
-func TestCommands(t *testing.T) {
+// TestSubcommands runs the subcommands as an operator does.
+func TestSubcommands(t *testing.T) {
 	w := newWorld(t, map[string]string{"JOB_INTERVAL": "0"}) // jobs are run by the command alone
 	command := func(args ...string) (string, error) {
 		var out bytes.Buffer
