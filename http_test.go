@@ -752,3 +752,29 @@ func TestSubcommands(t *testing.T) {
 	}
 	w.readMail(email, 1)
 }
+
+// A pool whose connections are all in use is an outage to those who wait for one,
+// not a defect.
+func TestBusyDatabase(t *testing.T) {
+	w := inSharedWorld(t)
+	st, err := openStore(t.Context(), secret(w.env["DATABASE_URL"]+"&pool_max_conns=1"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer st.pool.Close()
+	held, err := st.pool.Acquire(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer held.Release()
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	_, one := st.registration(ctx, newRegistrationID())
+	many := st.hit(ctx, loginLimit("ada"), time.Now())
+	tx := st.forgetUser(ctx, system("test"), registration{}, time.Now())
+	for _, err := range []error{one, many, tx} {
+		if p := asProblem(err); p.Status != 503 || p.Wait == 0 {
+			t.Errorf("%v is answered with %d", err, p.Status)
+		}
+	}
+}

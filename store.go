@@ -123,7 +123,8 @@ func storeError(err error) error {
 			return fmt.Errorf("%w: postgresql: the schema is not there yet", errUnavailable)
 		}
 		return fmt.Errorf("postgresql: %s (%s %s)", pg.Message, pg.Code, pg.ConstraintName)
-	case pgconn.Timeout(err), pgconn.SafeToRetry(err), errors.As(err, new(*pgconn.ConnectError)),
+	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled), // while waiting for a connection
+		pgconn.Timeout(err), pgconn.SafeToRetry(err), errors.As(err, new(*pgconn.ConnectError)),
 		strings.Contains(err.Error(), "conn closed"), strings.Contains(err.Error(), "unexpected EOF"):
 		return fmt.Errorf("%w: postgresql: %w", errUnavailable, err)
 	}
