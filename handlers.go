@@ -174,7 +174,7 @@ func (s *server) limited(rt route, next http.Handler) http.Handler {
 	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		key := "address:" + rt.Budget.Name + ":" + network(s.clientAddress(r))
-		ctx, cancel := context.WithTimeout(r.Context(), leaseWait*4) // a PostgreSQL that hangs is like one that is away
+		ctx, cancel := context.WithTimeout(r.Context(), 4*time.Second) // a PostgreSQL that hangs is like one that is away
 		defer cancel()
 		err := s.store.hit(ctx, limit{key, rt.Budget.N, rt.Budget.Window, problemTooManyRequests}, s.now())
 		if err != nil {
