@@ -54,11 +54,11 @@ type route struct {
 	Budget  budget
 	Name    string // operation id, and action of the audit entries of refusals
 	Summary string // "" = not in the OpenAPI document
-	Operation
+	operation
 }
 
-// Operation is what a route does, made by op or page.
-type Operation struct {
+// operation is what a route does, made by op or page.
+type operation struct {
 	Tag      string
 	in, out  any // for the document
 	status   int
@@ -226,8 +226,8 @@ var pathParameter = regexp.MustCompile(`{(\w+)}`)
 
 // op adapts a typed operation to HTTP: it decodes and checks the input, calls, and
 // encodes the answer or the problem. status is that of success.
-func op[I, O any](tag string, status int, f func(context.Context, caller, I) (O, error), problems ...problem) Operation {
-	return Operation{Tag: tag, in: *new(I), out: *new(O), status: status, problems: problems, handle: func(s *server, rt route) http.Handler {
+func op[I, O any](tag string, status int, f func(context.Context, caller, I) (O, error), problems ...problem) operation {
+	return operation{Tag: tag, in: *new(I), out: *new(O), status: status, problems: problems, handle: func(s *server, rt route) http.Handler {
 		var params nethttp.RequestDecoder // of path and query; bodies are read more strictly
 		if method, _, _ := strings.Cut(rt.Pattern, " "); method == http.MethodGet {
 			params = decoders.MakeDecoder(method, *new(I), nil)
@@ -272,8 +272,8 @@ type view struct {
 
 // page adapts a function that makes a page. Forms come from this origin only
 // (Sec-Fetch-Site, Origin).
-func page(f func(context.Context, caller, *http.Request) (view, error)) Operation {
-	return Operation{handle: func(s *server, rt route) http.Handler {
+func page(f func(context.Context, caller, *http.Request) (view, error)) operation {
+	return operation{handle: func(s *server, rt route) http.Handler {
 		protection := http.NewCrossOriginProtection()
 		protection.SetDenyHandler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { s.refuse(w, r, rt, problemForbidden) }))
 		return protection.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -322,8 +322,8 @@ func problemView(p problem) templates.ProblemView {
 }
 
 // plain adapts a handler that needs neither decoding nor encoding.
-func plain(h http.HandlerFunc) Operation {
-	return Operation{status: 200, handle: func(*server, route) http.Handler { return h }}
+func plain(h http.HandlerFunc) operation {
+	return operation{status: 200, handle: func(*server, route) http.Handler { return h }}
 }
 
 // styleSheet may be kept: its address has its hash.
@@ -387,8 +387,8 @@ func (s *server) checkHealth(ctx context.Context) healthOut {
 
 // healthOp answers 503 only when the service can do nothing, so that a load
 // balancer keeps an instance whose Keycloak is away.
-func (s *server) healthOp() Operation {
-	return Operation{Tag: "Service", in: struct{}{}, out: healthOut{}, status: 200, handle: func(*server, route) http.Handler {
+func (s *server) healthOp() operation {
+	return operation{Tag: "Service", in: struct{}{}, out: healthOut{}, status: 200, handle: func(*server, route) http.Handler {
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			out := s.checkHealth(r.Context())
 			status := http.StatusOK
