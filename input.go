@@ -155,7 +155,7 @@ func checkString(value string, tag reflect.StructTag) string {
 		return fmt.Sprintf("must have at most %d characters", most)
 	case tag.Get("format") == "email" && !validEmail(value):
 		return "is not a valid e-mail address"
-	case tag.Get("format") != "password" && strings.ContainsFunc(value, unicode.IsControl):
+	case tag.Get("format") != "password" && strings.ContainsFunc(value, invisible):
 		return "has a character that is not allowed"
 	}
 	if pattern := tag.Get("pattern"); pattern != "" && !regexp.MustCompile(pattern).MatchString(value) {
@@ -165,6 +165,12 @@ func checkString(value string, tag reflect.StructTag) string {
 		return "has a character that is not allowed"
 	}
 	return ""
+}
+
+// invisible says what nobody types into a name: control characters, those that turn
+// the direction of writing, and the blank of no width.
+func invisible(r rune) bool {
+	return unicode.IsControl(r) || unicode.Is(unicode.Bidi_Control, r) || r == '\u200b'
 }
 
 // validEmail says whether an address is one that a mail can be sent to: a bare
