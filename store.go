@@ -565,23 +565,20 @@ type session struct {
 	ExpiresAt   time.Time
 }
 
-// addSession stores a sign-in (L2).
+// addSession stores a sign-in (L2): three statements in one round trip, which
+// PostgreSQL makes one transaction.
 func (st *store) addSession(ctx context.Context, c caller, s session, now time.Time) error {
-	return st.tx(ctx, func(tx pgx.Tx) error {
-		if _, err := tx.Exec(ctx, `
-			insert into sessions (session_id, user_id, keycloak_session_id, refresh_hash, ip_address, user_agent,
-				created_at, last_used_at, expires_at)
-			values ($1, $2, $3, $4, $5, $6, $7, $7, $8)`,
-			s.ID, s.User, s.KeycloakID, s.RefreshHash, c.Address, c.UserAgent, now, s.ExpiresAt); err != nil {
-			return err
-		}
-		if _, err := tx.Exec(ctx, `update users set last_login_at = $2 where user_id = $1`, s.User, now); err != nil {
-			return err
-		}
-		c.Actor = string(s.User)
-		return writeAudit(ctx, tx, c, now, entry{Action: "login", Target: string(s.User),
-			Details: map[string]any{"session_id": s.ID}})
-	})
+	batch := new(pgx.Batch)
+	batch.Queue(`
+		insert into sessions (session_id, user_id, keycloak_session_id, refresh_hash, ip_address, user_agent,
+			created_at, last_used_at, expires_at)
+		values ($1, $2, $3, $4, $5, $6, $7, $7, $8)`,
+		s.ID, s.User, s.KeycloakID, s.RefreshHash, c.Address, c.UserAgent, now, s.ExpiresAt)
+	batch.Queue(`update users set last_login_at = $2 where user_id = $1`, s.User, now)
+	c.Actor = string(s.User)
+	sql, args := auditStatement(c, now, entry{Action: "login", Target: string(s.User), Details: map[string]any{"session_id": s.ID}})
+	batch.Queue(sql, args...)
+	return storeError(st.pool.SendBatch(ctx, batch).Close())
 }
 
 func nullString(s string) *string {
