@@ -18,23 +18,17 @@ type entry struct {
 // writeAudit records an entry in the transaction of the change that it belongs
 // to. If it can't be written, the change does not happen either.
 func writeAudit(ctx context.Context, q querier, c caller, now time.Time, e entry) error {
-	sql, args := auditStatement(c, now, e)
-	_, err := q.Exec(ctx, sql, args...)
-	return storeError(err)
-}
-
-// auditStatement is what writeAudit executes, for a batch.
-func auditStatement(c caller, now time.Time, e entry) (string, []any) {
 	if e.Outcome == "" {
 		e.Outcome = "ok"
 	}
 	if e.Details == nil {
 		e.Details = map[string]any{}
 	}
-	return `
+	_, err := q.Exec(ctx, `
 		insert into audit_log (audit_id, at, actor, action, target, outcome, reason, ip_address, user_agent, request_id, details)
 		values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)`,
-		[]any{newAuditID(), now, c.Actor, e.Action, e.Target, e.Outcome, e.Reason, c.Address, c.UserAgent, c.RequestID, e.Details}
+		newAuditID(), now, c.Actor, e.Action, e.Target, e.Outcome, e.Reason, c.Address, c.UserAgent, c.RequestID, e.Details)
+	return storeError(err)
 }
 
 // audit records what was refused or has failed and so changed nothing.

@@ -86,20 +86,21 @@ func (s *server) openSession(ctx context.Context, c caller, token *oauth2.Token)
 	if err != nil {
 		return loginOut{}, err
 	}
-	u, err := s.accountOf(ctx, c, claims.Subject)
-	if err != nil {
-		return loginOut{}, err
-	}
-	out := loginOut{
-		tokens: tokens{AccessToken: token.AccessToken, RefreshToken: token.RefreshToken, TokenType: "Bearer",
-			ExpiresIn: extraSeconds(token, "expires_in"), RefreshExpiresIn: extraSeconds(token, "refresh_expires_in"),
-			SessionID: newSessionID()},
-		User: loginUser{u.ID, u.Email, u.Username, []string{u.Role}, u.NetworkID, u.StationID},
-	}
+	out := loginOut{tokens: tokens{AccessToken: token.AccessToken, RefreshToken: token.RefreshToken, TokenType: "Bearer",
+		ExpiresIn: extraSeconds(token, "expires_in"), RefreshExpiresIn: extraSeconds(token, "refresh_expires_in"),
+		SessionID: newSessionID()}}
 	out.IDToken, _ = token.Extra("id_token").(string)
 	out.Scope, _ = token.Extra("scope").(string)
-	return out, s.store.addSession(ctx, c, session{ID: out.SessionID, User: u.ID, KeycloakID: claims.SessionID,
-		RefreshHash: tokenHash(token.RefreshToken), ExpiresAt: s.now().Add(time.Duration(out.RefreshExpiresIn) * time.Second)}, s.now())
+	row := session{ID: out.SessionID, KeycloakID: claims.SessionID, RefreshHash: tokenHash(token.RefreshToken),
+		ExpiresAt: s.now().Add(time.Duration(out.RefreshExpiresIn) * time.Second)}
+	u, err := s.store.addSession(ctx, c, claims.Subject, row, s.now())
+	if errors.Is(err, errNotFound) {
+		if _, err = s.accountOf(ctx, c, claims.Subject); err == nil {
+			u, err = s.store.addSession(ctx, c, claims.Subject, row, s.now())
+		}
+	}
+	out.User = loginUser{u.ID, u.Email, u.Username, []string{u.Role}, u.NetworkID, u.StationID}
+	return out, err
 }
 
 // accountOf returns the account that Keycloak has just let in, if it is one here,

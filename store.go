@@ -559,26 +559,30 @@ func (st *store) userByKeycloakID(ctx context.Context, id string) (user, error) 
 // session is a sign-in, see schema.sql.
 type session struct {
 	ID          sessionID
-	User        userID
 	KeycloakID  string // claim sid
 	RefreshHash string
 	ExpiresAt   time.Time
 }
 
-// addSession stores a sign-in (L2): three statements in one round trip, which
-// PostgreSQL makes one transaction.
-func (st *store) addSession(ctx context.Context, c caller, s session, now time.Time) error {
-	batch := new(pgx.Batch)
-	batch.Queue(`
-		insert into sessions (session_id, user_id, keycloak_session_id, refresh_hash, ip_address, user_agent,
-			created_at, last_used_at, expires_at)
-		values ($1, $2, $3, $4, $5, $6, $7, $7, $8)`,
-		s.ID, s.User, s.KeycloakID, s.RefreshHash, c.Address, c.UserAgent, now, s.ExpiresAt)
-	batch.Queue(`update users set last_login_at = $2 where user_id = $1`, s.User, now)
-	c.Actor = string(s.User)
-	sql, args := auditStatement(c, now, entry{Action: "login", Target: string(s.User), Details: map[string]any{"session_id": s.ID}})
-	batch.Queue(sql, args...)
-	return storeError(st.pool.SendBatch(ctx, batch).Close())
+// addSession stores the sign-in of the account with this sub (L2), in one round
+// trip, and returns the account. errNotFound: there is none that may sign in.
+func (st *store) addSession(ctx context.Context, c caller, subject string, s session, now time.Time) (user, error) {
+	rows, _ := st.pool.Query(ctx, `
+		with u as (
+			update users set last_login_at = $6::timestamptz where keycloak_id = $8 and is_active and is_verified
+			returning user_id, keycloak_id, email, username, role, network_id, station_id, is_verified, is_active),
+		s as (
+			insert into sessions (session_id, user_id, keycloak_session_id, refresh_hash, ip_address, user_agent,
+				created_at, last_used_at, expires_at)
+			select $1::text, user_id, $2::text, $3::text, $4::text, $5::text, $6::timestamptz, $6::timestamptz, $7::timestamptz from u),
+		a as (
+			insert into audit_log (audit_id, at, actor, action, target, outcome, ip_address, user_agent, request_id, details)
+			select $9::text, $6::timestamptz, user_id, 'login', user_id, 'ok', $4::text, $5::text, $10::text,
+				jsonb_build_object('session_id', $1::text) from u)
+		select * from u`,
+		string(s.ID), s.KeycloakID, s.RefreshHash, c.Address, c.UserAgent, now, s.ExpiresAt, subject, newAuditID(), c.RequestID)
+	u, err := pgx.CollectExactlyOneRow(rows, pgx.RowToStructByPos[user])
+	return u, storeError(err)
 }
 
 func nullString(s string) *string {
