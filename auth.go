@@ -1,14 +1,21 @@
 package main
 
 import (
+	"cmp"
 	"context"
+	"crypto/hmac"
+	"crypto/sha256"
 	"encoding/base64"
-	"encoding/json"
 	"errors"
 	"fmt"
+	"net/http"
+	"net/url"
+	"regexp"
+	"strconv"
 	"strings"
 	"time"
 
+	"github.com/coreos/go-oidc/v3/oidc"
 	"golang.org/x/oauth2"
 )
 
@@ -27,18 +34,6 @@ type loginIn struct {
 type loginOut struct {
 	tokens
 	User loginUser `json:"user"`
-}
-
-// tokens is a token response (RFC 6749 §5.1) with what the service adds to it.
-type tokens struct {
-	AccessToken      string    `json:"access_token"`
-	RefreshToken     string    `json:"refresh_token,omitempty"`
-	IDToken          string    `json:"id_token"`
-	TokenType        string    `json:"token_type" enum:"Bearer"`
-	ExpiresIn        int       `json:"expires_in" example:"300" description:"Seconds."`
-	RefreshExpiresIn int       `json:"refresh_expires_in" example:"1800" description:"Seconds."`
-	Scope            string    `json:"scope" example:"openid email profile"`
-	SessionID        sessionID `json:"session_id" example:"SES-V1StGXR8_Z5jdHi6"`
 }
 
 type loginUser struct {
@@ -69,34 +64,35 @@ func (s *server) login(ctx context.Context, c caller, in loginIn) (loginOut, err
 	if err != nil {
 		return loginOut{}, s.loginError(ctx, name, err)
 	}
-	out, err := s.openSession(ctx, c, token) // L2
-	if err != nil {
-		// Dying here (L1) leaves a session in Keycloak that nobody has the tokens of;
-		// it dies of idleness.
-		if claims, e := readClaims(token.AccessToken); e == nil {
-			err = errors.Join(err, s.kc.endSession(ctx, claims.SessionID))
-		}
-	}
-	return out, err
+	return s.openSession(ctx, c, token, "") // L2
 }
 
-// openSession stores the session of fresh tokens and makes the answer.
-func (s *server) openSession(ctx context.Context, c caller, token *oauth2.Token) (loginOut, error) {
+// openSession stores the session of fresh tokens (L2) and makes the answer. Without
+// its row a session is ended again in Keycloak. The nonce is that of a code flow.
+func (s *server) openSession(ctx context.Context, c caller, token *oauth2.Token, nonce string) (out loginOut, err error) {
 	claims, err := readClaims(token.AccessToken)
 	if err != nil {
 		return loginOut{}, err
 	}
-	out := loginOut{tokens: tokens{AccessToken: token.AccessToken, RefreshToken: token.RefreshToken, TokenType: "Bearer",
-		ExpiresIn: extraSeconds(token, "expires_in"), RefreshExpiresIn: extraSeconds(token, "refresh_expires_in"),
-		SessionID: newSessionID()}}
-	out.IDToken, _ = token.Extra("id_token").(string)
-	out.Scope, _ = token.Extra("scope").(string)
-	row := session{ID: out.SessionID, KeycloakID: claims.SessionID, RefreshHash: tokenHash(token.RefreshToken),
+	// Dying here (L1) leaves a session in Keycloak that nobody has the tokens of; it
+	// dies of idleness.
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.kc.endSession(ctx, claims.SessionID))
+		}
+	}()
+	if nonce != "" {
+		if err := s.tokens.idToken(ctx, token, nonce); err != nil {
+			return loginOut{}, problemSignInIncomplete.because(err)
+		}
+	}
+	out = loginOut{tokens: tokensOf(token, newSessionID())}
+	row := session{ID: out.SessionID, KeycloakID: claims.SessionID,
 		ExpiresAt: s.now().Add(time.Duration(out.RefreshExpiresIn) * time.Second)}
-	u, err := s.store.addSession(ctx, c, claims.Subject, row, s.now())
+	u, err := s.store.addSession(ctx, c, claims.Subject, row, tokenHash(out.RefreshToken), s.now())
 	if errors.Is(err, errNotFound) {
 		if _, err = s.accountOf(ctx, c, claims.Subject); err == nil {
-			u, err = s.store.addSession(ctx, c, claims.Subject, row, s.now())
+			u, err = s.store.addSession(ctx, c, claims.Subject, row, tokenHash(out.RefreshToken), s.now())
 		}
 	}
 	out.User = loginUser{u.ID, u.Email, u.Username, []string{u.Role}, u.NetworkID, u.StationID}
@@ -182,24 +178,10 @@ func setupRequired(u keycloakUser) problem {
 	return p.saying("Something has to be set up first. Please sign in on the sign-in server's page.")
 }
 
-// claims of an access token, as far as they are used here.
-type claims struct {
-	Subject   string `json:"sub"`
-	SessionID string `json:"sid"`
-}
-
 // readClaims reads a token that has just come from Keycloak's token endpoint itself;
 // no signature is needed to know its origin (OpenID Connect Core §3.1.3.7).
-func readClaims(token string) (claims, error) {
-	var c claims
-	parts := strings.Split(token, ".")
-	if len(parts) != 3 {
-		return c, errors.New("keycloak's access token is not a JWT")
-	}
-	payload, err := base64.RawURLEncoding.DecodeString(parts[1])
-	if err == nil {
-		err = json.Unmarshal(payload, &c)
-	}
+func readClaims(token string) (tokenClaims, error) {
+	_, c, err := parseToken(token)
 	if err == nil && (c.Subject == "" || c.SessionID == "") {
 		err = errors.New("sub or sid is missing")
 	}
@@ -209,7 +191,210 @@ func readClaims(token string) (claims, error) {
 	return c, nil
 }
 
-func extraSeconds(token *oauth2.Token, name string) int {
-	n, _ := token.Extra(name).(float64)
-	return int(n)
+// me is the account of the access token, as PostgreSQL knows it now.
+func (s *server) me(ctx context.Context, c caller, _ struct{}) (user, error) {
+	u, err := s.store.user(ctx, c.UserID)
+	switch {
+	case errors.Is(err, errNotFound): // the token's account is gone
+		return u, problemInvalidAccessToken
+	case err == nil && !u.IsActive:
+		return u, problemAccountDisabled
+	}
+	return u, err
+}
+
+type forgotIn struct {
+	Email string `json:"email" required:"true" maxLength:"255" format:"email" example:"ada@example.com"`
+}
+
+// resetLifespan is how long Keycloak's link to choose a new password works.
+const resetLifespan = time.Hour
+
+// forgotPassword has Keycloak mail its link to choose a new password. The answer is the
+// same, and comes as fast, whether there is such an account or not, and when a limit
+// stands against the mail.
+func (s *server) forgotPassword(ctx context.Context, c caller, in forgotIn) (noContent, error) {
+	for _, l := range []limit{{"reset:" + tokenHash(strings.ToLower(in.Email)), 1, s.cfg.ResendCooldown, problemTooManyRequests}, mailsADay(in.Email)} {
+		if err := s.store.hit(ctx, l, s.now()); errors.As(err, new(problem)) {
+			return noContent{}, nil
+		} else if err != nil {
+			return noContent{}, err
+		}
+	}
+	s.background.Go(func() { // dying meanwhile loses the mail; the person asks again
+		ctx, cancel := detached(ctx, mailTimeout+keycloakTimeout)
+		defer cancel()
+		u, err := s.kc.userByLogin(ctx, in.Email)
+		if errors.Is(err, errNotFound) || err == nil && !(u.enabled() && u.verified()) {
+			return
+		}
+		if err == nil {
+			err = s.kc.sendMail(ctx, u.id(), u.attribute(attrLocale), resetLifespan, true)
+		}
+		if err == nil {
+			err = s.store.audit(ctx, c, s.now(), entry{Action: "password.forgot", Target: u.attribute(attrUserID)})
+		}
+		if err != nil {
+			s.log.ErrorContext(ctx, "a mail to choose a new password was not sent", "error", err)
+		}
+	})
+	return noContent{}, nil
+}
+
+// The code flow (OpenID Connect Core §3.1 with PKCE, RFC 7636). Nothing of it is
+// stored: the browser has a secret in a cookie, and whatever else must be known at its
+// return is in the state, or made of both.
+const (
+	signInTime     = 10 * time.Minute // to sign in on Keycloak's page
+	afterSignIn    = "/account/signed-in"
+	maxReturnTo    = 2000
+	signInCookie   = "sign_in"
+	hostOnlyPrefix = "__Host-" // no other host of the domain can set it (RFC 6265bis §4.1.3.2); wants https
+)
+
+// signIn is one sign-in by the code flow, bound to the browser that began it.
+type signIn struct {
+	browser  string // secret, in the cookie
+	state    string
+	returnTo string
+}
+
+// derive makes a value that only this browser and this sign-in have: the state's own
+// MAC, the nonce and the verifier of PKCE, 43 characters each.
+func derive(browser, purpose, state string) string {
+	mac := hmac.New(sha256.New, []byte(browser))
+	fmt.Fprintf(mac, "%s %s", purpose, state)
+	return base64.RawURLEncoding.EncodeToString(mac.Sum(nil))
+}
+
+// newSignIn begins a sign-in. The state says when it ends and where it leads.
+func newSignIn(browser, returnTo string, now time.Time) signIn {
+	content := fmt.Sprintf("%s %d %s", newToken(), now.Add(signInTime).Unix(), returnTo)
+	state := base64.RawURLEncoding.EncodeToString([]byte(content))
+	return signIn{browser, state + "." + derive(browser, "state", state), returnTo}
+}
+
+// resumeSignIn reads the state that Keycloak has sent back. It fails for one of another
+// browser, one that was altered, and one that took too long.
+func resumeSignIn(browser, state string, now time.Time) (signIn, error) {
+	encoded, mac, _ := strings.Cut(state, ".")
+	if browser == "" || !sameSecret(mac, derive(browser, "state", encoded)) {
+		return signIn{}, problemSignInIncomplete.saying("This sign-in was not begun in this browser.")
+	}
+	content, err := base64.RawURLEncoding.DecodeString(encoded)
+	if err != nil {
+		return signIn{}, problemSignInIncomplete // can't be: the MAC is ours
+	}
+	parts := strings.SplitN(string(content), " ", 3)
+	ends, err := strconv.ParseInt(parts[1], 10, 64)
+	if err != nil || now.Unix() > ends {
+		return signIn{browser, state, parts[2]}, problemSignInIncomplete.saying("This sign-in took too long.")
+	}
+	return signIn{browser, state, parts[2]}, nil
+}
+
+// returnURL is where the browser goes after signing in: an origin that is allowed and
+// what follows it. It is put together from the allowed origin itself, so whatever
+// returnTo contains, it leads nowhere else.
+func returnURL(returnTo, own string, allowed []string) (string, bool) {
+	if len(returnTo) > maxReturnTo || strings.ContainsFunc(returnTo, func(r rune) bool { return r <= ' ' || r == '\\' || r >= 0x7f }) {
+		return "", false // browsers drop tabs and line breaks, and take \ for /
+	}
+	if strings.HasPrefix(returnTo, "/") && !strings.HasPrefix(returnTo, "//") {
+		return own + returnTo, true
+	}
+	for _, origin := range allowed {
+		rest, ok := strings.CutPrefix(returnTo, origin)
+		if ok && (rest == "" || strings.ContainsRune("/?#", rune(rest[0]))) {
+			return origin + rest, true
+		}
+	}
+	return "", false
+}
+
+func (s *server) signInCookieName() string {
+	if strings.HasPrefix(s.cfg.PublicURL, "https://") {
+		return hostOnlyPrefix + signInCookie
+	}
+	return signInCookie
+}
+
+var browserSecret = regexp.MustCompile(`^[A-Za-z0-9_-]{32}$`)
+
+// browserOf returns the secret of the browser's cookie, or "".
+func (s *server) browserOf(r *http.Request) string {
+	if cookie, err := r.Cookie(s.signInCookieName()); err == nil && browserSecret.MatchString(cookie.Value) {
+		return cookie.Value
+	}
+	return ""
+}
+
+// signInPage sends the browser to Keycloak.
+func (s *server) signInPage(_ context.Context, _ caller, r *http.Request) (view, error) {
+	returnTo := cmp.Or(r.FormValue("return_to"), afterSignIn)
+	if _, ok := returnURL(returnTo, origin(s.cfg.PublicURL), s.cfg.CORSOrigins); !ok {
+		return view{}, problemInvalidRequest.saying("return_to must be a path of this site or begin with an origin that is allowed.")
+	}
+	flow := newSignIn(cmp.Or(s.browserOf(r), newToken()), returnTo, s.now())
+	return view{Status: http.StatusSeeOther,
+		Location: s.kc.oauth().AuthCodeURL(flow.state, oidc.Nonce(derive(flow.browser, "nonce", flow.state)),
+			oauth2.S256ChallengeOption(derive(flow.browser, "verifier", flow.state))),
+		Cookie: &http.Cookie{Name: s.signInCookieName(), Value: flow.browser, MaxAge: int(signInTime.Seconds()), Path: "/",
+			HttpOnly: true, Secure: true, SameSite: http.SameSiteLaxMode}}, nil
+}
+
+// callbackPage is where Keycloak sends the browser back to: C1 the state, once; L1
+// Keycloak's tokens for the code; L2 our session. The refresh token goes into a cookie,
+// the access token nowhere: the frontend asks refresh for one.
+func (s *server) callbackPage(ctx context.Context, c caller, r *http.Request) (view, error) {
+	ctx, cancel := detached(ctx, flowTime)
+	defer cancel()
+	flow, err := resumeSignIn(s.browserOf(r), r.FormValue("state"), s.now()) // C1
+	if err == nil {
+		used := problemSignInIncomplete.saying("This sign-in is over already. Perhaps the page was loaded twice.")
+		err = s.store.hit(ctx, limit{"sign-in:" + tokenHash(flow.state), 1, 2 * signInTime, used}, s.now())
+	}
+	if err != nil {
+		return view{}, signInAgain(flow, err)
+	}
+	out, err := s.finishSignIn(ctx, c, r, flow)
+	if err != nil {
+		err := signInAgain(flow, err)
+		s.recordRefusal(ctx, c, "login", err)
+		return view{}, err
+	}
+	target, ok := returnURL(flow.returnTo, origin(s.cfg.PublicURL), s.cfg.CORSOrigins)
+	if !ok { // an origin that is no longer allowed
+		target = origin(s.cfg.PublicURL) + afterSignIn
+	}
+	return view{Status: http.StatusSeeOther, Location: target, Cookie: refreshCookie(out.RefreshToken, out.RefreshExpiresIn)}, nil
+}
+
+// finishSignIn reads what Keycloak says (RFC 6749 §4.1.2, RFC 9207) and redeems the code.
+func (s *server) finishSignIn(ctx context.Context, c caller, r *http.Request, flow signIn) (loginOut, error) {
+	switch code := r.FormValue("error"); {
+	case code == "access_denied":
+		return loginOut{}, problemSignInIncomplete.saying("The sign-in was cancelled.")
+	case code != "": // temporarily_unavailable: the page was open for too long
+		return loginOut{}, problemSignInIncomplete.because(errors.New("keycloak answers with an error"))
+	case r.FormValue("iss") != s.tokens.issuer:
+		return loginOut{}, problemSignInIncomplete.because(errors.New("the answer comes from another issuer"))
+	}
+	token, err := s.kc.redeem(ctx, r.FormValue("code"), derive(flow.browser, "verifier", flow.state)) // L1
+	if errors.Is(err, errInvalidGrant) {
+		return loginOut{}, problemSignInIncomplete.because(err)
+	} else if err != nil {
+		return loginOut{}, err
+	}
+	return s.openSession(ctx, c, token, derive(flow.browser, "nonce", flow.state)) // L2
+}
+
+// signInAgain is err with the way to another try.
+func signInAgain(flow signIn, err error) problem {
+	p := asProblem(err)
+	p.retry = "/auth/login"
+	if flow.returnTo != "" {
+		p.retry += "?return_to=" + url.QueryEscape(flow.returnTo)
+	}
+	return p
 }

@@ -65,8 +65,9 @@ func TestLogin(t *testing.T) {
 			Logged                    bool
 		}
 		if err := w.pool.QueryRow(t.Context(), `
-			select refresh_hash, keycloak_session_id, ip_address, s.user_agent, round(extract(epoch from expires_at - s.created_at))::float8, last_login_at = s.created_at
-			from sessions s join users using (user_id) where session_id = $1 and ended_at is null and user_id = $2`, session, userID).
+			select token_hash, keycloak_session_id, ip_address, s.user_agent, round(extract(epoch from s.expires_at - s.created_at))::float8, last_login_at = s.created_at
+			from sessions s join users using (user_id) join refresh_tokens using (session_id)
+			where session_id = $1 and ended_at is null and user_id = $2`, session, userID).
 			Scan(&row.Hash, &row.SID, &row.Address, &row.Agent, &row.Seconds, &row.Logged); err != nil {
 			t.Fatal(err)
 		}

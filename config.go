@@ -11,6 +11,7 @@ import (
 	"net/url"
 	"os"
 	"reflect"
+	"slices"
 	"strings"
 	"time"
 
@@ -51,7 +52,8 @@ type config struct {
 	// TLSCertFile and TLSKeyFile make the API speak HTTPS. Default: none, plain HTTP.
 	TLSCertFile string `env:"TLS_CERT_FILE"`
 	TLSKeyFile  string `env:"TLS_KEY_FILE"`
-	// CORSOrigins are the frontends' origins, comma separated. Default: none.
+	// CORSOrigins are the frontends' origins, comma separated, each in full: they may
+	// read answers, use the cookie, and be returned to after signing in. Default: none.
 	CORSOrigins []string `env:"CORS_ALLOWED_ORIGINS"`
 	// TrustedProxies are the networks (CIDR) whose X-Forwarded-For is believed.
 	// Too wide, and everybody chooses the address that limits count. Default: none.
@@ -76,6 +78,15 @@ type config struct {
 	JobInterval time.Duration `env:"JOB_INTERVAL" envDefault:"30s"`
 
 	logLevel slog.Level
+}
+
+// origin is the scheme, host and port of a URL (RFC 6454 §6.1).
+func origin(raw string) string {
+	u, err := url.Parse(raw)
+	if err != nil {
+		return ""
+	}
+	return u.Scheme + "://" + u.Host
 }
 
 // secret is a value that must never be printed.
@@ -184,6 +195,9 @@ func (cfg *config) check(getenv func(string) string, wrong func(string, ...any))
 	}
 	if _, err := newCORS(cfg.CORSOrigins); err != nil {
 		wrong("CORS_ALLOWED_ORIGINS: %w", err)
+	}
+	if slices.ContainsFunc(cfg.CORSOrigins, func(origin string) bool { return strings.Contains(origin, "*") }) {
+		wrong("CORS_ALLOWED_ORIGINS must list each origin in full, without *")
 	}
 	if _, _, err := net.SplitHostPort(cfg.ManagementAddr); err != nil {
 		wrong("MANAGEMENT_ADDR: %w", err)

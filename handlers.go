@@ -27,7 +27,8 @@ const maxBody = 16 << 10
 type access int
 
 const (
-	public access = iota + 1
+	public   access = iota + 1
+	signedIn        // whoever has a valid access token
 )
 
 // budget is how many requests of a kind one client address may make in a window.
@@ -44,6 +45,10 @@ var (
 	onResend   = budget{"resend", 30, time.Minute}
 	onStatus   = budget{"status", 300, time.Minute}
 	onLogin    = budget{"login", 60, time.Minute}
+	onSignIn   = budget{"sign-in", 60, time.Minute}
+	onForgot   = budget{"forgot", 30, time.Minute}
+	onRefresh  = budget{"refresh", 600, time.Minute}
+	onAccount  = budget{"account", 300, time.Minute}
 )
 
 // route is one line of the program's index.
@@ -86,6 +91,26 @@ func (s *server) routes() []route {
 		{"POST /api/v1/auth/login", "/auth/login", public, onLogin, "login", "Sign in with a password",
 			op("Signing in", 200, s.login, problemInvalidCredentials, problemAccountNotVerified, problemAccountDisabled,
 				problemAccountSetupRequired, problemTooManyRequests, problemUnavailable)},
+		{"POST /api/v1/auth/password/forgot", "", public, onForgot, "forgotPassword", "Forgot the password",
+			op("Signing in", 202, s.forgotPassword, problemTooManyRequests, problemUnavailable)},
+		{"POST /api/v1/auth/refresh", "", public, onRefresh, "refresh", "Exchange a refresh token",
+			op("Signing in", 200, s.refresh, problemInvalidRefreshToken, problemTokenReused, problemForbidden, problemTooManyRequests, problemUnavailable)},
+		{"POST /api/v1/auth/logout", "", public, onRefresh, "logout", "Sign out",
+			op("Signing in", 204, s.logout, problemForbidden, problemTooManyRequests, problemUnavailable)},
+		{"GET /api/v1/auth/sessions", "", signedIn, onAccount, "sessions", "Where I am signed in",
+			op("Signing in", 200, s.ownSessions, problemTooManyRequests, problemUnavailable)},
+		{"DELETE /api/v1/auth/sessions/{session_id}", "", signedIn, onAccount, "endSession", "Sign out somewhere",
+			op("Signing in", 204, s.endOwnSession, problemNotFound, problemTooManyRequests, problemUnavailable)},
+		{"DELETE /api/v1/auth/sessions", "", signedIn, onAccount, "endSessions", "Sign out everywhere",
+			op("Signing in", 204, s.endOwnSessions, problemTooManyRequests, problemUnavailable)},
+		{"GET /api/v1/auth/me", "", signedIn, onAccount, "me", "Who am I",
+			op("Signing in", 200, s.me, problemAccountDisabled, problemTooManyRequests, problemUnavailable)},
+		{"GET /api/v1/auth/validate", "", public, unlimited, "validate", "May this token pass (for gateways)", s.validateOp()},
+		{"/api/v1/auth/validate/{path...}", "", public, unlimited, "validateEnvoy", "", plain(s.validateEnvoy)},
+
+		{"GET /auth/login", "", public, onSignIn, "signInPage", "", page(s.signInPage)},
+		{"GET /auth/callback", "", public, onSignIn, "callbackPage", "", page(s.callbackPage)},
+		{"GET /account/signed-in", "", public, unlimited, "signedInPage", "", page(s.signedInPage)},
 
 		{"GET /{$}", "", public, unlimited, "home", "", page(s.homePage)},
 		{"GET /account/register", "", public, unlimited, "registerPage", "", page(s.registerPage)},
@@ -120,7 +145,11 @@ func (s *server) handler() (http.Handler, error) {
 			return nil, fmt.Errorf("route %s does not say who may call it", rt.Pattern)
 		}
 		method, _, _ := strings.Cut(rt.Pattern, " ")
-		h := s.limited(rt, rt.handle(s, rt))
+		h := rt.handle(s, rt)
+		if rt.Access == signedIn {
+			h = s.authenticated(rt, h)
+		}
+		h = s.limited(rt, h)
 		mux.Handle(rt.Pattern, h)
 		for alias := range strings.FieldsSeq(rt.Aliases) {
 			mux.Handle(method+" "+alias, h)
@@ -229,7 +258,7 @@ var pathParameter = regexp.MustCompile(`{(\w+)}`)
 func op[I, O any](tag string, status int, f func(context.Context, caller, I) (O, error), problems ...problem) operation {
 	return operation{Tag: tag, in: *new(I), out: *new(O), status: status, problems: problems, handle: func(s *server, rt route) http.Handler {
 		var params nethttp.RequestDecoder // of path and query; bodies are read more strictly
-		if method, _, _ := strings.Cut(rt.Pattern, " "); method == http.MethodGet {
+		if method, _, _ := strings.Cut(rt.Pattern, " "); method == http.MethodGet || method == http.MethodDelete {
 			params = decoders.MakeDecoder(method, *new(I), nil)
 		}
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -249,6 +278,13 @@ func op[I, O any](tag string, status int, f func(context.Context, caller, I) (O,
 
 // writeJSON encodes first, so that an answer is whole or an error.
 func (s *server) writeJSON(w http.ResponseWriter, r *http.Request, status int, out any) {
+	if c, ok := out.(interface{ cookie() *http.Cookie }); ok && c.cookie() != nil {
+		http.SetCookie(w, c.cookie())
+	}
+	if _, empty := out.(noContent); empty {
+		w.WriteHeader(status)
+		return
+	}
 	var body bytes.Buffer
 	enc := json.NewEncoder(&body)
 	enc.SetEscapeHTML(false)
@@ -264,10 +300,12 @@ func (s *server) writeJSON(w http.ResponseWriter, r *http.Request, status int, o
 	w.Write(body.Bytes())
 }
 
-// view is a page and its status.
+// view is a page and its status, or where the browser goes instead.
 type view struct {
-	Status int
-	Page   templ.Component
+	Status   int
+	Page     templ.Component
+	Location string
+	Cookie   *http.Cookie
 }
 
 // page adapts a function that makes a page. Forms come from this origin only
@@ -294,6 +332,12 @@ func page(f func(context.Context, caller, *http.Request) (view, error)) operatio
 }
 
 func (s *server) writePage(w http.ResponseWriter, r *http.Request, v view) {
+	if v.Location != "" {
+		http.SetCookie(w, v.Cookie)
+		w.Header().Set("Location", v.Location)
+		w.WriteHeader(v.Status)
+		return
+	}
 	var body bytes.Buffer
 	ctx := templates.WithLanguage(r.Context(), templates.Language(r.Header.Get("Accept-Language"), ""))
 	if err := v.Page.Render(ctx, &body); err != nil {
@@ -310,11 +354,11 @@ func (s *server) writePage(w http.ResponseWriter, r *http.Request, v view) {
 func (s *server) writeProblemPage(w http.ResponseWriter, r *http.Request, err error) {
 	p := s.report(r, err)
 	setProblemHeaders(w.Header(), p)
-	retry := ""
-	if r.Method == http.MethodGet && !strings.HasPrefix(r.URL.Path, "//") { // which would lead to another host
+	retry := p.retry
+	if retry == "" && r.Method == http.MethodGet && !strings.HasPrefix(r.URL.Path, "//") { // which would lead to another host
 		retry = r.URL.RequestURI()
 	}
-	s.writePage(w, r, view{p.Status, templates.Message(templates.Refused(problemView(p), p.RequestID, retry))})
+	s.writePage(w, r, view{Status: p.Status, Page: templates.Message(templates.Refused(problemView(p), p.RequestID, retry))})
 }
 
 func problemView(p problem) templates.ProblemView {
@@ -324,6 +368,13 @@ func problemView(p problem) templates.ProblemView {
 // plain adapts a handler that needs neither decoding nor encoding.
 func plain(h http.HandlerFunc) operation {
 	return operation{status: 200, handle: func(*server, route) http.Handler { return h }}
+}
+
+// validateOp is validate with what the document says of it; it bypasses op, which
+// costs more than the whole check.
+func (s *server) validateOp() operation {
+	return operation{Tag: "Signing in", in: validateIn{}, out: validateOut{}, status: 200, handle: plain(s.validate).handle,
+		problems: []problem{problemUnauthorized, problemForbidden, problemUnavailable}}
 }
 
 // styleSheet may be kept: its address has its hash.

@@ -1,6 +1,9 @@
 package main
 
 import (
+	"crypto/aes"
+	"crypto/cipher"
+	"crypto/hkdf"
 	"crypto/hmac"
 	"crypto/rand"
 	"crypto/sha256"
@@ -58,6 +61,32 @@ func codeHash(key, code string) string {
 	mac := hmac.New(sha256.New, []byte(key))
 	mac.Write([]byte(code))
 	return base64.RawURLEncoding.EncodeToString(mac.Sum(nil))[:10]
+}
+
+// seal encrypts an answer with a key that is made of the refresh token which asked for
+// it. The token is not stored, so a copy of the database opens nothing.
+func seal(token string, answer []byte) []byte { return sealer(token).Seal(nil, nil, answer, nil) }
+
+func openSealed(token string, sealed []byte) ([]byte, error) {
+	return sealer(token).Open(nil, nil, sealed, nil)
+}
+
+// sealer is AES-256-GCM with a random nonce, under a key by HKDF (RFC 5869). It fails
+// for no token.
+func sealer(token string) cipher.AEAD {
+	key, err := hkdf.Key(sha256.New, []byte(token), nil, "auth-service: answer to a refresh token", 32)
+	if err != nil {
+		panic(err)
+	}
+	block, err := aes.NewCipher(key)
+	if err != nil {
+		panic(err)
+	}
+	aead, err := cipher.NewGCMWithRandomNonce(block)
+	if err != nil {
+		panic(err)
+	}
+	return aead
 }
 
 // sameSecret compares in constant time.

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -14,9 +15,11 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 	"unicode"
 	"unicode/utf8"
 
+	"github.com/swaggest/rest"
 	"github.com/swaggest/rest/nethttp"
 )
 
@@ -25,11 +28,15 @@ import (
 func (s *server) decode(w http.ResponseWriter, r *http.Request, params nethttp.RequestDecoder, in any) error {
 	if params != nil {
 		if err := params.Decode(r, in, nil); err != nil {
-			return problemInvalidRequest.because(err)
+			return parameterError(err)
 		}
 	}
+	fromCookie, err := s.decodeCookie(r, in)
+	if err != nil {
+		return err
+	}
 	var wrong []fieldError
-	if r.Method == http.MethodPost || r.Method == http.MethodPatch {
+	if withBody := r.Method == http.MethodPost || r.Method == http.MethodPatch; withBody && (!fromCookie || r.ContentLength != 0) {
 		if mediaType, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || mediaType != "application/json" {
 			return problemUnsupportedMediaType
 		}
@@ -48,6 +55,37 @@ func (s *server) decode(w http.ResponseWriter, r *http.Request, params nethttp.R
 		return invalid(wrong...)
 	}
 	return nil
+}
+
+// parameterError names the parameters that could not be read.
+func parameterError(err error) error {
+	var wrong []fieldError
+	var request rest.RequestErrors
+	if errors.As(err, &request) {
+		for name := range request {
+			_, name, _ = strings.Cut(name, ":")
+			wrong = append(wrong, fieldError{name, "is not valid"})
+		}
+	}
+	return invalid(wrong...).because(err)
+}
+
+// decodeCookie reads the cookie that in has a field for, and says whether it is there.
+// A browser sends cookies along for whoever asks it to; so one counts only if the
+// request comes from an origin that is allowed (RFC 6454).
+func (s *server) decodeCookie(r *http.Request, in any) (bool, error) {
+	for _, f := range reflect.VisibleFields(reflect.TypeOf(in).Elem()) {
+		cookie, err := r.Cookie(f.Tag.Get("cookie"))
+		if f.Tag.Get("cookie") == "" || err != nil || cookie.Value == "" {
+			continue
+		}
+		if r.Header.Get("Origin") == "" && r.Header.Get("Sec-Fetch-Site") == "" || s.origins.Check(r) != nil {
+			return false, problemForbidden.saying("The cookie counts only for requests from an allowed origin.")
+		}
+		reflect.ValueOf(in).Elem().FieldByIndex(f.Index).SetString(cookie.Value)
+		return true, nil
+	}
+	return false, nil
 }
 
 func bodyError(err error) error {
@@ -126,6 +164,13 @@ func inputFields(in any) map[string]inputField {
 func checkFields(in any, known []fieldError) []fieldError {
 	var wrong []fieldError
 	for name, f := range inputFields(in) {
+		if f.value.CanInt() && f.tag.Get("maximum") != "" {
+			least, _ := strconv.ParseInt(f.tag.Get("minimum"), 10, 64)
+			most, _ := strconv.ParseInt(f.tag.Get("maximum"), 10, 64)
+			if n := f.value.Int(); n < least || n > most {
+				wrong = append(wrong, fieldError{name, fmt.Sprintf("must be from %d to %d", least, most)})
+			}
+		}
 		if f.value.Kind() != reflect.String || slices.ContainsFunc(known, func(k fieldError) bool { return k.Field == name }) {
 			continue
 		}
@@ -165,6 +210,64 @@ func checkString(value string, tag reflect.StructTag) string {
 		return "has a character that is not allowed"
 	}
 	return ""
+}
+
+// pageIn asks for a page of a list (keyset paging).
+type pageIn struct {
+	Limit  int    `query:"limit" minimum:"1" maximum:"200" default:"50"`
+	Cursor string `query:"cursor" maxLength:"200" description:"next_cursor of the page before."`
+}
+
+type listOut[T any] struct {
+	Items      []T     `json:"items"`
+	NextCursor *string `json:"next_cursor" nullable:"true" description:"null on the last page."`
+}
+
+// cursor is the last row of a page: the next one begins behind it. Lists run from the
+// latest to the earliest.
+type cursor struct {
+	At time.Time
+	ID string
+}
+
+// parseCursor reads a next_cursor; "" is the beginning.
+func parseCursor(text string) (cursor, error) {
+	if text == "" {
+		return cursor{time.Date(9999, 1, 1, 0, 0, 0, 0, time.UTC), ""}, nil
+	}
+	wrong := invalid(fieldError{"cursor", "is not the next_cursor of a page"})
+	plain, err := base64.RawURLEncoding.DecodeString(text)
+	if err != nil {
+		return cursor{}, wrong
+	}
+	at, id, _ := strings.Cut(string(plain), " ")
+	micro, err := strconv.ParseInt(at, 10, 64)
+	if err != nil || !cursorID.MatchString(id) {
+		return cursor{}, wrong
+	}
+	return cursor{time.UnixMicro(micro).UTC(), id}, nil
+}
+
+var cursorID = regexp.MustCompile(`^[A-Z]{3}-[A-Za-z0-9_-]{16}$`)
+
+func (c cursor) String() string {
+	return base64.RawURLEncoding.EncodeToString(fmt.Appendf(nil, "%d %s", c.At.UnixMicro(), c.ID))
+}
+
+// listOf makes a page of rows, of which one more than limit was asked for.
+func listOf[R, T any](rows []R, limit int, item func(R) (T, cursor)) listOut[T] {
+	out := listOut[T]{Items: []T{}}
+	for i, row := range rows {
+		if i == limit {
+			break
+		}
+		t, at := item(row)
+		out.Items = append(out.Items, t)
+		if next := at.String(); i == limit-1 && len(rows) > limit {
+			out.NextCursor = &next
+		}
+	}
+	return out
 }
 
 // invisible says what nobody types into a name: control characters, those that turn

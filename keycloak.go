@@ -5,13 +5,16 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
 	"time"
 
 	"github.com/Nerzal/gocloak/v13"
+	"github.com/go-jose/go-jose/v4"
 	"github.com/go-resty/resty/v2"
 	"golang.org/x/oauth2"
 	"golang.org/x/oauth2/clientcredentials"
@@ -30,6 +33,7 @@ var (
 	errInvalidCredentials = errors.New("keycloak: invalid user credentials")
 	errAccountDisabled    = errors.New("keycloak: account disabled")
 	errSetupRequired      = errors.New("keycloak: account is not fully set up")
+	errInvalidGrant       = errors.New("keycloak: invalid grant")
 	errMailNotSent        = errors.New("keycloak could not send the mail")
 	errBusy               = fmt.Errorf("%w: keycloak has enough to do", errUnavailable)
 )
@@ -204,6 +208,8 @@ func keycloakError(err error) error {
 			return errSetupRequired
 		case grant.ErrorDescription == "Invalid user credentials":
 			return errInvalidCredentials
+		case grant.ErrorCode == "invalid_grant":
+			return fmt.Errorf("%w: %s", errInvalidGrant, grant.ErrorDescription)
 		}
 		return fmt.Errorf("keycloak: %s: %s", grant.ErrorCode, grant.ErrorDescription)
 	}
@@ -487,17 +493,61 @@ func (k *keycloak) passwordURL(key string) string {
 	return k.cfg.KeycloakPublicURL + "/realms/" + k.cfg.KeycloakRealm + "/login-actions/action-token?key=" + key
 }
 
-// signIn exchanges a password for tokens (RFC 6749 §4.3). It returns
-// errInvalidCredentials, errAccountDisabled or errSetupRequired.
-func (k *keycloak) signIn(ctx context.Context, login, password string) (*oauth2.Token, error) {
+// oauth is the client that people sign in to.
+func (k *keycloak) oauth() *oauth2.Config {
+	return &oauth2.Config{ClientID: k.cfg.AuthClientID, Scopes: []string{"openid"}, RedirectURL: k.cfg.PublicURL + "/auth/callback",
+		Endpoint: oauth2.Endpoint{AuthStyle: oauth2.AuthStyleInParams, TokenURL: k.realmURL("protocol/openid-connect/token"),
+			AuthURL: k.cfg.KeycloakPublicURL + "/realms/" + k.cfg.KeycloakRealm + "/protocol/openid-connect/auth"}}
+}
+
+// grant asks the token endpoint for tokens.
+func (k *keycloak) grant(ctx context.Context, operation string, f func(context.Context) (*oauth2.Token, error)) (*oauth2.Token, error) {
 	var token *oauth2.Token
-	err := k.call(ctx, "password_grant", k.calls, keycloakTimeout, func(ctx context.Context) (err error) {
-		cfg := oauth2.Config{ClientID: k.cfg.AuthClientID, Scopes: []string{"openid"}, Endpoint: oauth2.Endpoint{
-			TokenURL: k.realmURL("protocol/openid-connect/token"), AuthStyle: oauth2.AuthStyleInParams}}
-		token, err = cfg.PasswordCredentialsToken(context.WithValue(ctx, oauth2.HTTPClient, k.client), login, password)
+	err := k.call(ctx, operation, k.calls, keycloakTimeout, func(ctx context.Context) (err error) {
+		token, err = f(context.WithValue(ctx, oauth2.HTTPClient, k.client))
 		return err
 	})
 	return token, err
+}
+
+// signIn exchanges a password for tokens (RFC 6749 §4.3). It returns
+// errInvalidCredentials, errAccountDisabled or errSetupRequired.
+func (k *keycloak) signIn(ctx context.Context, login, password string) (*oauth2.Token, error) {
+	return k.grant(ctx, "password_grant", func(ctx context.Context) (*oauth2.Token, error) {
+		return k.oauth().PasswordCredentialsToken(ctx, login, password)
+	})
+}
+
+// refresh exchanges a refresh token for the next tokens (RFC 6749 §6). It returns
+// errInvalidGrant when the session has ended.
+func (k *keycloak) refresh(ctx context.Context, token string) (*oauth2.Token, error) {
+	return k.grant(ctx, "refresh_grant", func(ctx context.Context) (*oauth2.Token, error) {
+		return k.oauth().TokenSource(ctx, &oauth2.Token{RefreshToken: token}).Token()
+	})
+}
+
+// redeem exchanges the code of the code flow for tokens (RFC 6749 §4.1.3, RFC 7636
+// §4.5). It returns errInvalidGrant for a code that is used, too old or another's.
+func (k *keycloak) redeem(ctx context.Context, code, verifier string) (*oauth2.Token, error) {
+	return k.grant(ctx, "code_grant", func(ctx context.Context) (*oauth2.Token, error) {
+		return k.oauth().Exchange(ctx, code, oauth2.VerifierOption(verifier))
+	})
+}
+
+// hasSession says whether a session of a user lives.
+func (k *keycloak) hasSession(ctx context.Context, user, sid string) (lives bool, err error) {
+	if !keycloakIDPattern.MatchString(user) {
+		return false, nil
+	}
+	err = k.asService(ctx, "user_sessions", func(ctx context.Context, token string) error {
+		sessions, err := k.admin.GetUserSessions(ctx, token, k.cfg.KeycloakRealm, user)
+		lives = slices.ContainsFunc(sessions, func(s *gocloak.UserSessionRepresentation) bool { return gocloak.PString(s.ID) == sid })
+		return err
+	})
+	if errors.Is(err, errNotFound) { // the user is gone
+		return false, nil
+	}
+	return lives, err
 }
 
 // endSession ends a session in Keycloak; one that is gone already is fine.
@@ -514,10 +564,21 @@ func (k *keycloak) endSession(ctx context.Context, sid string) error {
 	return err
 }
 
+// signingKeys returns the realm's keys (RFC 7517 §5).
+func (k *keycloak) signingKeys(ctx context.Context) (keys jose.JSONWebKeySet, err error) {
+	err = k.getJSON(ctx, "signing_keys", keycloakTimeout, "protocol/openid-connect/certs", &keys)
+	return keys, err
+}
+
 // ping asks for the realm's public description.
 func (k *keycloak) ping(ctx context.Context) error {
-	return k.call(ctx, "ping", k.calls, 2*time.Second, func(ctx context.Context) error {
-		req, err := http.NewRequestWithContext(ctx, http.MethodGet, k.cfg.KeycloakURL+"/realms/"+k.cfg.KeycloakRealm, nil)
+	return k.getJSON(ctx, "ping", 2*time.Second, "", &struct{}{})
+}
+
+// getJSON reads what the realm tells everybody.
+func (k *keycloak) getJSON(ctx context.Context, operation string, timeout time.Duration, path string, answer any) error {
+	return k.call(ctx, operation, k.calls, timeout, func(ctx context.Context) error {
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, strings.TrimSuffix(k.realmURL(path), "/"), nil)
 		if err != nil {
 			return err
 		}
@@ -529,6 +590,6 @@ func (k *keycloak) ping(ctx context.Context) error {
 		if resp.StatusCode != http.StatusOK {
 			return fmt.Errorf("the realm answers %s", resp.Status)
 		}
-		return nil
+		return json.NewDecoder(io.LimitReader(resp.Body, 1<<20)).Decode(answer)
 	})
 }

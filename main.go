@@ -90,11 +90,14 @@ type server struct {
 	log             *slog.Logger
 	store           *store
 	kc              *keycloak
+	tokens          *verifier
+	origins         *http.CrossOriginProtection // from which the cookie is taken
 	metrics         *metrics
 	now             func() time.Time // a field, so that a test can move it
 	openAPIDocument []byte
 	health          healthCache
-	stopping        atomic.Bool // told by /readyz, so that the load balancer looks away
+	background      sync.WaitGroup // work whose client has its answer already
+	stopping        atomic.Bool    // told by /readyz, so that the load balancer looks away
 }
 
 // newServer connects to nothing yet: the service starts while Keycloak or
@@ -108,8 +111,15 @@ func newServer(ctx context.Context, cfg config, log *slog.Logger) (*server, erro
 	m.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "database_connections_in_use", Help: "Of the pool."},
 			func() float64 { return float64(st.pool.Stat().AcquiredConns()) }))
-	return &server{cfg: cfg, log: log, store: st, kc: newKeycloak(cfg, m), metrics: m,
-		now: func() time.Time { return time.Now().Truncate(time.Microsecond) }}, nil // as exact as PostgreSQL keeps it
+	now := func() time.Time { return time.Now().Truncate(time.Microsecond) } // as exact as PostgreSQL keeps it
+	kc := newKeycloak(cfg, m)
+	origins := http.NewCrossOriginProtection()
+	for _, origin := range append([]string{origin(cfg.PublicURL)}, cfg.CORSOrigins...) {
+		if err := origins.AddTrustedOrigin(origin); err != nil {
+			return nil, fmt.Errorf("CORS_ALLOWED_ORIGINS: %w", err)
+		}
+	}
+	return &server{cfg: cfg, log: log, store: st, kc: kc, tokens: newVerifier(cfg, kc, now), origins: origins, metrics: m, now: now}, nil
 }
 
 // serve runs the listeners and loops until ctx ends, then lets requests in flight
@@ -134,6 +144,7 @@ func (s *server) serve(ctx context.Context) error {
 
 	loops, stopLoops := context.WithCancel(ctx)
 	var running sync.WaitGroup
+	running.Go(func() { s.tokens.keepKeys(loops) })
 	running.Go(func() {
 		every(loops, time.Second, s.log, job{"migrate", s.migrateOnce()})
 		if s.cfg.JobInterval > 0 && loops.Err() == nil {
@@ -164,6 +175,7 @@ func (s *server) serve(ctx context.Context) error {
 	defer cancel()
 	err = errors.Join(err, api.Shutdown(grace), mgmt.Shutdown(grace))
 	running.Wait()
+	s.background.Wait()
 	return err
 }
 
@@ -176,7 +188,10 @@ type job struct {
 func (s *server) jobs() []job {
 	return []job{
 		{"repair", s.repair},
-		{"sweep", func(ctx context.Context) error { return s.store.sweepLimits(ctx, s.now()) }},
+		{"sessions", s.checkSessions},
+		{"sweep", func(ctx context.Context) error {
+			return errors.Join(s.store.sweepLimits(ctx, s.now()), s.store.forgetAnswers(ctx, s.now().Add(-s.cfg.RefreshGrace)))
+		}},
 	}
 }
 

@@ -25,6 +25,7 @@ import (
 // caller is who does something, for every flow and every audit entry. Background
 // loops are callers too.
 type caller struct {
+	principal        // of the access token; zero for everybody else
 	Actor     string // anonymous, USR-…, system:repair
 	Address   string // of the client, "" for loops
 	UserAgent string
@@ -45,6 +46,7 @@ type metrics struct {
 	panics   prometheus.Counter
 	jobs     *prometheus.CounterVec
 	mails    *prometheus.CounterVec
+	reuse    prometheus.Counter
 }
 
 func newMetrics() *metrics {
@@ -64,6 +66,7 @@ func newMetrics() *metrics {
 			Help: "Runs of background jobs, by job and outcome."}, []string{"job", "outcome"}),
 		mails: f.NewCounterVec(prometheus.CounterOpts{Name: "verification_mails_total",
 			Help: "Verification mails handed to Keycloak, by outcome."}, []string{"outcome"}),
+		reuse: f.NewCounter(prometheus.CounterOpts{Name: "refresh_token_reuse_total", Help: "Sessions ended because an old refresh token was shown."}),
 	}
 }
 
@@ -248,8 +251,14 @@ func (s *server) caller(r *http.Request) caller {
 	if len(agent) > 300 {
 		agent = strings.ToValidUTF8(agent[:300], "")
 	}
+	p, known := r.Context().Value(principalKey{}).(principal)
+	actor := "anonymous"
+	if known {
+		actor = string(p.UserID)
+	}
 	return caller{
-		Actor:     "anonymous",
+		principal: p,
+		Actor:     actor,
 		Address:   s.clientAddress(r).String(),
 		UserAgent: strings.ReplaceAll(agent, "\x00", ""), // PostgreSQL has no NUL in text
 		RequestID: requestID(r.Context()),

@@ -30,7 +30,13 @@ func document(routes []route) ([]byte, error) {
 			"administrators manage users. Errors are application/problem+json (RFC 9457).")
 	reflector.Spec.SetHTTPBearerTokenSecurity("bearerAuth", "JWT", "An access token of the realm.")
 	reflector.DefaultOptions = append(reflector.DefaultOptions, jsonschema.InterceptProp(required), jsonschema.InterceptSchema(strict),
-		jsonschema.InterceptDefName(func(t reflect.Type, _ string) string { return strings.ToUpper(t.Name()[:1]) + t.Name()[1:] }))
+		jsonschema.InterceptDefName(func(t reflect.Type, _ string) string {
+			name := t.Name()
+			if list, of, generic := strings.Cut(strings.TrimSuffix(name, "]"), "["); generic {
+				name = of[strings.LastIndex(of, ".")+1:] + list // listOut[auth-service.sessionOut]
+			}
+			return strings.ToUpper(name[:1]) + name[1:]
+		}))
 	docs := collector.NewCollector(reflector)
 	for _, rt := range routes {
 		if rt.Summary == "" {
@@ -73,9 +79,13 @@ func (rt route) describe(oc openapi.OperationContext) error {
 	if rt.in != nil {
 		oc.AddReqStructure(rt.in, openapi.WithCustomize(func(cor openapi.ContentOrReference) {
 			if body, ok := cor.(*openapi31.RequestBodyOrReference); ok && body.RequestBody != nil {
-				body.RequestBody.WithRequired(true)
+				_, optional := rt.in.(refreshIn) // the cookie instead
+				body.RequestBody.WithRequired(!optional)
 			}
 		}))
+	}
+	if _, empty := rt.out.(noContent); empty {
+		rt.out = nil
 	}
 	oc.AddRespStructure(rt.out, openapi.WithHTTPStatus(rt.status))
 	if rt.Name == "health" {
@@ -83,11 +93,18 @@ func (rt route) describe(oc openapi.OperationContext) error {
 		return nil
 	}
 	problems := append([]problem{problemInvalidRequest, problemInternal}, rt.problems...)
+	if rt.Access == signedIn || rt.Name == "validate" {
+		oc.AddSecurity("bearerAuth")
+		problems = append(problems, problemUnauthorized)
+	}
 	if oc.Method() == "post" {
 		problems = append(problems, problemPayloadTooLarge, problemUnsupportedMediaType)
 	}
 	byStatus := map[int][]string{}
 	for _, p := range problems {
+		if slices.Contains(byStatus[p.Status], p.slug()) {
+			continue
+		}
 		byStatus[p.Status] = append(byStatus[p.Status], p.slug())
 	}
 	for status, slugs := range byStatus {

@@ -13,11 +13,11 @@ import (
 // links as often as they like; the button on the page is a POST.
 
 func (s *server) homePage(context.Context, caller, *http.Request) (view, error) {
-	return view{200, templates.Home()}, nil
+	return view{Status: 200, Page: templates.Home()}, nil
 }
 
 func (s *server) registerPage(context.Context, caller, *http.Request) (view, error) {
-	return view{200, templates.Register(templates.RegisterForm{})}, nil
+	return view{Status: 200, Page: templates.Register(templates.RegisterForm{})}, nil
 }
 
 func (s *server) registerForm(ctx context.Context, c caller, r *http.Request) (view, error) {
@@ -36,11 +36,11 @@ func (s *server) registerForm(ctx context.Context, c caller, r *http.Request) (v
 		if p.Status == 409 {
 			form.Problem = p.Detail
 		}
-		return view{p.Status, templates.Register(form)}, nil
+		return view{Status: p.Status, Page: templates.Register(form)}, nil
 	} else if err != nil {
 		return view{}, err
 	}
-	return view{201, templates.Registered(templates.RegisteredView{Email: out.Email, Queued: out.VerificationEmail == mailQueued})}, nil
+	return view{Status: 201, Page: templates.Registered(templates.RegisteredView{Email: out.Email, Queued: out.VerificationEmail == mailQueued})}, nil
 }
 
 // trimmed is a field as its person meant it; unspaced is for numbers, which people
@@ -70,16 +70,16 @@ func byField(p problem) map[string]string {
 func (s *server) verifyPage(ctx context.Context, _ caller, r *http.Request) (view, error) {
 	token := r.FormValue("token")
 	if token == "" {
-		return view{200, templates.Code(templates.CodeForm{Email: r.FormValue("email")})}, nil
+		return view{Status: 200, Page: templates.Code(templates.CodeForm{Email: r.FormValue("email")})}, nil
 	}
 	reg, err := s.pendingByToken(ctx, token)
 	if err != nil {
 		return view{}, err
 	}
 	if reg.State == verified {
-		return verifiedPage(templates.VerifiedView{Email: reg.Email, Already: true}, s.setPasswordURL(reg, r.FormValue("key"))), nil
+		return verifiedPage(templates.VerifiedView{Email: reg.Email, Already: true, SignInURL: "/auth/login"}, s.setPasswordURL(reg, r.FormValue("key"))), nil
 	}
-	return view{200, templates.Verify(templates.VerifyView{Email: reg.Email, Token: token, Key: r.FormValue("key")})}, nil
+	return view{Status: 200, Page: templates.Verify(templates.VerifyView{Email: reg.Email, Token: token, Key: r.FormValue("key")})}, nil
 }
 
 // pendingByToken returns the registration that a link opens, pending or verified,
@@ -114,11 +114,11 @@ func (s *server) verifyForm(ctx context.Context, c caller, r *http.Request) (vie
 			form.Problem = p.Detail
 			s.recordRefusal(ctx, c, "verify", p)
 		}
-		return view{p.Status, templates.Code(form)}, nil
+		return view{Status: p.Status, Page: templates.Code(form)}, nil
 	} else if err != nil {
 		return view{}, err
 	}
-	return verifiedPage(templates.VerifiedView{Email: out.Email, Already: out.AlreadyVerified, PasswordMailed: out.PasswordMailed},
+	return verifiedPage(templates.VerifiedView{Email: out.Email, Already: out.AlreadyVerified, PasswordMailed: out.PasswordMailed, SignInURL: "/auth/login"},
 		out.SetPasswordURL), nil
 }
 
@@ -126,7 +126,7 @@ func verifiedPage(v templates.VerifiedView, setPasswordURL *string) view {
 	if setPasswordURL != nil {
 		v.SetPasswordURL = *setPasswordURL
 	}
-	return view{200, templates.Message(templates.Verified(v))}
+	return view{Status: 200, Page: templates.Message(templates.Verified(v))}
 }
 
 func missing(values map[string]string) (wrong []fieldError) {
@@ -139,7 +139,7 @@ func missing(values map[string]string) (wrong []fieldError) {
 }
 
 func (s *server) resendPage(_ context.Context, _ caller, r *http.Request) (view, error) {
-	return view{200, templates.Resend(templates.ResendForm{Email: r.FormValue("email")})}, nil
+	return view{Status: 200, Page: templates.Resend(templates.ResendForm{Email: r.FormValue("email")})}, nil
 }
 
 func (s *server) resendForm(ctx context.Context, c caller, r *http.Request) (view, error) {
@@ -152,11 +152,11 @@ func (s *server) resendForm(ctx context.Context, c caller, r *http.Request) (vie
 		out, err = s.resend(ctx, c, in)
 	}
 	if p := asProblem(err); err != nil && p.Status == 400 {
-		return view{400, templates.Resend(templates.ResendForm{Email: in.Email, Errors: byField(p)})}, nil
+		return view{Status: 400, Page: templates.Resend(templates.ResendForm{Email: in.Email, Errors: byField(p)})}, nil
 	} else if err != nil {
 		return view{}, err
 	}
-	return view{200, templates.Message(templates.Resent(in.Email, out.VerificationEmail == mailQueued))}, nil
+	return view{Status: 200, Page: templates.Message(templates.Resent(in.Email, out.VerificationEmail == mailQueued))}, nil
 }
 
 func (s *server) cancelPage(ctx context.Context, _ caller, r *http.Request) (view, error) {
@@ -167,7 +167,7 @@ func (s *server) cancelPage(ctx context.Context, _ caller, r *http.Request) (vie
 	if reg.State == verified {
 		return view{}, problemAlreadyVerified
 	}
-	return view{200, templates.Cancel(templates.CancelView{Email: reg.Email, Token: r.FormValue("token")})}, nil
+	return view{Status: 200, Page: templates.Cancel(templates.CancelView{Email: reg.Email, Token: r.FormValue("token")})}, nil
 }
 
 func (s *server) cancelForm(ctx context.Context, c caller, r *http.Request) (view, error) {
@@ -179,13 +179,20 @@ func (s *server) cancelForm(ctx context.Context, c caller, r *http.Request) (vie
 	if err != nil {
 		return view{}, err
 	}
-	return view{200, templates.Message(templates.Cancelled())}, nil
+	return view{Status: 200, Page: templates.Message(templates.Cancelled())}, nil
 }
 
 // readyPage is where Keycloak sends people who have chosen their password.
 func (s *server) readyPage(context.Context, caller, *http.Request) (view, error) {
-	return view{200, templates.Message(templates.MessageView{Kind: templates.Success,
-		Title: "Your password is set", Text: "You can sign in now."})}, nil
+	return view{Status: 200, Page: templates.Message(templates.MessageView{Kind: templates.Success,
+		Title: "Your password is set", Text: "You can sign in now.",
+		Actions: []templates.Action{{Label: "Sign in", URL: "/auth/login", Primary: true}}})}, nil
+}
+
+// signedInPage is where people come who began to sign in here.
+func (s *server) signedInPage(context.Context, caller, *http.Request) (view, error) {
+	return view{Status: 200, Page: templates.Message(templates.MessageView{Kind: templates.Success,
+		Title: "You are signed in", Text: "You can go back to your application now."})}, nil
 }
 
 // problemPage explains a problem type, so that the type of every error resolves.
@@ -194,5 +201,5 @@ func (s *server) problemPage(_ context.Context, _ caller, r *http.Request) (view
 	if !ok {
 		return view{}, problemNotFound
 	}
-	return view{200, templates.Problem(problemView(p))}, nil
+	return view{Status: 200, Page: templates.Problem(problemView(p))}, nil
 }

@@ -21,9 +21,11 @@ type problem struct {
 	RequestID string       `json:"request_id" required:"true" example:"V1StGXR8_Z5jdHi6B-myT"`
 	Errors    []fieldError `json:"errors,omitempty" description:"Only for invalid-request: one entry for each wrong field."`
 
-	Wait   time.Duration `json:"-"` // Retry-After; zero: none
-	target string        // the id that the audit entry of the refusal names
-	err    error         // the cause, for the log
+	Wait      time.Duration `json:"-"` // Retry-After; zero: none
+	challenge string        // the error of WWW-Authenticate (RFC 6750 §3.1); "": none
+	retry     string        // where a person may try again; "": the same page
+	target    string        // the id that the audit entry of the refusal names
+	err       error         // the cause, for the log
 }
 
 // fieldError says what is wrong with a field; it never quotes the value.
@@ -39,9 +41,13 @@ func newProblem(status int, slug, title, detail string) problem {
 // Every problem type of the service. Those that a route may answer are listed with it.
 var (
 	problemInvalidRequest        = newProblem(400, "invalid-request", "Invalid request", "Some fields are wrong.")
-	problemInvalidToken          = newProblem(400, "invalid-token", "Invalid link", "This link is not valid. It may be incomplete or belong to a newer mail.")
+	problemInvalidToken          = newProblem(400, "invalid-token", "Invalid link or token", "This link is not valid. It may be incomplete or belong to a newer mail.")
+	problemSignInIncomplete      = newProblem(400, "sign-in-incomplete", "Sign-in not completed", "The sign-in did not come to an end. Please try again.")
 	problemInvalidCode           = newProblem(400, "invalid-code", "Wrong code", "The e-mail address or the code is wrong.")
 	problemUnauthorized          = newProblem(401, "unauthorized", "Not signed in", "A valid access token is needed.")
+	problemInvalidAccessToken    = problemUnauthorized.saying("The access token is not valid or has expired.").challenging("invalid_token")
+	problemInvalidRefreshToken   = newProblem(401, "invalid-token", "Invalid link or token", "The refresh token is not valid, or its session has ended. Please sign in again.")
+	problemTokenReused           = newProblem(401, "token-reused", "Token reused", "This refresh token was used before. To be safe, the session was ended. Please sign in again.")
 	problemInvalidCredentials    = newProblem(401, "invalid-credentials", "Sign-in failed", "The username, the e-mail address or the password is wrong.")
 	problemForbidden             = newProblem(403, "forbidden", "Not allowed", "You are not allowed to do this.")
 	problemAccountNotVerified    = newProblem(403, "account-not-verified", "Account not verified", "The e-mail address of this account is not confirmed yet. Look into your mailbox.")
@@ -67,7 +73,7 @@ var (
 // problems are the types by slug, for /problems/{slug}.
 var problems = func() map[string]problem {
 	bySlug := map[string]problem{}
-	for _, p := range []problem{problemInvalidRequest, problemInvalidToken, problemInvalidCode, problemUnauthorized,
+	for _, p := range []problem{problemInvalidRequest, problemInvalidToken, problemInvalidCode, problemUnauthorized, problemTokenReused, problemSignInIncomplete,
 		problemInvalidCredentials, problemForbidden, problemAccountNotVerified, problemAccountDisabled,
 		problemAccountSetupRequired, problemNotFound, problemRegistrationNotFound, problemMethodNotAllowed,
 		problemUserExists, problemAlreadyVerified, problemVerificationExpired, problemVerificationCancelled,
@@ -97,6 +103,9 @@ func (p problem) because(err error) problem { p.err = err; return p }
 
 // about names whom the refusal concerns, for the audit trail.
 func (p problem) about(target string) problem { p.target = target; return p }
+
+// challenging names the error in the challenge of RFC 6750 §3.1.
+func (p problem) challenging(oauthError string) problem { p.challenge = oauthError; return p }
 
 // saying replaces the detail by one that fits the case.
 func (p problem) saying(detail string) problem { p.Detail = detail; return p }
@@ -144,8 +153,11 @@ func setProblemHeaders(h http.Header, p problem) {
 	if p.Wait > 0 {
 		h.Set("Retry-After", strconv.Itoa(int(math.Ceil(p.Wait.Seconds()))))
 	}
-	if p.Status == http.StatusUnauthorized && h.Get("WWW-Authenticate") == "" {
-		h.Set("WWW-Authenticate", `Bearer realm="auth-service"`) // RFC 6750 §3
+	switch {
+	case p.challenge != "":
+		h.Set("WWW-Authenticate", fmt.Sprintf(`Bearer realm="auth-service", error=%q, error_description=%q`, p.challenge, p.Detail))
+	case p.Status == http.StatusUnauthorized: // without an error, since nothing was presented
+		h.Set("WWW-Authenticate", `Bearer realm="auth-service"`)
 	}
 }
 

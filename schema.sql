@@ -89,17 +89,30 @@ create table if not exists sessions (
     session_id          varchar(32) primary key,       -- SES-…
     user_id             varchar(32) not null references users (user_id),
     keycloak_session_id varchar(255) not null,         -- claim sid
-    refresh_hash        varchar(64) not null,          -- SHA-256 of the refresh token, hex
-    ip_address          varchar(50) not null,
+    ip_address          varchar(50) not null,          -- of the sign-in
     user_agent          text not null,
     created_at          timestamptz not null,
-    last_used_at        timestamptz not null,
+    last_used_at        timestamptz not null,          -- sign-in or latest refresh
     expires_at          timestamptz not null,          -- when Keycloak lets the refresh token die
     ended_at            timestamptz,
-    ended_reason        varchar(40)
+    ended_reason        varchar(40),
+    due_at              timestamptz                    -- when the loop must look: does it live in Keycloak, or must it end there; null = settled
 );
-create unique index if not exists sessions_by_refresh_hash on sessions (refresh_hash);
-create index if not exists sessions_by_user on sessions (user_id, created_at);
+alter table sessions drop column if exists refresh_hash, add column if not exists due_at timestamptz; -- of versions before refresh_tokens
+create index if not exists sessions_by_user on sessions (user_id, created_at, session_id);
+create index if not exists sessions_due on sessions (due_at) where due_at is not null;
+
+-- The refresh tokens of live sessions, used ones too: whoever shows one that was
+-- used before its grace time ended is given the same answer, later it is theft.
+create table if not exists refresh_tokens (
+    token_hash   varchar(64) primary key,              -- SHA-256 of the token, hex
+    session_id   varchar(32) not null references sessions (session_id),
+    leased_until timestamptz,                          -- somebody is exchanging it now
+    used_at      timestamptz,                          -- null = not yet
+    answer       bytea                                 -- of the exchange, sealed with a key made of the token; null after the grace time
+);
+create index if not exists refresh_tokens_by_session on refresh_tokens (session_id);
+create index if not exists refresh_tokens_answered on refresh_tokens (used_at) where answer is not null;
 
 -- What happened, who did it, to whom, from where. Written in the transaction of
 -- the change that it records. Append-only: the trigger below refuses the rest.

@@ -1,0 +1,448 @@
+package main
+
+import (
+	"context"
+	"crypto"
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/url"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/coreos/go-oidc/v3/oidc"
+	"github.com/go-jose/go-jose/v4"
+	"github.com/go-jose/go-jose/v4/jwt"
+	lru "github.com/hashicorp/golang-lru/v2"
+	"golang.org/x/oauth2"
+)
+
+// What an access token may cost before it is known to be one, and how long what was
+// found out about it or about its key is believed.
+const (
+	maxToken       = 8 << 10          // bytes
+	tokenLeeway    = 30 * time.Second // between Keycloak's clock and ours, for exp, nbf and iat
+	verifiedTokens = 10_000           // remembered, with their claims: about 5 MB
+	verifiedFor    = 60 * time.Second
+	keyInterval    = 30 * time.Second // between two fetches of the keys, unless a token asks for one
+	keyPause       = 10 * time.Second // between two fetches whatever arrives
+	keyWaiters     = 1024             // tokens that may wait for the next fetch
+)
+
+// tokenAlgorithms are all asymmetric: with HS256 a public key would be a secret, and
+// "none" is not an algorithm.
+var tokenAlgorithms = []jose.SignatureAlgorithm{jose.RS256, jose.ES256, jose.PS256, jose.EdDSA}
+
+// tokenClaims are what Keycloak says in an access token, see keycloak/realm.json.
+type tokenClaims struct {
+	jwt.Claims
+	Type            string   `json:"typ"` // Bearer; ID and Refresh are other tokens
+	AuthorizedParty string   `json:"azp"`
+	SessionID       string   `json:"sid"`
+	UserID          userID   `json:"user_id"`
+	Roles           []string `json:"roles"`
+	NetworkID       string   `json:"network_id"`
+	StationID       string   `json:"station_id"`
+}
+
+// principal is who an access token speaks for.
+type principal struct {
+	UserID    userID
+	Subject   string // Keycloak's id of the user
+	SessionID string // Keycloak's id of the session
+	Roles     []string
+	NetworkID string // "" = none, which is in nobody's scope
+	StationID string
+}
+
+func (p principal) is(role string) bool { return slices.Contains(p.Roles, role) }
+
+// verifier checks access tokens with the realm's keys, without asking anybody. The
+// keys are fetched by one loop (keepKeys); they outlive Keycloak's absence.
+type verifier struct {
+	issuer string
+	client string
+	fetch  func(context.Context) (jose.JSONWebKeySet, error)
+	now    func() time.Time
+
+	keys    atomic.Pointer[keySet]
+	wanted  chan struct{} // a token names a key that is not there
+	waiting chan struct{} // tokens that wait for the next fetch
+}
+
+// keySet is what the latest fetch has brought. The tokens that were verified with
+// its keys are remembered with it, and so forgotten when a key is withdrawn.
+type keySet struct {
+	byID     map[string]jose.JSONWebKey
+	verified *lru.Cache[[sha256.Size]byte, verifiedToken]
+	asked    time.Time     // when the fetch began
+	err      error         // the fetch has failed: byID is of an earlier one
+	next     chan struct{} // closed when the next fetch has ended
+}
+
+// verifiedToken is a token that needs no second look until then.
+type verifiedToken struct {
+	principal
+	expires time.Time // with leeway
+	until   time.Time
+}
+
+func newVerifier(cfg config, kc *keycloak, now func() time.Time) *verifier {
+	v := &verifier{issuer: cfg.KeycloakPublicURL + "/realms/" + cfg.KeycloakRealm, client: cfg.AuthClientID, fetch: kc.signingKeys, now: now,
+		wanted: make(chan struct{}, 1), waiting: make(chan struct{}, keyWaiters)}
+	v.keys.Store(&keySet{next: make(chan struct{})})
+	return v
+}
+
+// keepKeys fetches the keys now, at every interval, and as soon as a token wants one
+// that is not there; never more often than keyPause, whatever arrives.
+func (v *verifier) keepKeys(ctx context.Context) {
+	for {
+		v.refreshKeys(ctx)
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(keyPause):
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-v.wanted:
+		case <-time.After(keyInterval - keyPause):
+		}
+	}
+}
+
+// refreshKeys fetches the keys. Without an answer those that we have stay good: a
+// Keycloak that is away has withdrawn nothing.
+func (v *verifier) refreshKeys(ctx context.Context) {
+	before := v.keys.Load()
+	now := &keySet{byID: before.byID, verified: before.verified, asked: time.Now(), next: make(chan struct{})}
+	fetched, err := v.fetch(ctx)
+	byID := map[string]jose.JSONWebKey{}
+	for _, key := range fetched.Keys {
+		if key.Use != "enc" && key.IsPublic() && key.KeyID != "" { // never a symmetric one
+			byID[key.KeyID] = key
+		}
+	}
+	switch {
+	case err != nil:
+		now.err = err
+	case len(byID) == 0:
+		now.err = fmt.Errorf("%w: keycloak: the realm has no signing keys", errUnavailable)
+	case !sameKeys(byID, before.byID):
+		now.byID = byID
+		now.verified, _ = lru.New[[sha256.Size]byte, verifiedToken](verifiedTokens) // fails only for a size below 1
+	}
+	v.keys.Store(now)
+	close(before.next)
+}
+
+func sameKeys(a, b map[string]jose.JSONWebKey) bool {
+	if len(a) != len(b) {
+		return false
+	}
+	for id, key := range a {
+		other := b[id]
+		x, errX := key.Thumbprint(crypto.SHA256)
+		y, errY := other.Thumbprint(crypto.SHA256)
+		if errX != nil || errY != nil || string(x) != string(y) || key.Algorithm != other.Algorithm {
+			return false
+		}
+	}
+	return true
+}
+
+// key returns the key that a token names, and the set that has it. A key that is not there may be new, so the
+// token waits for a fetch that begins after its arrival: at most keyPause, and only
+// so many of them. errUnavailable: nobody can tell now.
+func (v *verifier) key(ctx context.Context, id string) (jose.JSONWebKey, *keySet, error) {
+	arrived := time.Now()
+	for waits := false; ; waits = true {
+		keys := v.keys.Load()
+		key, known := keys.byID[id]
+		switch {
+		case known:
+			return key, keys, nil
+		case keys.asked.After(arrived) && keys.err != nil:
+			return key, keys, keys.err
+		case keys.asked.After(arrived):
+			return key, keys, errors.New("its key is not one of the realm")
+		}
+		if !waits {
+			select {
+			case v.waiting <- struct{}{}:
+				defer func() { <-v.waiting }()
+			default:
+				return key, keys, errBusy
+			}
+		}
+		select {
+		case v.wanted <- struct{}{}:
+		default: // somebody has said so
+		}
+		select {
+		case <-keys.next:
+		case <-ctx.Done():
+			return key, keys, fmt.Errorf("%w: %w", errUnavailable, ctx.Err())
+		}
+	}
+}
+
+// verify returns whom a token speaks for. Its claims are looked at before its key, so
+// that a token which is none in any case neither waits nor costs a signature.
+//
+// It returns errUnavailable if the keys can't be had, and otherwise an error that
+// says what is wrong with the token and quotes nothing of it.
+func (v *verifier) verify(ctx context.Context, token string) (principal, error) {
+	if len(token) > maxToken {
+		return principal{}, errors.New("it is too long")
+	}
+	sum := sha256.Sum256([]byte(token))
+	now := v.now()
+	if keys := v.keys.Load(); keys.verified != nil {
+		if t, ok := keys.verified.Get(sum); ok && now.Before(t.expires) && now.Before(t.until) {
+			return t.principal, nil
+		}
+	}
+	signed, c, err := parseToken(token)
+	if err == nil {
+		err = v.check(c, now)
+	}
+	if err != nil {
+		return principal{}, err
+	}
+	keys, err := v.checkSignature(ctx, signed)
+	if err != nil {
+		return principal{}, err
+	}
+	t := verifiedToken{expires: c.Expiry.Time().Add(tokenLeeway), until: now.Add(verifiedFor), principal: principal{
+		UserID: c.UserID, Subject: c.Subject, SessionID: c.SessionID, Roles: c.Roles, NetworkID: scope(c.NetworkID), StationID: scope(c.StationID)}}
+	keys.verified.Add(sum, t)
+	return t.principal, nil
+}
+
+// parseToken reads what a token says, true or not.
+func parseToken(token string) (*jose.JSONWebSignature, tokenClaims, error) {
+	var c tokenClaims
+	signed, err := jose.ParseSignedCompact(token, tokenAlgorithms)
+	if err != nil {
+		return nil, c, errors.New("it is not a JWT with an algorithm that is accepted")
+	}
+	if json.Unmarshal(signed.UnsafePayloadWithoutVerification(), &c) != nil {
+		return nil, c, errors.New("its claims can't be read")
+	}
+	return signed, c, nil
+}
+
+// checkSignature checks a signature with the realm's key of that name; keys that the
+// token itself brings along (jwk, jku, x5u) count for nothing. It returns the keys
+// that it was checked with.
+func (v *verifier) checkSignature(ctx context.Context, signed *jose.JSONWebSignature) (*keySet, error) {
+	header := signed.Signatures[0].Header
+	key, keys, err := v.key(ctx, header.KeyID)
+	if err != nil {
+		return keys, err
+	}
+	if _, err = signed.Verify(key); err != nil || key.Algorithm != header.Algorithm { // Verify refuses unknown crit headers
+		return keys, errors.New("its signature is wrong")
+	}
+	return keys, nil
+}
+
+// VerifySignature lets go-oidc check ID tokens with the same keys.
+func (v *verifier) VerifySignature(ctx context.Context, token string) ([]byte, error) {
+	signed, err := jose.ParseSignedCompact(token, tokenAlgorithms)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := v.checkSignature(ctx, signed); err != nil {
+		return nil, err
+	}
+	return signed.UnsafePayloadWithoutVerification(), nil
+}
+
+// idToken checks the ID token of a code flow: signature, issuer, audience, time, and
+// that it answers this very sign-in (OpenID Connect Core §3.1.3.7).
+func (v *verifier) idToken(ctx context.Context, token *oauth2.Token, nonce string) error {
+	raw, _ := token.Extra("id_token").(string)
+	check := oidc.NewVerifier(v.issuer, v, &oidc.Config{ClientID: v.client, Now: func() time.Time { return v.now().Add(-tokenLeeway) },
+		SupportedSigningAlgs: []string{string(jose.RS256), string(jose.ES256), string(jose.PS256), string(jose.EdDSA)}})
+	id, err := check.Verify(ctx, raw)
+	switch {
+	case err != nil:
+		return err
+	case !sameSecret(id.Nonce, nonce):
+		return errors.New("the ID token's nonce is another")
+	case id.AccessTokenHash != "":
+		return id.VerifyAccessToken(token.AccessToken)
+	}
+	return nil
+}
+
+// check looks at everything but the signature (RFC 9068 §4, OpenID Connect Core §2).
+func (v *verifier) check(c tokenClaims, now time.Time) error {
+	switch {
+	case c.Issuer != v.issuer:
+		return errors.New("its issuer is another realm")
+	case c.Type != "Bearer":
+		return errors.New("it is not an access token")
+	case c.AuthorizedParty != v.client && !c.Audience.Contains(v.client):
+		return errors.New("it was issued for another client")
+	case c.Expiry == nil || c.Subject == "" || c.UserID == "":
+		return errors.New("it lacks a claim")
+	}
+	switch err := c.ValidateWithLeeway(jwt.Expected{Time: now}, tokenLeeway); {
+	case errors.Is(err, jwt.ErrExpired):
+		return errors.New("it has expired")
+	case err != nil:
+		return errors.New("it is not valid yet")
+	}
+	return nil
+}
+
+// scope undoes what createUser does for Keycloak, which drops empty claims.
+func scope(claim string) string {
+	if claim == noScope {
+		return ""
+	}
+	return claim
+}
+
+// bearer returns whom the request speaks for by its Authorization header, or the
+// challenge of RFC 6750 §3.
+func (s *server) bearer(r *http.Request) (principal, error) {
+	credentials := r.Header.Values("Authorization")
+	if len(credentials) == 0 {
+		return principal{}, problemUnauthorized
+	}
+	scheme, token, _ := strings.Cut(credentials[0], " ")
+	if !strings.EqualFold(scheme, "Bearer") { // RFC 9110 §11.1: without case
+		return principal{}, problemUnauthorized
+	}
+	if len(credentials) > 1 { // somebody downstream might look at the other one
+		return principal{}, problemInvalidAccessToken.because(errors.New("there are several"))
+	}
+	p, err := s.tokens.verify(r.Context(), strings.Trim(token, " "))
+	if err != nil && !errors.Is(err, errUnavailable) {
+		return p, problemInvalidAccessToken.because(err)
+	}
+	return p, err
+}
+
+type principalKey struct{}
+
+// authenticated lets only requests with a valid access token through.
+func (s *server) authenticated(rt route, next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		p, err := s.bearer(r)
+		if err != nil {
+			s.refuse(w, r, rt, err)
+			return
+		}
+		ctx := context.WithValue(r.Context(), principalKey{}, p)
+		next.ServeHTTP(w, r.WithContext(ctx))
+	})
+}
+
+// validateIn documents what a gateway may demand; validate reads it itself.
+type validateIn struct {
+	Roles     []string `query:"role" description:"user, operator, partner or admin; repeated: any of them."`
+	NetworkID string   `query:"network_id" description:"The token's scope must have this network."`
+	StationID string   `query:"station_id" description:"The token's scope must have this station."`
+}
+
+type validateOut struct {
+	UserID    userID `header:"X-Auth-User-Id,omitempty" json:"-" example:"USR-V1StGXR8_Z5jdHi6"`
+	Subject   string `header:"X-Auth-Subject,omitempty" json:"-" description:"Keycloak's id of the user."`
+	Roles     string `header:"X-Auth-Roles,omitempty" json:"-" example:"user" description:"Comma separated."`
+	NetworkID string `header:"X-Auth-Network-Id,omitempty" json:"-" description:"Empty: none."`
+	StationID string `header:"X-Auth-Station-Id,omitempty" json:"-" description:"Empty: none."`
+}
+
+// validate tells a gateway whether a token may pass, from memory alone: it asks
+// neither PostgreSQL nor Keycloak.
+func (s *server) validate(w http.ResponseWriter, r *http.Request) {
+	p, err := s.bearer(r)
+	if err == nil && r.URL.RawQuery != "" {
+		err = p.meets(r.URL.Query())
+	}
+	if err != nil {
+		s.writeProblem(w, r, err)
+		return
+	}
+	s.pass(w, p)
+}
+
+// pass tells the gateway who it is.
+func (s *server) pass(w http.ResponseWriter, p principal) {
+	h := w.Header()
+	h.Set("X-Auth-User-Id", string(p.UserID))
+	h.Set("X-Auth-Subject", p.Subject)
+	h.Set("X-Auth-Roles", strings.Join(p.Roles, ","))
+	h.Set("X-Auth-Network-Id", p.NetworkID)
+	h.Set("X-Auth-Station-Id", p.StationID)
+	w.WriteHeader(http.StatusOK)
+}
+
+// validateEnvoy is validate for Envoy, which appends the path and query of the request
+// that it asks about, and uses its method. That query is the client's: it demands
+// nothing.
+func (s *server) validateEnvoy(w http.ResponseWriter, r *http.Request) {
+	p, err := s.bearer(r)
+	if err != nil {
+		s.writeProblem(w, r, err)
+		return
+	}
+	s.pass(w, p)
+}
+
+// meets checks a gateway's demands by the rules of role and scope. A demand that
+// nobody knows is the gateway's mistake, and must not be one that everybody meets.
+func (p principal) meets(demands url.Values) error {
+	var wrong []fieldError
+	for name, values := range demands {
+		if name != "role" && name != "network_id" && name != "station_id" {
+			wrong = append(wrong, fieldError{name, "is not known"})
+		} else if name == "role" && slices.ContainsFunc(values, func(role string) bool { return !slices.Contains(roles, role) }) {
+			wrong = append(wrong, fieldError{name, "is not a role"})
+		}
+	}
+	if len(wrong) > 0 {
+		return invalid(wrong...)
+	}
+	if wanted := demands["role"]; len(wanted) > 0 && !slices.ContainsFunc(wanted, p.is) {
+		return problemForbidden.challenging("insufficient_scope")
+	}
+	if p.is(roleAdmin) {
+		return nil
+	}
+	for _, network := range demands["network_id"] {
+		if network == "" || network != p.NetworkID {
+			return problemForbidden.challenging("insufficient_scope")
+		}
+	}
+	for _, station := range demands["station_id"] {
+		// A partner has every station of its network. Of a station alone nobody can
+		// tell whose it is.
+		whole := p.is(rolePartner) && demands.Has("network_id")
+		if station == "" || station != p.StationID && !whole {
+			return problemForbidden.challenging("insufficient_scope")
+		}
+	}
+	return nil
+}
+
+// The roles, from the least to the greatest.
+const (
+	roleUser     = "user"
+	roleOperator = "operator"
+	rolePartner  = "partner"
+	roleAdmin    = "admin"
+)
+
+var roles = []string{roleUser, roleOperator, rolePartner, roleAdmin}
