@@ -1,14 +1,31 @@
 package main
 
 import (
+	"bufio"
+	"bytes"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/x509"
+	"encoding/base64"
 	"encoding/json"
+	"encoding/pem"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
+	"net/http/httputil"
 	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
 	"strings"
+	"sync"
+	"syscall"
 	"testing"
 	"time"
+
+	"github.com/go-jose/go-jose/v4"
 )
 
 // The benchmarks compare the service with the bare calls to Keycloak that it can't
@@ -115,4 +132,220 @@ func BenchmarkLogin(b *testing.B) {
 		k.call("POST", "/realms/"+w.realm+"/protocol/openid-connect/token", url.Values{"grant_type": {"password"}, "scope": {"openid"},
 			"client_id": {"auth-client"}, "username": {emails[(i+8)%4]}, "password": {password}}.Encode(), "application/x-www-form-urlencoded")
 	})
+}
+
+func BenchmarkRefresh(b *testing.B) {
+	w := benchWorld(b)
+	email := newEmail()
+	w.account(email)
+	ours := w.login(email, password).text("refresh_token")
+	k := &bareKeycloak{w: w}
+	tokenURL := "/realms/" + w.realm + "/protocol/openid-connect/token"
+	grant := func(form url.Values) string {
+		form.Set("client_id", "auth-client")
+		form.Set("scope", "openid")
+		var answer tokens
+		body, _ := k.call("POST", tokenURL, form.Encode(), "application/x-www-form-urlencoded")
+		if err := json.Unmarshal(body, &answer); err != nil {
+			b.Fatal(err)
+		}
+		return answer.RefreshToken
+	}
+	bare := grant(url.Values{"grant_type": {"password"}, "username": {email}, "password": {password}})
+	compare(b, func(int) {
+		a := w.post("/api/v1/auth/refresh", map[string]any{"refresh_token": ours})
+		w.wants(a, 200, "")
+		ours = a.text("refresh_token")
+	}, func(int) {
+		bare = grant(url.Values{"grant_type": {"refresh_token"}, "refresh_token": {bare}})
+	})
+}
+
+// BenchmarkValidate loads the real binary and a bare handler that sends the same bytes,
+// each on one core, in turn. An op is 2,000 requests over eight connections.
+func BenchmarkValidate(b *testing.B) {
+	w := benchWorld(b)
+	email := newEmail()
+	w.account(email)
+	issued := w.login(email, password).text("access_token")
+	sign := w.realmKey()
+	dir := b.TempDir()
+	for _, command := range []string{".", "./bench/bare"} {
+		if out, err := exec.Command("go", "build", "-o", dir+"/", command).CombinedOutput(); err != nil {
+			b.Fatalf("%v\n%s", err, out)
+		}
+	}
+	p := w.spawn(filepath.Join(dir, "auth-service"), map[string]string{"GOMAXPROCS": "1", "LOG_LEVEL": "info"})
+	defer w.end(p, syscall.SIGTERM)
+
+	const batch = 2000
+	for _, kind := range []struct {
+		name   string
+		tokens int // more than the service remembers: each is new when its turn comes
+		forged bool
+	}{{"in-turn", batch, false}, {"every-token-new", 6 * batch, false}, {"forged", 6 * batch, true}} {
+		b.Run(kind.name, func(b *testing.B) {
+			requests := make([][]byte, kind.tokens)
+			for i := range requests {
+				token := sign(issued, i)
+				if kind.forged { // the signature of another token
+					head, _, _ := strings.Cut(issued, ".")
+					token = head + token[strings.Index(token, "."):]
+				}
+				requests[i] = fmt.Appendf(nil, "GET /api/v1/auth/validate HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer %s\r\n\r\n", token)
+			}
+			ours := strings.TrimPrefix(p.url, "http://")
+			bare := startBare(b, dir, ours, requests[0])
+			var took [2]time.Duration
+			load := func(i int) {
+				part := requests[i*batch%len(requests):][:batch]
+				for j, address := range []string{ours, bare} {
+					start := time.Now()
+					pour(b, address, part)
+					took[j] += time.Since(start)
+				}
+			}
+			load(0) // connections, the first look at the tokens in turn
+			took = [2]time.Duration{}
+			for i := 1; b.Loop(); i++ {
+				load(i)
+			}
+			b.ReportMetric(float64(batch*b.N)/took[0].Seconds(), "requests/s")
+			b.ReportMetric(float64(took[1])/float64(took[0]), "of-bare")
+		})
+	}
+}
+
+// realmKey gives the realm one more key and returns a function that signs the claims of
+// a token with it, each with an id of its own.
+func (w *world) realmKey() func(token string, id int) string {
+	key, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		w.Fatal(err)
+	}
+	before := w.signingKeys()
+	encoded := pem.EncodeToMemory(&pem.Block{Type: "RSA PRIVATE KEY", Bytes: x509.MarshalPKCS1PrivateKey(key)})
+	w.admin("POST", "/components", map[string]any{"name": "bench", "providerId": "rsa", "providerType": "org.keycloak.keys.KeyProvider",
+		"config": map[string][]string{"privateKey": {string(encoded)}, "priority": {"1"}}}, nil)
+	kid := ""
+	for id := range w.signingKeys() {
+		if !before[id] {
+			kid = id
+		}
+	}
+	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.RS256, Key: jose.JSONWebKey{Key: key, KeyID: kid}}, nil)
+	if err != nil {
+		w.Fatal(err)
+	}
+	return func(token string, id int) string {
+		_, payload, _ := strings.Cut(token, ".")
+		payload, _, _ = strings.Cut(payload, ".")
+		claims, err := base64.RawURLEncoding.DecodeString(payload)
+		if err != nil {
+			w.Fatal(err)
+		}
+		signed, err := signer.Sign(fmt.Appendf(nil, `{"bench":%d,%s`, id, claims[1:]))
+		if err != nil {
+			w.Fatal(err)
+		}
+		compact, err := signed.CompactSerialize()
+		if err != nil {
+			w.Fatal(err)
+		}
+		return compact
+	}
+}
+
+// signingKeys are the ids of the keys that Keycloak publishes.
+func (w *world) signingKeys() map[string]bool {
+	resp, err := client.Get(services.KeycloakURL + "/realms/" + w.realm + "/protocol/openid-connect/certs")
+	if err != nil {
+		w.Fatal(err)
+	}
+	defer resp.Body.Close()
+	var keys jose.JSONWebKeySet
+	if err := json.NewDecoder(resp.Body).Decode(&keys); err != nil {
+		w.Fatal(err)
+	}
+	ids := map[string]bool{}
+	for _, key := range keys.Keys {
+		ids[key.KeyID] = true
+	}
+	return ids
+}
+
+// startBare starts the bare handler with the answer that ours gives to a request.
+func startBare(b *testing.B, dir, ours string, request []byte) (address string) {
+	conn, err := net.Dial("tcp", ours)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer conn.Close()
+	conn.Write(request)
+	resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		b.Fatal(err)
+	}
+	answer, err := httputil.DumpResponse(resp, true)
+	if err != nil {
+		b.Fatal(err)
+	}
+	cmd := exec.Command(filepath.Join(dir, "bare"))
+	cmd.Env = append(os.Environ(), "GOMAXPROCS=1")
+	cmd.Stdin = bytes.NewReader(answer)
+	out, err := cmd.StdoutPipe()
+	if err == nil {
+		err = cmd.Start()
+	}
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
+	if _, err := fmt.Fscan(out, &address); err != nil {
+		b.Fatal(err)
+	}
+	return address
+}
+
+// pour sends requests over eight connections, each as soon as the one before it is
+// answered, and reads no more of the answers than where they end.
+func pour(b *testing.B, address string, requests [][]byte) {
+	const connections = 8
+	var all sync.WaitGroup
+	for c := range connections {
+		all.Go(func() {
+			conn, err := net.Dial("tcp", address)
+			if err != nil {
+				b.Error(err)
+				return
+			}
+			defer conn.Close()
+			in := bufio.NewReader(conn)
+			for i := c; i < len(requests); i += connections {
+				if _, err := conn.Write(requests[i]); err != nil {
+					b.Error(err)
+					return
+				}
+				length := 0
+				for {
+					line, err := in.ReadSlice('\n')
+					if err != nil {
+						b.Error(err)
+						return
+					}
+					if n, ok := bytes.CutPrefix(line, []byte("Content-Length: ")); ok {
+						length, _ = strconv.Atoi(string(bytes.TrimSpace(n)))
+					}
+					if len(line) == 2 {
+						break
+					}
+				}
+				if _, err := in.Discard(length); err != nil {
+					b.Error(err)
+					return
+				}
+			}
+		})
+	}
+	all.Wait()
 }

@@ -23,6 +23,8 @@ import (
 // maxBody is the largest request body, in bytes.
 const maxBody = 16 << 10
 
+const validatePath = "/api/v1/auth/validate"
+
 // access says who may call a route. The zero value is not allowed to start.
 type access int
 
@@ -105,8 +107,8 @@ func (s *server) routes() []route {
 			op("Signing in", 204, s.endOwnSessions, problemTooManyRequests, problemUnavailable)},
 		{"GET /api/v1/auth/me", "", signedIn, onAccount, "me", "Who am I",
 			op("Signing in", 200, s.me, problemAccountDisabled, problemTooManyRequests, problemUnavailable)},
-		{"GET /api/v1/auth/validate", "", public, unlimited, "validate", "May this token pass (for gateways)", s.validateOp()},
-		{"/api/v1/auth/validate/{path...}", "", public, unlimited, "validateEnvoy", "", plain(s.validateEnvoy)},
+		{"GET " + validatePath, "", public, unlimited, "validate", "May this token pass (for gateways)", s.validateOp()},
+		{validatePath + "/{path...}", "", public, unlimited, "validateEnvoy", "", plain(s.validateEnvoy)},
 
 		{"GET /auth/login", "", public, onSignIn, "signInPage", "", page(s.signInPage)},
 		{"GET /auth/callback", "", public, onSignIn, "callbackPage", "", page(s.callbackPage)},

@@ -1,10 +1,11 @@
 package main
 
 import (
+	"cmp"
 	"context"
-	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"net/netip"
@@ -140,6 +141,8 @@ func (w *statusWriter) Write(b []byte) (int, error) {
 
 func (w *statusWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
+var statusClasses = [...]string{"0xx", "1xx", "2xx", "3xx", "4xx", "5xx"}
+
 // withLog logs and measures every request by its route pattern: the URL may hold
 // a token. A panic becomes a 500 like any other unexpected error.
 func (s *server) withLog(next http.Handler) http.Handler {
@@ -161,27 +164,38 @@ func (s *server) withLog(next http.Handler) http.Handler {
 			if route == "" {
 				method, route = "", "none" // unknown paths and methods are the client's choice: not a label
 			}
+			sw.status = cmp.Or(sw.status, http.StatusOK) // nothing written: net/http does
 			took := time.Since(start)
-			s.metrics.requests.WithLabelValues(route, method, fmt.Sprintf("%dxx", sw.status/100)).Observe(took.Seconds())
-			s.log.InfoContext(r.Context(), "request", "route", route, "method", method, "status", sw.status,
+			s.metrics.requests.WithLabelValues(route, method, statusClasses[sw.status/100]).Observe(took.Seconds())
+			level := slog.LevelInfo
+			if strings.Contains(route, validatePath) {
+				level = slog.LevelDebug // one for each request of an application: that one's log has it
+			}
+			if !s.log.Enabled(r.Context(), level) {
+				return
+			}
+			s.log.Log(r.Context(), level, "request", "route", route, "method", method, "status", sw.status,
 				"bytes", sw.bytes, "ms", took.Milliseconds(), "client", s.clientAddress(r).String())
 		}()
 		next.ServeHTTP(sw, r)
 	})
 }
 
+// withSecurityHeaders sets what every answer has.
 func withSecurityHeaders(https bool, next http.Handler) http.Handler {
+	headers := http.Header{
+		"Cache-Control":              {"no-store"},
+		"Content-Security-Policy":    {templates.Policy}, // Swagger UI has its own
+		"Cross-Origin-Opener-Policy": {"same-origin"},
+		"Referrer-Policy":            {"same-origin"}, // the verification page's URL holds the token
+		"X-Content-Type-Options":     {"nosniff"},
+		"X-Frame-Options":            {"DENY"},
+	}
+	if https {
+		headers.Set("Strict-Transport-Security", "max-age=31536000")
+	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		h := w.Header()
-		h.Set("Cache-Control", "no-store")
-		h.Set("Content-Security-Policy", templates.Policy) // Swagger UI has its own
-		h.Set("Cross-Origin-Opener-Policy", "same-origin")
-		h.Set("Referrer-Policy", "same-origin") // the verification page's URL holds the token
-		h.Set("X-Content-Type-Options", "nosniff")
-		h.Set("X-Frame-Options", "DENY")
-		if https {
-			h.Set("Strict-Transport-Security", "max-age=31536000")
-		}
+		maps.Copy(w.Header(), headers)
 		next.ServeHTTP(w, r)
 	})
 }

@@ -193,8 +193,7 @@ func (v *verifier) key(ctx context.Context, id string) (jose.JSONWebKey, *keySet
 	}
 }
 
-// verify returns whom a token speaks for. Its claims are looked at before its key, so
-// that a token which is none in any case neither waits nor costs a signature.
+// verify returns whom a token speaks for.
 //
 // It returns errUnavailable if the keys can't be had, and otherwise an error that
 // says what is wrong with the token and quotes nothing of it.
@@ -209,14 +208,21 @@ func (v *verifier) verify(ctx context.Context, token string) (principal, error) 
 			return t.principal, nil
 		}
 	}
-	signed, c, err := parseToken(token)
-	if err == nil {
-		err = v.check(c, now)
+	signed, err := jose.ParseSignedCompact(token, tokenAlgorithms)
+	if err != nil {
+		return principal{}, errors.New("it is not a JWT with an algorithm that is accepted")
 	}
+	if _, known := v.keys.Load().byID[signed.Signatures[0].Header.KeyID]; !known {
+		// Only a token that would be accepted may wait for its key.
+		if _, err := v.check(signed, now); err != nil {
+			return principal{}, err
+		}
+	}
+	keys, err := v.checkSignature(ctx, signed)
 	if err != nil {
 		return principal{}, err
 	}
-	keys, err := v.checkSignature(ctx, signed)
+	c, err := v.check(signed, now)
 	if err != nil {
 		return principal{}, err
 	}
@@ -224,19 +230,6 @@ func (v *verifier) verify(ctx context.Context, token string) (principal, error) 
 		UserID: c.UserID, Subject: c.Subject, SessionID: c.SessionID, Roles: c.Roles, NetworkID: scope(c.NetworkID), StationID: scope(c.StationID)}}
 	keys.verified.Add(sum, t)
 	return t.principal, nil
-}
-
-// parseToken reads what a token says, true or not.
-func parseToken(token string) (*jose.JSONWebSignature, tokenClaims, error) {
-	var c tokenClaims
-	signed, err := jose.ParseSignedCompact(token, tokenAlgorithms)
-	if err != nil {
-		return nil, c, errors.New("it is not a JWT with an algorithm that is accepted")
-	}
-	if json.Unmarshal(signed.UnsafePayloadWithoutVerification(), &c) != nil {
-		return nil, c, errors.New("its claims can't be read")
-	}
-	return signed, c, nil
 }
 
 // checkSignature checks a signature with the realm's key of that name; keys that the
@@ -284,25 +277,28 @@ func (v *verifier) idToken(ctx context.Context, token *oauth2.Token, nonce strin
 	return nil
 }
 
-// check looks at everything but the signature (RFC 9068 §4, OpenID Connect Core §2).
-func (v *verifier) check(c tokenClaims, now time.Time) error {
-	switch {
+// check reads the claims and looks at everything but the signature (RFC 9068 §4,
+// OpenID Connect Core §2).
+func (v *verifier) check(signed *jose.JSONWebSignature, now time.Time) (c tokenClaims, err error) {
+	switch err := json.Unmarshal(signed.UnsafePayloadWithoutVerification(), &c); {
+	case err != nil:
+		return c, errors.New("its claims can't be read")
 	case c.Issuer != v.issuer:
-		return errors.New("its issuer is another realm")
+		return c, errors.New("its issuer is another realm")
 	case c.Type != "Bearer":
-		return errors.New("it is not an access token")
+		return c, errors.New("it is not an access token")
 	case c.AuthorizedParty != v.client && !c.Audience.Contains(v.client):
-		return errors.New("it was issued for another client")
+		return c, errors.New("it was issued for another client")
 	case c.Expiry == nil || c.Subject == "" || c.UserID == "":
-		return errors.New("it lacks a claim")
+		return c, errors.New("it lacks a claim")
 	}
 	switch err := c.ValidateWithLeeway(jwt.Expected{Time: now}, tokenLeeway); {
 	case errors.Is(err, jwt.ErrExpired):
-		return errors.New("it has expired")
+		return c, errors.New("it has expired")
 	case err != nil:
-		return errors.New("it is not valid yet")
+		return c, errors.New("it is not valid yet")
 	}
-	return nil
+	return c, nil
 }
 
 // scope undoes what createUser does for Keycloak, which drops empty claims.
@@ -386,8 +382,7 @@ func (s *server) pass(w http.ResponseWriter, p principal) {
 	h.Set("X-Auth-Roles", strings.Join(p.Roles, ","))
 	h.Set("X-Auth-Network-Id", p.NetworkID)
 	h.Set("X-Auth-Station-Id", p.StationID)
-	w.WriteHeader(http.StatusOK)
-}
+} // 200 without a body is what net/http makes of it
 
 // validateEnvoy is validate for Envoy, which appends the path and query of the request
 // that it asks about, and uses its method. That query is the client's: it demands
