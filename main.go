@@ -11,8 +11,10 @@
 // keeps the two in step, in the order of writes that registration.go describes.
 //
 // Reading order: the route table in handlers.go is the index of the program. From
-// there registration.go (the life of a registration) and auth.go (signing in);
-// then store.go, the SQL, with schema.sql, and keycloak.go, all calls to Keycloak.
+// there registration.go and verification.go (the life of a registration), auth.go
+// (signing in), sessions.go (what follows from it) and tokens.go (may this token pass);
+// then the SQL in store.go, store_registrations.go and store_users.go, with schema.sql,
+// and keycloak.go, all calls to Keycloak.
 package main
 
 import (
@@ -193,7 +195,8 @@ func (s *server) jobs() []job {
 		{"repair", s.repair},
 		{"sessions", s.checkSessions},
 		{"sweep", func(ctx context.Context) error {
-			return errors.Join(s.store.sweepLimits(ctx, s.now()), s.store.forgetAnswers(ctx, s.now().Add(-s.cfg.RefreshGrace)))
+			answered := s.now().Add(-s.cfg.RefreshGrace - time.Minute) // instances' clocks differ
+			return errors.Join(s.store.sweepLimits(ctx, s.now()), s.store.forgetAnswers(ctx, answered))
 		}},
 	}
 }

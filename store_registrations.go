@@ -199,14 +199,10 @@ func (st *store) adopt(ctx context.Context, c caller, reg registration, now time
 			nullString(reg.Phone), now); err != nil {
 			return err
 		}
-		tag, err := tx.Exec(ctx, `
+		if err := leased(ctx, tx, reg, `
 			update user_registrations set keycloak_id = $3, user_id = $4, verification_token = $5, verification_code = $6
 			where registration_id = $1 and lease_owner = $2 and status = 'pending'`,
-			reg.ID, reg.Lease, reg.KeycloakID, reg.UserID, reg.TokenHash, reg.CodeHash)
-		if err == nil && tag.RowsAffected() == 0 {
-			err = errLeaseLost
-		}
-		if err != nil {
+			reg.KeycloakID, reg.UserID, reg.TokenHash, reg.CodeHash); err != nil {
 			return err
 		}
 		return writeAudit(ctx, tx, c, now, entry{Action: "user.create", Target: string(reg.UserID),
@@ -214,18 +210,24 @@ func (st *store) adopt(ctx context.Context, c caller, reg registration, now time
 	})
 }
 
+// leased makes a change that only the holder of the lease may make: $1 is the
+// registration, $2 the holder. No row means errLeaseLost.
+func leased(ctx context.Context, q querier, reg registration, sql string, args ...any) error {
+	tag, err := q.Exec(ctx, sql, append([]any{reg.ID, reg.Lease}, args...)...)
+	if err == nil && tag.RowsAffected() == 0 {
+		return errLeaseLost
+	}
+	return storeError(err)
+}
+
 // moveRegistration is every step forward out of pending but verification: the
 // state and its audit entry, in the caller's transaction. From here on the repair
 // loop owes Keycloak a deletion (E2, C2). It returns errLeaseLost.
 func moveRegistration(ctx context.Context, tx pgx.Tx, c caller, reg registration, to state, reason string, now time.Time) error {
-	tag, err := tx.Exec(ctx, `
+	if err := leased(ctx, tx, reg, `
 		update user_registrations set status = $3, mail_state = 'sent'
-		where registration_id = $1 and lease_owner = $2 and status = 'pending'`, reg.ID, reg.Lease, to)
-	if err != nil {
+		where registration_id = $1 and lease_owner = $2 and status = 'pending'`, to); err != nil {
 		return err
-	}
-	if tag.RowsAffected() == 0 {
-		return errLeaseLost
 	}
 	return writeAudit(ctx, tx, c, now, entry{Action: "registration." + string(to), Target: string(reg.ID), Reason: reason,
 		Details: map[string]any{"user_id": reg.UserID}})
@@ -240,16 +242,12 @@ func (st *store) endRegistration(ctx context.Context, c caller, reg registration
 // deleted its user (E3). Nothing is owed any more.
 func (st *store) forgetUser(ctx context.Context, c caller, reg registration, now time.Time) error {
 	return st.tx(ctx, func(tx pgx.Tx) error {
-		tag, err := tx.Exec(ctx, `
+		if err := leased(ctx, tx, reg, `
 			update user_registrations set keycloak_id = null, user_id = null, lease_owner = null, due_at = null
-			where registration_id = $1 and lease_owner = $2 and status in ('expired', 'cancelled')`, reg.ID, reg.Lease)
-		if err != nil {
+			where registration_id = $1 and lease_owner = $2 and status in ('expired', 'cancelled')`); err != nil {
 			return err
 		}
-		if tag.RowsAffected() == 0 {
-			return errLeaseLost
-		}
-		tag, err = tx.Exec(ctx, `delete from users where user_id = $1 and not is_verified`, reg.UserID)
+		tag, err := tx.Exec(ctx, `delete from users where user_id = $1 and not is_verified`, reg.UserID)
 		if err != nil || tag.RowsAffected() == 0 {
 			return err // no row: the registration never came as far as R3
 		}
@@ -260,28 +258,20 @@ func (st *store) forgetUser(ctx context.Context, c caller, reg registration, now
 
 // rekeyCode replaces the code's hash, or returns errLeaseLost.
 func (st *store) rekeyCode(ctx context.Context, reg registration, codeHash string) error {
-	tag, err := st.pool.Exec(ctx, `
+	return leased(ctx, st.pool, reg, `
 		update user_registrations set verification_code = $3
-		where registration_id = $1 and lease_owner = $2 and status = 'pending'`, reg.ID, reg.Lease, codeHash)
-	if err == nil && tag.RowsAffected() == 0 {
-		return errLeaseLost
-	}
-	return storeError(err)
+		where registration_id = $1 and lease_owner = $2 and status = 'pending'`, codeHash)
 }
 
 // conclude makes the registration verified and its user an account (V4). It
 // returns errLeaseLost.
 func (st *store) conclude(ctx context.Context, c caller, reg registration, now time.Time) error {
 	return st.tx(ctx, func(tx pgx.Tx) error {
-		tag, err := tx.Exec(ctx, `
+		if err := leased(ctx, tx, reg, `
 			update user_registrations set status = 'verified', verified_at = $3, mail_state = 'sent',
 				lease_owner = null, due_at = null
-			where registration_id = $1 and lease_owner = $2 and status = 'pending'`, reg.ID, reg.Lease, now)
-		if err != nil {
+			where registration_id = $1 and lease_owner = $2 and status = 'pending'`, now); err != nil {
 			return err
-		}
-		if tag.RowsAffected() == 0 {
-			return errLeaseLost
 		}
 		if _, err := tx.Exec(ctx, `update users set is_verified = true, updated_at = $2 where user_id = $1`, reg.UserID, now); err != nil {
 			return err
@@ -321,15 +311,11 @@ func (st *store) claimMail(ctx context.Context, c caller, reg registration, m ma
 		if m.Resend {
 			resend = 1
 		}
-		tag, err := tx.Exec(ctx, `
+		if err := leased(ctx, tx, reg, `
 			update user_registrations set mail_state = 'queued', verification_code = $3, code_attempts = 0, expires_at = $4,
 				resend_count = resend_count + $5
 			where registration_id = $1 and lease_owner = $2 and status = 'pending'`,
-			reg.ID, reg.Lease, m.CodeHash, m.ExpiresAt, resend)
-		if err == nil && tag.RowsAffected() == 0 {
-			err = errLeaseLost
-		}
-		if err != nil || !m.Resend {
+			m.CodeHash, m.ExpiresAt, resend); err != nil || !m.Resend {
 			return err
 		}
 		return writeAudit(ctx, tx, c, now, entry{Action: "registration.resend", Target: string(reg.ID)})

@@ -2,13 +2,13 @@ package main
 
 import (
 	"context"
-	"crypto"
 	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
 	"net/url"
+	"reflect"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -134,27 +134,12 @@ func (v *verifier) refreshKeys(ctx context.Context) {
 		now.err = err
 	case len(byID) == 0:
 		now.err = fmt.Errorf("%w: keycloak: the realm has no signing keys", errUnavailable)
-	case !sameKeys(byID, before.byID):
+	case !reflect.DeepEqual(byID, before.byID):
 		now.byID = byID
 		now.verified, _ = lru.New[[sha256.Size]byte, verifiedToken](verifiedTokens) // fails only for a size below 1
 	}
 	v.keys.Store(now)
 	close(before.next)
-}
-
-func sameKeys(a, b map[string]jose.JSONWebKey) bool {
-	if len(a) != len(b) {
-		return false
-	}
-	for id, key := range a {
-		other := b[id]
-		x, errX := key.Thumbprint(crypto.SHA256)
-		y, errY := other.Thumbprint(crypto.SHA256)
-		if errX != nil || errY != nil || string(x) != string(y) || key.Algorithm != other.Algorithm {
-			return false
-		}
-	}
-	return true
 }
 
 // key returns the key that a token names, and the set that has it. A key that is not there may be new, so the
