@@ -121,7 +121,7 @@ func (v *verifier) keepKeys(ctx context.Context) {
 // Keycloak that is away has withdrawn nothing.
 func (v *verifier) refreshKeys(ctx context.Context) {
 	before := v.keys.Load()
-	now := &keySet{byID: before.byID, verified: before.verified, asked: time.Now(), next: make(chan struct{})}
+	after := &keySet{byID: before.byID, verified: before.verified, asked: time.Now(), next: make(chan struct{})}
 	fetched, err := v.fetch(ctx)
 	byID := map[string]jose.JSONWebKey{}
 	for _, key := range fetched.Keys {
@@ -131,20 +131,20 @@ func (v *verifier) refreshKeys(ctx context.Context) {
 	}
 	switch {
 	case err != nil:
-		now.err = err
+		after.err = err
 	case len(byID) == 0:
-		now.err = fmt.Errorf("%w: keycloak: the realm has no signing keys", errUnavailable)
+		after.err = fmt.Errorf("%w: keycloak: the realm has no signing keys", errUnavailable)
 	case !reflect.DeepEqual(byID, before.byID):
-		now.byID = byID
-		now.verified, _ = lru.New[[sha256.Size]byte, verifiedToken](verifiedTokens) // fails only for a size below 1
+		after.byID = byID
+		after.verified, _ = lru.New[[sha256.Size]byte, verifiedToken](verifiedTokens) // fails only for a size below 1
 	}
-	v.keys.Store(now)
+	v.keys.Store(after)
 	close(before.next)
 }
 
-// key returns the key that a token names, and the set that has it. A key that is not there may be new, so the
-// token waits for a fetch that begins after its arrival: at most keyPause, and only
-// so many of them. errUnavailable: nobody can tell now.
+// key returns the key that a token names, and the set that has it. A key that is not
+// there may be new, so the token waits for a fetch that begins after its arrival: at
+// most keyPause, and only so many of them. errUnavailable: nobody can tell now.
 func (v *verifier) key(ctx context.Context, id string) (jose.JSONWebKey, *keySet, error) {
 	arrived := time.Now()
 	for waits := false; ; waits = true {
