@@ -222,6 +222,9 @@ func (v *verifier) verify(ctx context.Context, token string) (principal, error) 
 // that it was checked with.
 func (v *verifier) checkSignature(ctx context.Context, signed *jose.JSONWebSignature) (*keySet, error) {
 	header := signed.Signatures[0].Header
+	if _, has := header.ExtraHeaders["b64"]; has { // jose would take its claims unencoded; a JWT's are not (RFC 7797 §7)
+		return nil, errors.New("its signature is not that of a JWT")
+	}
 	key, keys, err := v.key(ctx, header.KeyID)
 	if err != nil {
 		return keys, err
