@@ -353,7 +353,12 @@ type validateOut struct {
 func (s *server) validate(w http.ResponseWriter, r *http.Request) {
 	p, err := s.bearer(r)
 	if err == nil && r.URL.RawQuery != "" {
-		err = p.meets(r.URL.Query())
+		var demands url.Values
+		if demands, err = url.ParseQuery(r.URL.RawQuery); err == nil {
+			err = p.meets(demands)
+		} else { // a part of it may be readable, and the demand another
+			err = invalid(fieldError{"query", "can't be read"})
+		}
 	}
 	if err != nil {
 		s.writeProblem(w, r, err)
