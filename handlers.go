@@ -169,6 +169,9 @@ func (s *server) handler() (http.Handler, error) {
 // would answer in plain text.
 func (s *server) orProblem(mux *http.ServeMux) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if strings.HasPrefix(r.URL.EscapedPath(), validatePath+"/") {
+			r.URL.Path, r.URL.RawPath = validatePath+"/", "" // the rest is another's, and not for the mux to clean
+		}
 		h, pattern := mux.Handler(r)
 		if pattern != "" {
 			mux.ServeHTTP(w, r)
