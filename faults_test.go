@@ -41,6 +41,7 @@ type gate struct {
 	faults  map[string]fault
 	holds   []*hold
 	calls   []string
+	came    []time.Time   // when, each of the calls
 	blocked chan struct{} // calls wait here; nil: they don't
 }
 
@@ -112,15 +113,18 @@ func (g *gate) fault(call string) fault {
 }
 
 // count is how often a call was made.
-func (g *gate) count(name string) (n int) {
+func (g *gate) count(name string) int { return len(g.times(name)) }
+
+// times is when a call was made.
+func (g *gate) times(name string) (times []time.Time) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	for _, call := range g.calls {
+	for i, call := range g.calls {
 		if strings.HasPrefix(call, name+" ") {
-			n++
+			times = append(times, g.came[i])
 		}
 	}
-	return n
+	return times
 }
 
 // holdAt stops the next call that matches: before Keycloak sees it, or after it is
@@ -179,7 +183,7 @@ func (g *gate) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	r.Body = io.NopCloser(bytes.NewReader(body))
 	call := callName(r, string(body)) + " " + r.Method + " " + r.URL.Path
 	g.mu.Lock()
-	g.calls = append(g.calls, call)
+	g.calls, g.came = append(g.calls, call), append(g.came, time.Now())
 	blocked := g.blocked
 	g.mu.Unlock()
 	if blocked != nil {
@@ -202,6 +206,8 @@ func callName(r *http.Request, body string) string {
 		return "service_token"
 	case strings.HasSuffix(path, "/token"):
 		return "token"
+	case strings.HasSuffix(path, "/certs"):
+		return "signing_keys"
 	case strings.HasSuffix(path, "-email"):
 		return "send_mail"
 	case strings.Contains(path, "/sessions/"):

@@ -281,6 +281,7 @@ type call struct {
 	json   any    // encoded as the body
 	body   string // or the body itself
 	form   url.Values
+	auth   []string // Authorization, each a header of its own
 	header map[string]string
 	from   string // the client's address; default: one of its own
 }
@@ -352,6 +353,9 @@ func (w *world) send(base string, r call) (answer, error) {
 		r.from = newAddress()
 	}
 	req.Header.Set("X-Forwarded-For", r.from)
+	for _, credentials := range r.auth {
+		req.Header.Add("Authorization", credentials)
+	}
 	for name, value := range r.header {
 		req.Header.Set(name, value)
 	}
