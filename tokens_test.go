@@ -1,0 +1,279 @@
+package main
+
+import (
+	"crypto"
+	"crypto/hmac"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/sha256"
+	"crypto/sha512"
+	"crypto/x509"
+	"encoding/base64"
+	"encoding/json"
+	"encoding/pem"
+	"fmt"
+	"maps"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/go-jose/go-jose/v4"
+	"golang.org/x/oauth2"
+	"golang.org/x/oauth2/clientcredentials"
+)
+
+const (
+	validatePath, mePath = "/api/v1/auth/validate", "/api/v1/auth/me"
+	refreshPath          = "/api/v1/auth/refresh"
+
+	bareChallenge  = `Bearer realm="auth-service"`
+	tokenChallenge = `Bearer realm="auth-service", error="invalid_token", error_description="The access token is not valid or has expired."`
+)
+
+// bearing is a request with a token.
+func bearing(path, token string) call { return call{path: path, auth: []string{"Bearer " + token}} }
+
+// jsonText is a text as it is, or JSON.
+func jsonText(v any) string {
+	if text, ok := v.(string); ok {
+		return text
+	}
+	encoded, err := json.Marshal(v)
+	if err != nil {
+		panic(err)
+	}
+	return string(encoded)
+}
+
+func segment(v any) string { return base64.RawURLEncoding.EncodeToString([]byte(jsonText(v))) }
+
+// forge makes a JWT by the alg of its header, which need not be true.
+func forge(key any, header body, claims any) string {
+	input := segment(header) + "." + segment(claims)
+	return input + "." + signature(header["alg"], key, input)
+}
+
+func signature(alg, key any, input string) string {
+	var sig []byte
+	var err error
+	sum, longSum := sha256.Sum256([]byte(input)), sha512.Sum512([]byte(input))
+	switch alg {
+	case "RS256":
+		sig, err = rsa.SignPKCS1v15(nil, key.(*rsa.PrivateKey), crypto.SHA256, sum[:])
+	case "RS512":
+		sig, err = rsa.SignPKCS1v15(nil, key.(*rsa.PrivateKey), crypto.SHA512, longSum[:])
+	case "PS256":
+		sig, err = rsa.SignPSS(rand.Reader, key.(*rsa.PrivateKey), crypto.SHA256, sum[:], nil)
+	case "HS256":
+		mac := hmac.New(sha256.New, key.([]byte))
+		mac.Write([]byte(input))
+		sig = mac.Sum(nil)
+	}
+	if err != nil {
+		panic(err)
+	}
+	return base64.RawURLEncoding.EncodeToString(sig)
+}
+
+// changed is a copy with changes; nil deletes.
+func changed(base, changes body) body {
+	m := maps.Clone(base)
+	maps.Copy(m, changes)
+	maps.DeleteFunc(m, func(_ string, v any) bool { return v == nil })
+	return m
+}
+
+// unpacked is what a real token has in one of its first two parts.
+func unpacked(token string, part int) (m body) {
+	decoded, err := base64.RawURLEncoding.DecodeString(strings.Split(token, ".")[part])
+	if err != nil || json.Unmarshal(decoded, &m) != nil {
+		panic("no token of Keycloak: " + token)
+	}
+	return m
+}
+
+func newKey() *rsa.PrivateKey {
+	key, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		panic(err)
+	}
+	return key
+}
+
+// pemAndDER are two forms of a public key.
+func pemAndDER(key *rsa.PublicKey) (text, der []byte) {
+	der, err := x509.MarshalPKIXPublicKey(key)
+	if err != nil {
+		panic(err)
+	}
+	return pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der}), der
+}
+
+// realmKey adds a key to the realm that the test has, too. Keycloak itself signs with
+// it only if its priority is above 100.
+func (w *world) realmKey(priority int) (key *rsa.PrivateKey, kid string) {
+	w.Helper()
+	key = newKey()
+	private := pem.EncodeToMemory(&pem.Block{Type: "RSA PRIVATE KEY", Bytes: x509.MarshalPKCS1PrivateKey(key)})
+	w.admin("POST", "/components", body{"name": fmt.Sprint("test ", priority), "providerId": "rsa", "providerType": "org.keycloak.keys.KeyProvider",
+		"config": map[string][]string{"privateKey": {string(private)}, "priority": {fmt.Sprint(priority)}}}, nil)
+	_, der := pemAndDER(&key.PublicKey)
+	sum := sha256.Sum256(der) // as Keycloak names keys
+	return key, base64.RawURLEncoding.EncodeToString(sum[:])
+}
+
+// TestForgedTokens has every token that is not quite one, and next to it what is. Where
+// it can, exactly one thing is wrong, under a signature of the realm.
+func TestForgedTokens(t *testing.T) {
+	w := inSharedWorld(t)
+	asked := new(atomic.Int32) // whoever forges would like us to fetch his keys
+	lure := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { asked.Add(1) }))
+	defer lure.Close()
+	email, _, _ := w.member()
+	signIn := w.login(email, password)
+	real := signIn.text("access_token")
+	parts, claims, realKID := strings.Split(real, "."), unpacked(real, 1), unpacked(real, 0)["kid"]
+	foreign := newKey()
+	key, kid := w.realmKey(1)
+	head := body{"alg": "RS256", "typ": "JWT", "kid": kid}
+	with := func(changes body) string { return forge(key, head, changed(claims, changes)) }
+	under := func(changes body) string { return forge(key, changed(head, changes), claims) }
+	foreignly := func(changes body) string { return forge(foreign, changed(head, changes), claims) }
+	in := func(seconds int64) int64 { return time.Now().Unix() + seconds }
+	sized := func(size int) string { // base64 has not all lengths, but one of these fits
+		n := (size - len(with(nil))) * 3 / 4
+		for i := range 60 {
+			token := forge(key, changed(head, body{"x": strings.Repeat("x", i%3)}), changed(claims, body{"x": strings.Repeat("x", n-i/3)}))
+			if len(token) == size {
+				return token
+			}
+		}
+		t.Fatalf("no token has %d bytes", size)
+		return ""
+	}
+
+	// Keycloak's own, by all its algorithms, and those for something else.
+	tokenURL := services.KeycloakURL + "/realms/" + w.realm + "/protocol/openid-connect/token"
+	byKeycloak := map[string]string{}
+	for _, alg := range []string{"RS384", "ES512", "HS512", "PS256", "ES256", "EdDSA", "RS256"} {
+		w.admin("PUT", "", body{"defaultSignatureAlgorithm": alg}, nil)
+		people := oauth2.Config{ClientID: "auth-client", Endpoint: oauth2.Endpoint{TokenURL: tokenURL}}
+		token, err := people.PasswordCredentialsToken(t.Context(), email, password)
+		if err != nil || unpacked(token.AccessToken, 0)["alg"] != alg {
+			t.Fatalf("%s: %+v %v", alg, token, err)
+		}
+		byKeycloak[alg] = token.AccessToken
+	}
+	backend := clientcredentials.Config{ClientID: "backend-admin", ClientSecret: backendSecret, TokenURL: tokenURL}
+	serviceToken, err := backend.Token(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	adminToken, err := services.AdminToken(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+
+	good := map[string]string{
+		"from Keycloak": real, "from the test": with(nil), "as long as may be": sized(maxToken),
+		"ES256": byKeycloak["ES256"], "PS256": byKeycloak["PS256"], "EdDSA": byKeycloak["EdDSA"], "header typ": under(body{"typ": "at+jwt"}),
+		"client only in aud": with(body{"azp": "other"}), "client among aud": with(body{"azp": nil, "aud": []string{"other", "auth-client"}}),
+		"client only in azp": with(body{"aud": "other"}), "just expired": with(body{"exp": in(-20)}),
+		"valid in a moment": with(body{"nbf": in(20)}), "issued in a moment": with(body{"iat": in(20)}),
+		"claims in capitals": forge(key, head, strings.TrimSuffix(jsonText(claims), "}")+`,"ROLES":["admin"],"Network_ID":"N1"}`),
+	}
+	unencoded := segment(changed(head, body{"b64": false, "crit": []string{"b64"}}))
+	kidTwice := segment(`{"alg":"RS256","kid":"x","kid":"`+kid+`"}`) + "." + segment(claims)
+	bad := map[string]string{
+		"no signature":        parts[0] + "." + parts[1] + ".",
+		"another's signature": parts[0] + "." + parts[1] + "." + strings.Split(with(nil), ".")[2],
+		"altered signature":   parts[0] + "." + parts[1] + ".AAAAAAAA" + parts[2][8:],
+		"altered payload":     parts[0] + "." + segment(changed(claims, body{"roles": []string{"admin"}})) + "." + parts[2],
+		"altered header":      segment(changed(unpacked(real, 0), body{"typ": "jwt"})) + "." + parts[1] + "." + parts[2],
+		"b64":                 unencoded + "." + segment(claims) + "." + signature("RS256", key, unencoded+"."+jsonText(claims)),
+		"kid twice":           kidTwice + "." + signature("RS256", key, kidTwice),
+		"claim twice":         forge(key, head, strings.Replace(jsonText(claims), `"roles":`, `"roles":["admin"],"roles":`, 1)),
+		"claims null":         forge(key, head, "null"), "claims of a list": forge(key, head, "[]"), "claims of a text": forge(key, head, `"text"`),
+		"too long": sized(maxToken + 1), "much too long": with(body{"x": strings.Repeat("x", 20_000)}),
+		"ID token": signIn.text("id_token"), "refresh token": signIn.text("refresh_token"),
+		"service account's": serviceToken.AccessToken, "another realm's": adminToken,
+		"RS384": byKeycloak["RS384"], "ES512": byKeycloak["ES512"], "HS512": byKeycloak["HS512"],
+		"trailing garbage": real + "x", "trailing dot": real + ".", "trailing padding": real + "==", "twice": real + "," + real,
+		"whitespace": real[:20] + " " + real[20:], "a tab": "\t" + real, "quoted": `"` + real + `"`,
+		"flattened JSON": fmt.Sprintf(`{"protected":%q,"payload":%q,"signature":%q}`, parts[0], parts[1], parts[2]),
+		"general JSON":   fmt.Sprintf(`{"payload":%q,"signatures":[{"protected":%q,"signature":%q}]}`, parts[1], parts[0], parts[2]),
+		"five parts":     real + "." + parts[0] + "." + parts[1], "two parts": parts[0] + "." + parts[1], "one dot": ".", "two dots": "..", "three dots": "...",
+		"not base64": "!.!.!", "no token": "token", "not ASCII": "é", "empty": "", "blanks": "   ",
+	}
+	for _, c := range []body{{"iss": lure.URL}, {"iss": claims["iss"].(string) + "/"}, {"iss": nil}, {"azp": "other", "aud": []string{"other", "account"}},
+		{"azp": nil, "aud": nil}, {"typ": "ID"}, {"typ": "Refresh"}, {"typ": "bearer"}, {"typ": nil}, {"exp": in(-32)}, {"exp": nil}, {"exp": "tomorrow"},
+		{"nbf": in(40)}, {"iat": in(40)}, {"user_id": nil}, {"user_id": ""}, {"user_id": 7}, {"sub": nil}, {"roles": "admin"}} {
+		bad["claim "+jsonText(c)] = with(c)
+	}
+	for _, h := range []body{{"alg": "RS512"}, {"alg": "PS256"}, {"alg": "none"}, {"alg": "none", "kid": realKID}, {"alg": "None"}, {"alg": nil}, {"kid": nil}, {"kid": ""},
+		{"crit": []string{"exp"}, "exp": in(300)}, {"crit": []string{"x"}, "x": 1}, {"b64": false}} {
+		bad["header "+jsonText(h)] = under(h)
+	}
+	for _, h := range []body{{"kid": realKID}, {}, {"kid": "unknown"}, {"kid": "../../../dev/null"}, {"jku": lure.URL}, {"kid": "unknown", "jku": lure.URL}, {"kid": "unknown", "x5u": lure.URL},
+		{"jwk": jose.JSONWebKey{Key: &foreign.PublicKey, KeyID: kid}}, {"kid": "unknown", "jwk": jose.JSONWebKey{Key: &foreign.PublicKey, KeyID: "unknown"}},
+		{"kid": nil, "jwk": jose.JSONWebKey{Key: &foreign.PublicKey}}} {
+		bad["foreign key, header "+jsonText(h)] = foreignly(h)
+	}
+	text, der := pemAndDER(&key.PublicKey)
+	for name, secret := range map[string][]byte{"nothing": {}, "PEM": text, "DER": der, "PKCS 1": x509.MarshalPKCS1PublicKey(&key.PublicKey),
+		"modulus": key.N.Bytes(), "modulus in base64": []byte(base64.RawURLEncoding.EncodeToString(key.N.Bytes()))} {
+		bad["HS256 with "+name] = forge(secret, changed(head, body{"alg": "HS256"}), claims)
+	}
+
+	type row struct {
+		name      string
+		auth      []string
+		challenge string // "": accepted
+	}
+	rows := []row{
+		{"nothing", nil, bareChallenge}, {"empty", []string{""}, bareChallenge}, {"Basic", []string{"Basic dTpw"}, bareChallenge},
+		{"DPoP", []string{"DPoP " + real}, bareChallenge}, {"no scheme", []string{real}, bareChallenge}, {"Bearers", []string{"Bearers " + real}, bareChallenge},
+		{"scheme only", []string{"Bearer"}, tokenChallenge}, {"two", []string{"Bearer " + real, "Bearer " + real}, tokenChallenge},
+		{"two schemes", []string{"Bearer " + real, "Basic dTpw"}, tokenChallenge}, {"two schemes", []string{"Basic dTpw", "Bearer " + real}, bareChallenge},
+		{"lower case", []string{"bearer " + real}, ""}, {"upper case", []string{"BEARER " + real}, ""}, {"blanks", []string{"Bearer    " + real}, ""},
+	}
+	for name, token := range good {
+		rows = append(rows, row{name, []string{"Bearer " + token}, ""})
+	}
+	for name, token := range bad {
+		rows = append(rows, row{name, []string{"Bearer " + token}, tokenChallenge})
+		if len(token) > 100 {
+			w.secrets.add(token)
+		}
+	}
+	var all sync.WaitGroup // a key that is not known is waited for
+	for _, r := range rows {
+		for _, path := range []string{validatePath, mePath} {
+			all.Go(func() {
+				switch a := w.do(call{path: path, auth: r.auth}); {
+				case r.challenge == "":
+					if a.Status != 200 || path == validatePath && a.Header.Get("X-Auth-Roles")+a.Header.Get("X-Auth-Network-Id") != "user" {
+						t.Errorf("%s: %s: %v %v", path, r.name, a, a.Header)
+					}
+				case a.Status != 401 || a.slug() != "unauthorized" || a.Header.Get("WWW-Authenticate") != r.challenge || a.Header.Get("X-Auth-User-Id") != "":
+					t.Errorf("%s: %s: %v %v", path, r.name, a, a.Header)
+				}
+			})
+		}
+	}
+	all.Wait()
+	if n := asked.Load(); n > 0 {
+		t.Errorf("the forger was asked for keys %d times", n)
+	}
+	// An account that is gone has a token for a while.
+	gone := with(body{"user_id": newUserID()})
+	w.wants(w.do(bearing(validatePath, gone)), 200, "")
+	a := w.do(bearing(mePath, gone))
+	if w.wants(a, 401, "unauthorized"); a.Header.Get("WWW-Authenticate") != tokenChallenge {
+		t.Error(a.Header)
+	}
+}
