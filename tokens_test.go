@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"crypto"
 	"crypto/hmac"
 	"crypto/rand"
@@ -15,6 +16,7 @@ import (
 	"maps"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -276,4 +278,159 @@ func TestForgedTokens(t *testing.T) {
 	if w.wants(a, 401, "unauthorized"); a.Header.Get("WWW-Authenticate") != tokenChallenge {
 		t.Error(a.Header)
 	}
+}
+
+// A thousand tokens that name as many keys cost one fetch of the keys, and hold nobody up.
+func TestUnknownKeys(t *testing.T) {
+	w := inSharedWorld(t)
+	w.quick = true
+	email, _, _ := w.member()
+	var unseen []string
+	for range 5 {
+		unseen = append(unseen, w.login(email, password).text("access_token"))
+	}
+	claims, signature := segment(unpacked(unseen[0], 1)), strings.Split(unseen[0], ".")[2]
+	before := len(w.kc.times("signing_keys"))
+	var all sync.WaitGroup
+	for i := range 1000 {
+		all.Go(func() {
+			time.Sleep(time.Duration(i) * 2 * time.Millisecond) // over two seconds
+			token := segment(body{"alg": "RS256", "kid": newUserID()}) + "." + claims + "." + signature
+			if a, err := w.send(w.url, bearing(validatePath, token)); err != nil || a.Status != 401 {
+				t.Errorf("%v %v", a, err)
+			}
+		})
+	}
+	over := make(chan struct{})
+	go func() { all.Wait(); close(over) }()
+	passed := 0
+	for waiting := true; waiting; passed++ {
+		start := time.Now()
+		w.wants(w.do(bearing(validatePath, unseen[min(passed, len(unseen)-1)])), 200, "")
+		if took := time.Since(start); took > time.Second {
+			t.Errorf("a valid token waits for %v", took)
+		}
+		select {
+		case <-over:
+			waiting = false
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+	fetches := w.kc.times("signing_keys")[before:]
+	if len(fetches) == 0 {
+		t.Error("nobody looked for the keys")
+	}
+	for i := 1; i < len(fetches); i++ {
+		if pause := fetches[i].Sub(fetches[i-1]); pause < keyPause-100*time.Millisecond {
+			t.Errorf("the keys were fetched again after %v", pause)
+		}
+	}
+}
+
+// Keycloak's key is replaced while people work: nobody is refused a valid token, and
+// the old key's tokens are refused as soon as its withdrawal can be known.
+func TestKeyRotation(t *testing.T) {
+	if testing.Short() {
+		t.Skip("a minute")
+	}
+	t.Parallel()
+	w := newWorld(t, nil)
+	ctx, stop := context.WithCancel(t.Context())
+	var workers sync.WaitGroup
+	defer workers.Wait()
+	defer stop()
+	asks := func(r call) answer {
+		a, err := w.send(w.url, r)
+		if err != nil || a.Status != 200 {
+			t.Errorf("%s: %v %v", r.path, a, err)
+			stop()
+		}
+		return a
+	}
+	latest := make([]atomic.Value, 4) // the key of each worker's newest token
+	for i := range latest {
+		email, _, _ := w.member()
+		latest[i].Store("")
+		workers.Go(func() {
+			var a answer
+			var signedIn time.Time
+			for ctx.Err() == nil {
+				if time.Since(signedIn) > 10*time.Second {
+					a, signedIn = asks(signingIn(email, password)), time.Now()
+				} else {
+					a = asks(call{method: "POST", path: refreshPath, json: body{"refresh_token": a.text("refresh_token")}})
+				}
+				if asks(bearing(validatePath, a.text("access_token"))); ctx.Err() == nil {
+					asks(bearing(mePath, a.text("access_token")))
+					latest[i].Store(unpacked(a.text("access_token"), 0)["kid"])
+				}
+				select { // ten times a second will do
+				case <-ctx.Done():
+				case <-time.After(100 * time.Millisecond):
+				}
+			}
+		})
+	}
+	email, _, _ := w.member()
+	old := w.login(email, password).text("access_token")
+	_, kid := w.realmKey(200)
+	w.eventually("all have tokens of the new key", 30*time.Second, func() bool {
+		w.wants(w.do(bearing(validatePath, old)), 200, "")
+		return ctx.Err() != nil || !slices.ContainsFunc([]int{0, 1, 2, 3}, func(i int) bool { return latest[i].Load() != kid })
+	})
+	var keys []struct{ ID, ProviderID string }
+	w.admin("GET", "/components?type=org.keycloak.keys.KeyProvider", nil, &keys)
+	for _, key := range keys {
+		if key.ProviderID == "rsa-generated" {
+			w.admin("DELETE", "/components/"+key.ID, nil, nil)
+		}
+	}
+	w.eventually("the old key is forgotten", keyInterval+keyPause+5*time.Second, func() bool {
+		return ctx.Err() != nil || w.do(bearing(validatePath, old)).Status == 401
+	})
+	w.account(newEmail()) // the service account's token was of the old key, too
+}
+
+// Without Keycloak a token is good for its whole life, remembered or not, and no
+// longer.
+func TestTokensWithoutKeycloak(t *testing.T) {
+	if testing.Short() {
+		t.Skip("a minute")
+	}
+	t.Parallel()
+	w := newWorld(t, nil)
+	email, _, _ := w.member()
+	w.admin("PUT", "", body{"accessTokenLifespan": 15}, nil)
+	var tokens []string
+	for range 7 {
+		tokens = append(tokens, w.login(email, password).text("access_token"))
+	}
+	passes := func(w *world, token string, status int, slug string) {
+		t.Helper()
+		w.wants(w.do(bearing(validatePath, token)), status, slug)
+	}
+	past := func(token string, seconds float64) func() bool { // its end
+		return func() bool { return float64(time.Now().UnixMilli())/1000-unpacked(token, 1)["exp"].(float64) > seconds }
+	}
+	passes(w, tokens[0], 200, "")
+	w.kc.close()
+	late := *w // an instance that never saw a key
+	defer late.startBlind()()
+	passes(&late, tokens[0], 503, "unavailable")
+	for i, moment := range []float64{-1, 1, 10, 20, 28} {
+		w.eventually("its moment", time.Minute, past(tokens[0], moment))
+		passes(w, tokens[0], 200, "")   // known
+		passes(w, tokens[i+1], 200, "") // never seen before
+	}
+	w.eventually("the end of all", time.Minute, past(tokens[6], tokenLeeway.Seconds()))
+	for _, token := range tokens {
+		passes(w, token, 401, "unauthorized")
+	}
+	passes(&late, tokens[0], 401, "unauthorized") // whatever its key
+	if err := w.kc.open(); err != nil {
+		t.Fatal(err)
+	}
+	late.eventually("the late instance has the keys", 30*time.Second, func() bool {
+		return late.do(bearing(validatePath, w.login(email, password).text("access_token"))).Status == 200
+	})
 }
