@@ -12,6 +12,7 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"maps"
 	"net/http"
@@ -24,6 +25,7 @@ import (
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
+	"github.com/google/go-cmp/cmp"
 	"golang.org/x/oauth2"
 	"golang.org/x/oauth2/clientcredentials"
 )
@@ -433,4 +435,171 @@ func TestTokensWithoutKeycloak(t *testing.T) {
 	late.eventually("the late instance has the keys", 30*time.Second, func() bool {
 		return late.do(bearing(validatePath, w.login(email, password).text("access_token"))).Status == 200
 	})
+}
+
+// TestValidate has the decision table of what a gateway may demand. It holds without
+// PostgreSQL and Keycloak, too, and asks neither while they are there.
+func TestValidate(t *testing.T) {
+	w := newWorld(t, nil)
+	type person struct{ name, roles, network, station, token, id, subject string }
+	people := []person{
+		{name: "admin", roles: "admin"},
+		{name: "partner", roles: "partner", network: "N1"},
+		{name: "unbound", roles: "partner"}, // to any network
+		{name: "operator", roles: "operator", network: "N1", station: "S1"},
+		{name: "user", roles: "user", network: "N1", station: "S1"},
+		{name: "stranger", roles: "user"},
+		{name: "both", roles: "operator,user", network: "N2", station: "S2"},
+	}
+	for i := range people {
+		p := &people[i]
+		email, _, subject := w.member()
+		var u body
+		w.admin("GET", "/users/"+subject, nil, &u)
+		attributes := u["attributes"].(body)
+		attributes["roles"] = strings.Split(p.roles, ",")
+		for name, value := range map[string]string{"network_id": p.network, "station_id": p.station} {
+			if value != "" { // who has none is registered with "X"
+				attributes[name] = []string{value}
+			}
+		}
+		w.admin("PUT", "/users/"+subject, u, nil)
+		p.token, p.subject, p.id = w.login(email, password).text("access_token"), subject, w.value(`select user_id from users where email = $1`, email)
+	}
+	table := []struct{ queries, passes string }{
+		{"?", "admin partner unbound operator user stranger both"},
+		{"?role=admin", "admin"},
+		{"?role=partner", "partner unbound"},
+		{"?role=operator", "operator both"},
+		{"?role=user ?role=user&role=user", "user stranger both"},
+		{"?role=admin&role=partner", "admin partner unbound"},
+		{"?role=operator&role=admin&role=user", "admin operator user stranger both"},
+		{"?network_id=N1 ?network_id=N1&network_id=N1", "admin partner operator user"},
+		{"?network_id=N2", "admin both"},
+		{"?network_id=N3 ?network_id=n1 ?network_id=N1%20 ?network_id=N1&network_id=N2", "admin"},
+		{"?network_id= ?network_id ?network_id=X ?station_id= ?station_id=X", "admin"}, // none is in nobody's scope
+		{"?station_id=S1", "admin operator user"},
+		{"?station_id=S2", "admin both"},
+		{"?station_id=S3 ?station_id=S1&station_id=S2", "admin"},
+		{"?network_id=N1&station_id=S1", "admin partner operator user"},
+		{"?network_id=N1&station_id=S2 ?network_id=N1&station_id=X", "admin partner"}, // who has the whole network
+		{"?network_id=N2&station_id=S1 ?network_id=N1&station_id= ?network_id=&station_id=S1 ?network_id=X&station_id=S1", "admin"},
+		{"?role=operator&network_id=N1&station_id=S1", "operator"},
+		{"?role=operator&role=partner&network_id=N1&station_id=S2", "partner"},
+		{"?role=user&network_id=N2&station_id=S2", "both"},
+		{"?role=partner&network_id=N2", ""},
+		// What can't be understood is 400, with the fields, and met by nobody.
+		{"?role=boss ?role=Admin ?role= ?role=admin,user ?role=admin&role=boss", "!role"},
+		{"?rolle=admin", "!rolle"},
+		{"?Role=admin", "!Role"},
+		{"?role=user&network=N1", "!network"},
+		{"?role=boss&network=N1", "!network role"},
+		{"?role=user;network_id=N9 ?role=user&network_id=%zz ?%", "!query"},
+	}
+	decide := func(query string, p person, passes string) {
+		t.Helper()
+		r := bearing(validatePath+query, p.token)
+		a := w.do(r)
+		got := body{"status": a.Status, "problem": a.slug(), "body": len(a.JSON) > 0}
+		for name, values := range a.Header {
+			if strings.HasPrefix(name, "X-Auth-") || name == "Cache-Control" {
+				got[name] = strings.Join(values, " and ")
+			}
+		}
+		want := body{"status": 403, "problem": "forbidden", "body": true, "Cache-Control": "no-store"}
+		fields, unclear := strings.CutPrefix(passes, "!")
+		switch {
+		case unclear:
+			want["status"], want["problem"], want["errors"] = 400, "invalid-request", fields
+			var named []string
+			list, _ := a.JSON["errors"].([]any)
+			for _, e := range list {
+				named = append(named, e.(body)["field"].(string))
+			}
+			slices.Sort(named)
+			got["errors"] = strings.Join(named, " ")
+		case slices.Contains(strings.Fields(passes), p.name):
+			want = body{"status": 200, "problem": "", "body": false, "Cache-Control": "no-store", "X-Auth-User-Id": p.id, "X-Auth-Subject": p.subject,
+				"X-Auth-Roles": p.roles, "X-Auth-Network-Id": p.network, "X-Auth-Station-Id": p.station}
+		case !strings.HasPrefix(a.Header.Get("WWW-Authenticate"), bareChallenge+`, error="insufficient_scope"`):
+			t.Errorf("%s: %s: %v", query, p.name, a.Header)
+		}
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("%s: %s: %s", query, p.name, diff)
+		}
+		r.method = "HEAD"
+		if head := w.do(r); head.Status != a.Status || len(head.Body) > 0 {
+			t.Errorf("%s: %s: HEAD %v, GET %v", query, p.name, head, a)
+		}
+	}
+	decideAll := func() {
+		for _, row := range table {
+			for query := range strings.FieldsSeq(row.queries) {
+				for _, p := range people {
+					decide(query, p, row.passes)
+				}
+				w.wants(w.do(call{path: validatePath + query}), 401, "unauthorized")
+			}
+		}
+		// Envoy appends the client's path and query, and uses its method.
+		for _, path := range []string{"/", "/any/path?role=boss", "/any?network_id=N9&rolle=%zz", "/a%2Fb/%2e%2e/c", "/.well-known/x", "/a//b/../c/./d/"} {
+			for _, method := range []string{"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "PROPFIND"} {
+				r := bearing(validatePath+path, people[0].token)
+				r.method = method
+				if a := w.do(r); a.Status != 200 || a.Header.Get("X-Auth-User-Id") != people[0].id || len(a.Body) > 0 {
+					t.Errorf("%s %s: %v", method, path, a)
+				}
+				r.auth = nil
+				if a := w.do(r); a.Status != 401 || a.Header.Get("WWW-Authenticate") != bareChallenge {
+					t.Errorf("%s %s: %v", method, path, a)
+				}
+			}
+		}
+	}
+	calls := func() (n int) {
+		for name := range strings.FieldsSeq("service_token token find_user get_user other") {
+			n += w.kc.count(name)
+		}
+		return n
+	}
+	before := calls()
+	decideAll()
+	if n := calls() - before; n != 0 {
+		t.Errorf("Keycloak was asked %d times", n)
+	}
+	w.kc.close()
+	w.pg.close()
+	decideAll()
+	w.wants(w.do(bearing(mePath, people[0].token)), 503, "unavailable") // PostgreSQL is away indeed
+	if err := errors.Join(w.kc.open(), w.pg.open()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Who I am is what PostgreSQL says now, whatever the token says.
+func TestMe(t *testing.T) {
+	w := inSharedWorld(t)
+	email, username, id := w.member()
+	token := w.login(email, password).text("access_token")
+	me := func() answer { return w.do(bearing(mePath, token)) }
+	set := func(columns string) { w.exec(`update users set `+columns+` where email = $1`, email) }
+	set(`first_name = 'Ada', last_name = 'Lovelace', phone = '+4930123456', photo = 'https://example.test/ada.png', role = 'operator',
+		network_id = 'N1', station_id = 'S1', last_login_at = '2026-01-02T03:04:05.678+01:00', created_at = '2025-01-02T03:04:05Z',
+		updated_at = '2026-01-02T03:04:05.000001Z'`)
+	want := body{"user_id": w.value(`select user_id from users where email = $1`, email), "keycloak_id": id, "email": email, "username": username,
+		"first_name": "Ada", "last_name": "Lovelace", "phone": "+4930123456", "photo": "https://example.test/ada.png", "is_verified": true,
+		"role": "operator", "network_id": "N1", "station_id": "S1", "source": "web", "is_active": true, "last_login_at": "2026-01-02T02:04:05.678Z",
+		"created_at": "2025-01-02T03:04:05Z", "updated_at": "2026-01-02T03:04:05.000001Z", "deleted_at": nil}
+	if diff := cmp.Diff(want, me().JSON); diff != "" {
+		t.Error(diff)
+	}
+	set(`first_name = null, last_name = null, phone = null, photo = null, last_login_at = null, network_id = '', station_id = ''`)
+	maps.Copy(want, body{"first_name": "", "last_name": "", "phone": "", "photo": "", "network_id": "", "station_id": "", "last_login_at": nil})
+	if diff := cmp.Diff(want, me().JSON); diff != "" {
+		t.Error(diff)
+	}
+	set(`is_active = false, deleted_at = now()`)
+	w.wants(me(), 403, "account-disabled")
+	set(`is_active = true, deleted_at = null`)
+	w.wants(me(), 200, "")
 }
