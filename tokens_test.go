@@ -14,6 +14,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"log/slog"
 	"maps"
 	"net/http"
 	"net/http/httptest"
@@ -602,4 +603,40 @@ func TestMe(t *testing.T) {
 	w.wants(me(), 403, "account-disabled")
 	set(`is_active = true, deleted_at = null`)
 	w.wants(me(), 200, "")
+}
+
+func FuzzToken(f *testing.F) {
+	s := idle(f, slog.New(slog.DiscardHandler), nil)
+	key, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		f.Fatal(err)
+	}
+	head := body{"alg": "RS256", "kid": "known"}
+	claims := body{"iss": s.tokens.issuer, "typ": "Bearer", "azp": s.tokens.client, "sub": "s", "user_id": "u", "roles": []string{"user"}, "exp": time.Now().Unix() + 3600}
+	s.tokens.fetch = func(context.Context) (jose.JSONWebKeySet, error) {
+		return jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: &key.PublicKey, KeyID: "known", Algorithm: "RS256"}}}, nil
+	}
+	s.tokens.refreshKeys(f.Context())
+	impatient, cancel := context.WithCancel(f.Context()) // an unknown key is not waited for
+	cancel()
+	valid := forge(key, head, claims)
+	if p, err := s.tokens.verify(impatient, valid); err != nil || p.UserID != "u" {
+		f.Fatal(p, err)
+	}
+	// No seed is next to the valid one, which the fuzzer would find.
+	for _, changes := range []body{{"alg": "none"}, {"alg": "HS256"}, {"alg": "ES256"}, {"kid": nil}, {"kid": "unknown"}, {"crit": []string{"b64"}, "b64": false},
+		{"jwk": jose.JSONWebKey{Key: &key.PublicKey}}, {"x5c": []string{"AA=="}}, {"typ": 7}} {
+		f.Add(segment(changed(head, changes)) + "." + segment(claims) + "." + segment("signature"))
+	}
+	for _, changes := range []body{{"iss": nil}, {"exp": 1}, {"exp": -1e300}, {"nbf": time.Now().Unix() + 3600}, {"typ": "ID"}, {"azp": nil, "aud": []any{"a", 1}}, {"roles": "user"}} {
+		f.Add(forge(key, head, changed(claims, changes)))
+	}
+	for _, text := range []string{"", ".", "..", "...", "a.b.c", `{"payload":"","signatures":[{}]}`, forge(key, head, "null"), forge(key, head, "[[[[")} {
+		f.Add(text)
+	}
+	f.Fuzz(func(t *testing.T, token string) {
+		if p, err := s.tokens.verify(impatient, token); err == nil || p.UserID != "" || p.Roles != nil || strings.Contains(err.Error(), "\n") {
+			t.Errorf("%q is taken for %+v, %v", token, p, err)
+		}
+	})
 }
