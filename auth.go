@@ -399,6 +399,9 @@ func (s *server) finishSignIn(ctx context.Context, c caller, r *http.Request, fl
 // signInAgain is err with the way to another try.
 func signInAgain(flow signIn, err error) problem {
 	p := asProblem(err)
+	if p.Status < http.StatusTooManyRequests {
+		p.Wait = 0 // a used state never comes back: another try need not wait
+	}
 	p.retry = "/auth/login"
 	if flow.returnTo != "" {
 		p.retry += "?return_to=" + url.QueryEscape(flow.returnTo)
