@@ -366,9 +366,11 @@ func (s *server) callbackPage(ctx context.Context, c caller, r *http.Request) (v
 	}
 	out, err := s.finishSignIn(ctx, c, r, flow)
 	if err != nil {
-		err := signInAgain(flow, err)
-		s.recordRefusal(ctx, c, "login", err)
-		return view{}, err
+		p := signInAgain(flow, err)
+		if p.Status < http.StatusInternalServerError {
+			s.recordRefusal(ctx, c, "login", p)
+		}
+		return view{}, p
 	}
 	target, ok := returnURL(flow.returnTo, origin(s.cfg.PublicURL), s.cfg.CORSOrigins)
 	if !ok { // an origin that is no longer allowed
