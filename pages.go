@@ -184,15 +184,12 @@ func (s *server) cancelForm(ctx context.Context, c caller, r *http.Request) (vie
 
 // readyPage is where Keycloak sends people who have chosen their password.
 func (s *server) readyPage(context.Context, caller, *http.Request) (view, error) {
-	return view{Status: 200, Page: templates.Message(templates.MessageView{Kind: templates.Success,
-		Title: "Your password is set", Text: "You can sign in now.",
-		Actions: []templates.Action{{Label: "Sign in", URL: "/auth/login", Primary: true}}})}, nil
+	return view{Status: 200, Page: templates.Message(templates.PasswordSet())}, nil
 }
 
 // signedInPage is where people come who began to sign in here.
 func (s *server) signedInPage(context.Context, caller, *http.Request) (view, error) {
-	return view{Status: 200, Page: templates.Message(templates.MessageView{Kind: templates.Success,
-		Title: "You are signed in", Text: "You can go back to your application now."})}, nil
+	return view{Status: 200, Page: templates.Message(templates.SignedIn())}, nil
 }
 
 // problemPage explains a problem type, so that the type of every error resolves.

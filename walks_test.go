@@ -169,8 +169,8 @@ func walkElsewhere(b *browser) {
 	if n := len(b.mail.To("victim@example.test")); n > 0 {
 		b.Errorf("the form of another site has made %d mails", n)
 	}
-	b.open("/account/verify?token=rubbish", 400, "Invalid link or token")
-	b.open("/account/cancel", 400, "Invalid link or token")
+	b.open("/account/verify?token=rubbish", 400, "Invalid link")
+	b.open("/account/cancel", 400, "Invalid link")
 	b.open("/problems/user-exists", 200, "Account exists", "application/problem+json")
 	b.open("/problems/no-such-problem", 404, "Not found")
 	b.arrive(chromedp.Navigate(b.env["PUBLIC_URL"]+"/no-such-page"), 404, "", "/problems/not-found")

@@ -1943,6 +1943,21 @@ func Verified(v VerifiedView) MessageView {
 	return m
 }
 
+// PasswordSet is the message for people who come back from Keycloak with a password.
+func PasswordSet() MessageView {
+	return MessageView{
+		Kind:    Success,
+		Title:   "Your password is set",
+		Text:    "You can sign in now.",
+		Actions: []Action{{"Sign in", "/auth/login", true}},
+	}
+}
+
+// SignedIn is the message for people who have signed in without an application to go back to.
+func SignedIn() MessageView {
+	return MessageView{Kind: Success, Title: "You are signed in", Text: "You can go back to your application now."}
+}
+
 // Cancelled is the message after "this was not me".
 func Cancelled() MessageView {
 	return MessageView{
@@ -1968,7 +1983,6 @@ func Refused(p ProblemView, requestID, retry string) MessageView {
 		resend   = Action{Label: "Send the mail again", URL: "/account/resend"}
 		code     = Action{Label: "Enter the code", URL: "/account/verify"}
 		again    = Action{Label: "Try again", URL: retry}
-		signIn   = Action{Label: "Sign in", URL: "/auth/login"}
 		home     = Action{Label: "To the start page", URL: "/"}
 	)
 	m := MessageView{Kind: Failed, Title: p.Title, Text: p.Text}
@@ -1979,15 +1993,17 @@ func Refused(p ProblemView, requestID, retry string) MessageView {
 		m.Actions = []Action{register, resend}
 	case "user-exists":
 		m.Actions = []Action{{Label: "Use another address", URL: "/account/register"}}
-	case "invalid-token", "too-many-attempts":
+	case "invalid-token":
+		m.Title, m.Actions = "Invalid link", []Action{resend, code} // a person has no tokens
+	case "too-many-attempts":
 		m.Actions = []Action{resend, code}
 	case "invalid-code":
 		m.Actions = []Action{code, resend}
 	case "resend-too-soon", "resend-limit":
 		m.Kind, m.Actions = Waiting, []Action{code}
 	case "already-verified":
-		m.Kind, m.Actions = Success, []Action{signIn, home}
-	case "sign-in-incomplete":
+		m.Kind, m.Actions = Success, []Action{{Label: "Sign in", URL: "/auth/login"}, home}
+	case "sign-in-incomplete", "account-disabled", "account-setup-required": // perhaps as somebody else
 		m.Actions = []Action{{Label: "Sign in", URL: retry}, home}
 	case "account-not-verified":
 		m.Actions = []Action{code, resend}
@@ -2049,7 +2065,7 @@ func Problem(p ProblemView) templ.Component {
 			var templ_7745c5c3_Var91 string
 			templ_7745c5c3_Var91, templ_7745c5c3_Err = templ.JoinStringErrs(t(ctx, p.Title))
 			if templ_7745c5c3_Err != nil {
-				return templ.Error{Err: templ_7745c5c3_Err, FileName: `templates/pages.templ`, Line: 542, Col: 23}
+				return templ.Error{Err: templ_7745c5c3_Err, FileName: `templates/pages.templ`, Line: 558, Col: 23}
 			}
 			_, templ_7745c5c3_Err = templ_7745c5c3_Buffer.WriteString(templ.EscapeString(templ_7745c5c3_Var91))
 			if templ_7745c5c3_Err != nil {
@@ -2062,7 +2078,7 @@ func Problem(p ProblemView) templ.Component {
 			var templ_7745c5c3_Var92 string
 			templ_7745c5c3_Var92, templ_7745c5c3_Err = templ.JoinStringErrs(t(ctx, p.Text))
 			if templ_7745c5c3_Err != nil {
-				return templ.Error{Err: templ_7745c5c3_Err, FileName: `templates/pages.templ`, Line: 543, Col: 21}
+				return templ.Error{Err: templ_7745c5c3_Err, FileName: `templates/pages.templ`, Line: 559, Col: 21}
 			}
 			_, templ_7745c5c3_Err = templ_7745c5c3_Buffer.WriteString(templ.EscapeString(templ_7745c5c3_Var92))
 			if templ_7745c5c3_Err != nil {
@@ -2075,7 +2091,7 @@ func Problem(p ProblemView) templ.Component {
 			var templ_7745c5c3_Var93 string
 			templ_7745c5c3_Var93, templ_7745c5c3_Err = templ.JoinStringErrs(t(ctx, "For developers"))
 			if templ_7745c5c3_Err != nil {
-				return templ.Error{Err: templ_7745c5c3_Err, FileName: `templates/pages.templ`, Line: 544, Col: 32}
+				return templ.Error{Err: templ_7745c5c3_Err, FileName: `templates/pages.templ`, Line: 560, Col: 32}
 			}
 			_, templ_7745c5c3_Err = templ_7745c5c3_Buffer.WriteString(templ.EscapeString(templ_7745c5c3_Var93))
 			if templ_7745c5c3_Err != nil {
@@ -2088,7 +2104,7 @@ func Problem(p ProblemView) templ.Component {
 			var templ_7745c5c3_Var94 string
 			templ_7745c5c3_Var94, templ_7745c5c3_Err = templ.JoinStringErrs(t(ctx, "An answer of this type has the media type application/problem+json (RFC 9457):"))
 			if templ_7745c5c3_Err != nil {
-				return templ.Error{Err: templ_7745c5c3_Err, FileName: `templates/pages.templ`, Line: 545, Col: 95}
+				return templ.Error{Err: templ_7745c5c3_Err, FileName: `templates/pages.templ`, Line: 561, Col: 95}
 			}
 			_, templ_7745c5c3_Err = templ_7745c5c3_Buffer.WriteString(templ.EscapeString(templ_7745c5c3_Var94))
 			if templ_7745c5c3_Err != nil {
@@ -2101,7 +2117,7 @@ func Problem(p ProblemView) templ.Component {
 			var templ_7745c5c3_Var95 string
 			templ_7745c5c3_Var95, templ_7745c5c3_Err = templ.JoinStringErrs(p.example())
 			if templ_7745c5c3_Err != nil {
-				return templ.Error{Err: templ_7745c5c3_Err, FileName: `templates/pages.templ`, Line: 546, Col: 41}
+				return templ.Error{Err: templ_7745c5c3_Err, FileName: `templates/pages.templ`, Line: 562, Col: 41}
 			}
 			_, templ_7745c5c3_Err = templ_7745c5c3_Buffer.WriteString(templ.EscapeString(templ_7745c5c3_Var95))
 			if templ_7745c5c3_Err != nil {
@@ -2114,7 +2130,7 @@ func Problem(p ProblemView) templ.Component {
 			var templ_7745c5c3_Var96 string
 			templ_7745c5c3_Var96, templ_7745c5c3_Err = templ.JoinStringErrs(t(ctx, p.advice()))
 			if templ_7745c5c3_Err != nil {
-				return templ.Error{Err: templ_7745c5c3_Err, FileName: `templates/pages.templ`, Line: 547, Col: 25}
+				return templ.Error{Err: templ_7745c5c3_Err, FileName: `templates/pages.templ`, Line: 563, Col: 25}
 			}
 			_, templ_7745c5c3_Err = templ_7745c5c3_Buffer.WriteString(templ.EscapeString(templ_7745c5c3_Var96))
 			if templ_7745c5c3_Err != nil {
