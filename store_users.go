@@ -64,12 +64,20 @@ const sessionColumns = `session_id, keycloak_session_id, user_id, ip_address, us
 	ended_at is not null`
 
 // addSession stores the sign-in of the account with this sub (L2), in one round
-// trip, and returns the account. errNotFound: there is none that may sign in.
+// trip, and returns the account. A browser that Keycloak knew already comes back with
+// the same session of Keycloak: the new one replaces ours, whose token its cookie has
+// lost. errNotFound: there is no account that may sign in.
 func (st *store) addSession(ctx context.Context, c caller, subject string, s session, refreshHash string, now time.Time) (user, error) {
 	rows, _ := st.pool.Query(ctx, `
 		with u as (
 			update users set last_login_at = $5::timestamptz where keycloak_id = $8 and is_active and is_verified
 			returning `+userColumns+`),
+		replaced as (
+			update sessions set ended_at = $5::timestamptz, ended_reason = 'replaced', due_at = null from u
+			where sessions.user_id = u.user_id and keycloak_session_id = $2::text and ended_at is null
+			returning session_id),
+		forgotten as (
+			delete from refresh_tokens where session_id in (select session_id from replaced)),
 		s as (
 			insert into sessions (session_id, user_id, keycloak_session_id, ip_address, user_agent,
 				created_at, last_used_at, expires_at, due_at)
@@ -79,9 +87,13 @@ func (st *store) addSession(ctx context.Context, c caller, subject string, s ses
 		a as (
 			insert into audit_log (audit_id, at, actor, action, target, outcome, ip_address, user_agent, request_id, details)
 			select $9::text, $5::timestamptz, user_id, 'login', user_id, 'ok', $3::text, $4::text, $10::text,
-				jsonb_build_object('session_id', $1::text) from u)
+				jsonb_build_object('session_id', $1::text) from u),
+		b as (
+			insert into audit_log (audit_id, at, actor, action, target, outcome, reason, ip_address, user_agent, request_id, details)
+			select $12::text, $5::timestamptz, user_id, 'session.end', user_id, 'ok', 'replaced', $3::text, $4::text, $10::text,
+				jsonb_build_object('sessions', array(select session_id from replaced)) from u where exists (select from replaced))
 		select * from u`,
-		string(s.ID), s.KeycloakID, c.Address, c.UserAgent, now, s.ExpiresAt, s.due(now), subject, newAuditID(), c.RequestID, refreshHash)
+		string(s.ID), s.KeycloakID, c.Address, c.UserAgent, now, s.ExpiresAt, s.due(now), subject, newAuditID(), c.RequestID, refreshHash, newAuditID())
 	u, err := pgx.CollectExactlyOneRow(rows, pgx.RowToStructByPos[user])
 	return u, storeError(err)
 }
