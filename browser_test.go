@@ -5,8 +5,10 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -37,9 +39,13 @@ func TestBrowser(t *testing.T) {
 		t.Skip("starts a browser")
 	}
 	port := fmt.Sprint(stack.FreePort()) // known before the start, since the mail's link begins with it
-	w := newWorld(t, map[string]string{"SERVER_PORT": port, "PUBLIC_URL": "http://localhost:" + port})
+	elsewhere := httptest.NewUnstartedServer(nil)
+	_, otherPort, _ := net.SplitHostPort(elsewhere.Listener.Addr().String())
+	frontend := "http://localhost:" + otherPort
+	w := newWorld(t, map[string]string{"SERVER_PORT": port, "PUBLIC_URL": "http://localhost:" + port, "CORS_ALLOWED_ORIGINS": frontend})
 	chrome := startChromium(t)
-	elsewhere := httptest.NewServer(w.otherSite())
+	elsewhere.Config.Handler = w.otherSite()
+	elsewhere.Start()
 	t.Cleanup(elsewhere.Close)
 	audited := new(sync.Map)
 	w.sendPreviews()
@@ -51,13 +57,14 @@ func TestBrowser(t *testing.T) {
 		{"Code", "en", walkCode}, {"Resend", "en", walkResend},
 		{"Cancel", "en", walkCancel}, {"Expired", "en", walkExpired}, {"Mistakes", "en", walkMistakes},
 		{"Unavailable", "en", walkUnavailable}, {"Elsewhere", "en", walkElsewhere}, {"SwaggerUI", "en", walkSwaggerUI},
+		{"Frontend", "en", walkFrontend}, {"SignInMistakes", "en", walkSignInMistakes}, {"SignInMistakesInGerman", "de", walkSignInMistakes},
 		{"Samples", "en", walkSamples}, {"SamplesInGerman", "de", walkSamples},
 	} {
 		t.Run(walk.name, func(t *testing.T) {
 			if strings.HasPrefix(walk.name, "Samples") {
 				t.Parallel() // they don't meet the service
 			}
-			b := &browser{world: new(*w), elsewhere: elsewhere.URL, language: walk.language, audited: audited}
+			b := &browser{world: new(*w), elsewhere: elsewhere.URL, frontend: frontend, language: walk.language, audited: audited}
 			b.TB = t
 			b.openTab(chrome)
 			walk.walk(b)
@@ -106,7 +113,7 @@ func (b *browser) axe() string {
 }
 
 // otherSite is everything that is not the service: the person's mail reader, a
-// site with a form that is sent to the service, and the samples of the pages.
+// site with a form that is sent to the service, a frontend, and the samples of the pages.
 func (w *world) otherSite() http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("/", withSecurityHeaders(false, preview.Handler(nil)))
@@ -119,6 +126,14 @@ func (w *world) otherSite() http.Handler {
 		fmt.Fprintf(rw, `<!doctype html><form method="post" action="%s/account/register"><input name="email" value="victim@example.test"><button>Win</button></form>`,
 			w.env["PUBLIC_URL"])
 	})
+	mux.HandleFunc("GET /app", func(rw http.ResponseWriter, r *http.Request) {
+		fmt.Fprintf(rw, `<!doctype html><title>App</title><h1>App</h1><a href="%[1]s/auth/login?return_to=%[2]s">Sign in</a><script>
+			async function ask(method, path, token) {
+				const headers = token ? {Authorization: "Bearer " + token} : {}
+				const answer = await fetch("%[1]s/api/v1/auth/" + path, {method, headers, credentials: "include"})
+				return {...await answer.json().catch(() => ({})), status: answer.status}
+			}</script>`, w.env["PUBLIC_URL"], url.QueryEscape("http://"+r.Host+"/app?back"))
+	})
 	return mux
 }
 
@@ -126,6 +141,7 @@ func (w *world) otherSite() http.Handler {
 type browser struct {
 	*world
 	elsewhere string // address of otherSite
+	frontend  string // its other address: an origin that is allowed
 	language  string
 	ctx       context.Context
 	pages     int       // looked at so far

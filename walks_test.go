@@ -1,10 +1,15 @@
 package main
 
 import (
+	"fmt"
+	"net/http/httptest"
+	"strconv"
 	"strings"
+	"time"
 
 	"auth-service/dev/preview"
 
+	cdpnetwork "github.com/chromedp/cdproto/network"
 	"github.com/chromedp/chromedp"
 )
 
@@ -195,6 +200,110 @@ func walkGerman(b *browser) {
 	b.audit(mailRules)
 	b.choosesPassword("Passwort wählen", "Ihr Passwort ist gesetzt")
 	b.wants(b.login(email, password), 200, "")
+}
+
+// signsIn fills in Keycloak's page, which needs no scripts and is not ours to judge.
+func (b *browser) signsIn(email, heading string, texts ...string) {
+	b.Helper()
+	b.photograph("keycloak")
+	b.fill("username", email, "password", password)
+	b.arrive(chromedp.Click(chromedp.CSS("[type=submit]")), 200, heading, texts...)
+}
+
+// walkFrontend goes from the confirmed address to a frontend that is signed in.
+func walkFrontend(b *browser) {
+	email := newEmail()
+	b.registers(email, password)
+	b.open(b.readMail(email, 1).URL, 200, "Confirm your e-mail address", email)
+	b.press("Confirm this address", 200, "Your address is confirmed", email)
+	b.arrive(chromedp.Click(labelled("Sign in")), 200, anything)
+	b.signsIn(email, "You are signed in")
+	b.audit("")
+
+	type answer struct {
+		Status int
+		Token  string `json:"access_token"`
+		Email  string
+	}
+	ask := func(format string, args ...any) answer {
+		b.Helper()
+		return evaluate[answer](b, fmt.Sprintf("ask("+format+").catch(() => ({status: 0}))", args...)) // 0: the browser does not tell
+	}
+	at := func(url string) {
+		b.Helper()
+		if got := evaluate[string](b, "location.href"); got != url {
+			b.Errorf("the browser is at %s, not %s", got, url)
+		}
+	}
+	b.scripts(true)
+	_, err := chromedp.Call(b.ctx, cdpnetwork.SetExtraHTTPHeaders, cdpnetwork.SetExtraHTTPHeadersParams{Headers: cdpnetwork.Headers{}}) // CORS would ask for them
+	b.must(err)
+	b.arrive(chromedp.Navigate(b.frontend+"/app"), 200, "App")
+	b.arrive(chromedp.Click(labelled("Sign in")), 200, "App") // Keycloak knows the browser
+	at(b.frontend + "/app?back")
+	first := ask(`"POST", "refresh"`)
+	if me := ask(`"GET", "me", %q`, first.Token); first.Status != 200 || me.Status != 200 || me.Email != email {
+		b.Errorf("refresh %v, me %v", first, me)
+	}
+	if hidden := evaluate[string](b, "document.cookie"); hidden != "" {
+		b.Errorf("scripts see %s", hidden)
+	}
+
+	// Another port is the same site, so the cookie goes along; the origin is not listed.
+	stranger := httptest.NewServer(b.otherSite())
+	defer stranger.Close()
+	origin := strings.Replace(stranger.URL, "127.0.0.1", "localhost", 1)
+	b.arrive(chromedp.Navigate(origin+"/app"), 200, "App")
+	for _, theft := range []string{`"POST", "refresh"`, `"POST", "logout"`, `"GET", "me", ` + strconv.Quote(first.Token)} {
+		if got := ask("%s", theft); got.Status != 0 {
+			b.Errorf("a stranger reads %v", got)
+		}
+	}
+	if n := b.value(`select count(*)::text from audit_log where reason = 'forbidden' and action in ('refresh', 'logout')`); n != "2" {
+		b.Errorf("%s requests of the stranger were refused", n)
+	}
+	b.arrive(chromedp.Click(labelled("Sign in")), 400, "Invalid request", "return_to must be a path of this site")
+
+	b.arrive(chromedp.Navigate(b.frontend+"/app"), 200, "App")
+	if got := ask(`"POST", "refresh"`); got.Status != 200 { // the stranger has ended nothing
+		b.Errorf("refresh: %v", got)
+	}
+	if out, after := ask(`"POST", "logout"`), ask(`"POST", "refresh"`); out.Status != 204 || after.Status/100 != 4 {
+		b.Errorf("logout %v, and after it %v", out, after)
+	}
+	b.arrive(chromedp.Click(labelled("Sign in")), 200, anything)
+	b.signsIn(email, "App") // the password is asked for again
+	at(b.frontend + "/app?back")
+}
+
+// walkSignInMistakes comes back from Keycloak without having signed in.
+func walkSignInMistakes(b *browser) {
+	said := map[string][]string{
+		"en": {"Sign-in not completed", "The sign-in was cancelled.", "This sign-in is over already.", "This sign-in took too long.",
+			"This sign-in was not begun in this browser.", "Sign in", "Account disabled", "You are signed in"},
+		"de": {"Anmeldung nicht abgeschlossen", "Die Anmeldung wurde abgebrochen.", "Diese Anmeldung ist schon abgeschlossen.",
+			"Diese Anmeldung hat zu lange gedauert.", "Diese Anmeldung wurde nicht in diesem Browser begonnen.", "Anmelden", "Konto gesperrt", "Sie sind angemeldet"},
+	}[b.language]
+	title, cancelled, over, late, foreign, signIn, disabled, signedIn := said[0], said[1], said[2], said[3], said[4], said[5], said[6], said[7]
+	email := newEmail()
+	b.account(email)
+	b.arrive(chromedp.Navigate(b.env["PUBLIC_URL"]+"/auth/login"), 200, anything)
+	state := evaluate[string](b, `new URL(location.href).searchParams.get("state")`)
+	back := "/auth/callback?error=access_denied&state="
+	b.open(back+state, 400, title, cancelled)
+	b.open(back+state, 400, title, over)
+	b.open(back+"x"+state, 400, title, foreign)
+	cookies, err := chromedp.Call(b.ctx, cdpnetwork.GetCookies, cdpnetwork.GetCookiesParams{URLs: []string{b.env["PUBLIC_URL"]}})
+	b.must(err)
+	b.open(back+newSignIn(cookies.Cookies[0].Value, "/account/signed-in", time.Now().Add(-time.Hour)).state, 400, title, late)
+	b.arrive(chromedp.Click(labelled(signIn)), 200, anything)
+	b.exec(`update users set is_active = false, deleted_at = now() where email = $1`, email)
+	b.fill("username", email, "password", password)
+	b.arrive(chromedp.Click(chromedp.CSS("[type=submit]")), 403, disabled)
+	b.audit("")
+	b.exec(`update users set is_active = true, deleted_at = null where email = $1`, email)
+	b.arrive(chromedp.Click(labelled(signIn)), 200, anything)
+	b.signsIn(email, signedIn)
 }
 
 // walkSamples looks at every page in every state, and at every mail.
