@@ -116,7 +116,9 @@ func (s *server) exchange(ctx context.Context, c caller, token string) (tokens, 
 			}
 			return answer, err
 		case used:
-			if _, err := s.signOut(ctx, c, t.UserID, t.ID, entry{Action: "session.end", Reason: problemTokenReused.slug()}); err != nil {
+			n, err := s.signOut(ctx, c, t.UserID, t.ID, entry{Action: "session.end", Reason: problemTokenReused.slug()})
+			s.metrics.reuse.Add(float64(n))
+			if err != nil {
 				return tokens{}, err
 			}
 			return tokens{}, problemTokenReused.about(string(t.UserID))
