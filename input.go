@@ -242,10 +242,11 @@ func parseCursor(text string) (cursor, error) {
 	}
 	at, id, _ := strings.Cut(string(plain), " ")
 	micro, err := strconv.ParseInt(at, 10, 64)
-	if err != nil || !cursorID.MatchString(id) {
+	c := cursor{time.UnixMicro(micro).UTC(), id}
+	if err != nil || !cursorID.MatchString(id) || c.At.Year() < 1 || c.At.Year() > 9999 { // which PostgreSQL would not take
 		return cursor{}, wrong
 	}
-	return cursor{time.UnixMicro(micro).UTC(), id}, nil
+	return c, nil
 }
 
 var cursorID = regexp.MustCompile(`^[A-Z]{3}-[A-Za-z0-9_-]{16}$`)
