@@ -90,6 +90,7 @@ func (k *bareKeycloak) call(method, path, body, contentType string) ([]byte, htt
 func benchWorld(b *testing.B) *world {
 	w := newWorld(b, map[string]string{"KEYCLOAK_URL": services.KeycloakURL, "JOB_INTERVAL": "30s", "LOG_LEVEL": "info"})
 	w.quick = true // the answers are not what is measured here
+	b.Cleanup(w.straysDie)
 	return w
 }
 

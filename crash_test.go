@@ -194,6 +194,7 @@ func TestCrash(t *testing.T) {
 				return c.do(email, c.password, l)
 			}())
 			w.leasesEnd()
+			w.straysDie()
 			repairer := w.spawn(binary, map[string]string{"JOB_INTERVAL": "50ms"})
 			w.settle()
 			if got := strings.Join(w.repairs(email), ", "); got != c.repairs {

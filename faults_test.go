@@ -204,6 +204,10 @@ func callName(r *http.Request, body string) string {
 	switch path := r.URL.Path; {
 	case strings.HasSuffix(path, "/token") && has("client_credentials"):
 		return "service_token"
+	case strings.HasSuffix(path, "/token") && has("grant_type=refresh_token"):
+		return "refresh"
+	case strings.HasSuffix(path, "/token") && has("grant_type=authorization_code"):
+		return "code"
 	case strings.HasSuffix(path, "/token"):
 		return "token"
 	case strings.HasSuffix(path, "/certs"):
@@ -212,6 +216,8 @@ func callName(r *http.Request, body string) string {
 		return "send_mail"
 	case strings.Contains(path, "/sessions/"):
 		return "end_session"
+	case strings.HasSuffix(path, "/sessions"):
+		return "user_sessions"
 	case strings.HasSuffix(path, "/users"):
 		return map[string]string{"POST": "create_user", "GET": "find_user"}[r.Method]
 	case !strings.Contains(path, "/users/"):
@@ -451,6 +457,7 @@ func TestFaults(t *testing.T) {
 						w.wants(a, 503, "unavailable")
 						w.wants(w.do(op.try(email, op.password, l)), op.success, op.slug)
 					}
+					w.straysDie()
 					w.settle()
 					op.after(&w, email, op.password)
 					w.settle()

@@ -111,7 +111,77 @@ func (w *world) violations() (wrong []string) {
 		and not exists (select from user_registrations r where r.user_id = u.user_id)`).Scan(&orphans); err != nil || orphans > 0 {
 		report("%d users without a registration %v", orphans, err)
 	}
+	return append(wrong, w.sessionViolations(ctx)...)
+}
+
+// sessionViolations lists what is wrong with the sessions, here and in Keycloak.
+func (w *world) sessionViolations(ctx context.Context) (wrong []string) {
+	w.Helper()
+	report := func(format string, args ...any) { wrong = append(wrong, fmt.Sprintf(format, args...)) }
+	rows, _ := w.pool.Query(ctx, `
+		select session_id, keycloak_session_id as sid, ended_at is not null as ended, ended_at is null and expires_at > now() as live,
+			coalesce(ended_reason, '') as reason,
+			(select count(*) from refresh_tokens t where t.session_id = s.session_id) as tokens,
+			(select count(*) from refresh_tokens t where t.session_id = s.session_id and used_at is null) as unused,
+			exists (select from audit_log where target = s.user_id and action = 'login' and outcome = 'ok'
+				and details->>'session_id' = s.session_id) as signed_in,
+			exists (select from audit_log where target = s.user_id and action in ('logout', 'session.end') and outcome = 'ok'
+				and details->'sessions' ? s.session_id and reason = s.ended_reason) as signed_out
+		from sessions s`)
+	type row struct {
+		SessionID, SID      string
+		Ended, Live         bool
+		Reason              string
+		Tokens, Unused      int
+		SignedIn, SignedOut bool
+	}
+	sessions, err := pgx.CollectRows(rows, pgx.RowToStructByName[row])
+	if err != nil {
+		return []string{err.Error()}
+	}
+	inKeycloak, live := w.keycloakSessions(), map[string]bool{}
+	for _, s := range sessions {
+		live[s.SID] = live[s.SID] || s.Live
+		switch {
+		case s.Live && (s.Unused != 1 || !slices.Contains(inKeycloak, s.SID)), s.Ended && s.Tokens > 0:
+			report("in Keycloak: %v: %+v", slices.Contains(inKeycloak, s.SID), s)
+		case !s.SignedIn || s.Ended != s.SignedOut:
+			report("the audit trail does not know %+v", s)
+		}
+	}
+	for _, sid := range inKeycloak {
+		if !live[sid] {
+			report("Keycloak has a session %s that does not live here", sid)
+		}
+	}
 	return wrong
+}
+
+// keycloakSessions are the ids of the sessions that Keycloak has of our client.
+func (w *world) keycloakSessions() (ids []string) {
+	w.Helper()
+	var list []struct{ ID string }
+	w.admin("GET", "/clients?clientId=auth-client", nil, &list)
+	w.admin("GET", "/clients/"+list[0].ID+"/user-sessions?max=100000", nil, &list)
+	for _, session := range list {
+		ids = append(ids, session.ID)
+	}
+	return ids
+}
+
+// straysDie stands in for the time after which Keycloak ends the sessions that nobody
+// has got the tokens of (L1), or that a test has opened there itself.
+func (w *world) straysDie() {
+	w.Helper()
+	for _, sid := range w.keycloakSessions() {
+		var known bool
+		if err := w.pool.QueryRow(context.Background(), `select exists (select from sessions where keycloak_session_id = $1)`, sid).Scan(&known); err != nil {
+			w.Fatal(err)
+		}
+		if !known {
+			w.admin("DELETE", "/sessions/"+sid, nil, nil)
+		}
+	}
 }
 
 type seenUser struct {
