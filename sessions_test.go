@@ -1,0 +1,768 @@
+package main
+
+import (
+	"encoding/base64"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"maps"
+	"net/http"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+const (
+	refreshPath, logoutPath  = "/api/v1/auth/refresh", "/api/v1/auth/logout"
+	sessionsPath, forgotPath = "/api/v1/auth/sessions", "/api/v1/auth/password/forgot"
+)
+
+func refreshing(token string) call {
+	return call{method: "POST", path: refreshPath, json: body{"refresh_token": token}}
+}
+
+func loggingOut(token string) call {
+	return call{method: "POST", path: logoutPath, json: body{"refresh_token": token}}
+}
+
+func forgetting(email string) call {
+	return call{method: "POST", path: forgotPath, json: body{"email": email}}
+}
+
+// authorized is a request with an access token.
+func authorized(token, method, path string) call {
+	return call{method: method, path: path, header: map[string]string{"Authorization": "Bearer " + token}}
+}
+
+// as sends a request with an access token.
+func (w *world) as(a answer, method, path string) answer {
+	w.Helper()
+	return w.do(authorized(a.text("access_token"), method, path))
+}
+
+// signedIn is a new account's sign-in.
+func (w *world) signedIn() (email string, a answer) {
+	w.Helper()
+	email = newEmail()
+	w.account(email)
+	return email, w.signsIn(email)
+}
+
+func (w *world) signsIn(email string) answer {
+	w.Helper()
+	a := w.login(email, password)
+	w.wants(a, 200, "")
+	return a
+}
+
+// session signs a new account in, for the tables of faults and crashes: Token is the
+// refresh token, Key the access token, Code the session.
+func (w *world) session(email string) link {
+	w.Helper()
+	w.account(email)
+	a := w.signsIn(email)
+	return link{Token: a.text("refresh_token"), Key: a.text("access_token"), Code: a.text("session_id")}
+}
+
+// refreshed is the answer to a refresh token that must be good.
+func (w *world) refreshed(before answer) answer {
+	w.Helper()
+	a := w.do(refreshing(before.text("refresh_token")))
+	w.wants(a, 200, "")
+	return a
+}
+
+// graceEnds stands in for waiting until it is over for the used tokens of a session.
+func (w *world) graceEnds(a answer) {
+	w.Helper()
+	w.exec(`update refresh_tokens set used_at = used_at - interval '10 seconds' where session_id = $1`, a.text("session_id"))
+}
+
+// sid is Keycloak's id of a session.
+func (w *world) sid(a answer) string {
+	w.Helper()
+	return w.value(`select keycloak_session_id from sessions where session_id = $1`, a.text("session_id"))
+}
+
+// sessionsDue stands in for waiting until the loop looks at sessions.
+func (w *world) sessionsDue() {
+	w.Helper()
+	w.exec(`update sessions set due_at = now() where due_at > now()`)
+}
+
+// ended fails unless a session has ended for this reason in both stores, which is on
+// record, and its tokens are dead.
+func (w *world) ended(reason string, list ...answer) {
+	w.Helper()
+	id := list[0].text("session_id")
+	if got := w.value(`select coalesce(ended_reason, 'it lives') from sessions where session_id = $1`, id); got != reason {
+		w.Fatalf("%s has not ended for %q: %s", id, reason, got)
+	}
+	if slices.Contains(w.keycloakSessions(), w.sid(list[0])) {
+		w.Errorf("%s lives in Keycloak", id)
+	}
+	w.value(`select audit_id from audit_log where details->'sessions' ? $1 and outcome = 'ok' and reason = $2`, id, reason)
+	for _, a := range list {
+		w.wants(w.do(refreshing(a.text("refresh_token"))), 401, "invalid-token")
+	}
+}
+
+// names fails unless the answer is that this one field is wrong.
+func (w *world) names(a answer, field string) {
+	w.Helper()
+	w.wants(a, 400, "invalid-request")
+	if errs, _ := a.JSON["errors"].([]any); len(errs) != 1 || errs[0].(body)["field"] != field {
+		w.Errorf("%s is not named: %v", field, a)
+	}
+}
+
+func TestRefresh(t *testing.T) {
+	w := inSharedWorld(t)
+	v, _ := w.another(nil)
+	email, first := w.signedIn()
+	other := w.signsIn(email)
+	second := w.refreshed(first)
+
+	now := maps.Clone(first.JSON) // as login without user, and three new tokens
+	delete(now, "user")
+	for _, name := range []string{"access_token", "refresh_token", "id_token"} {
+		if now[name] = second.JSON[name]; second.text(name) == "" || second.text(name) == first.text(name) {
+			t.Errorf("%s is no new one", name)
+		}
+	}
+	for name, want := range map[string]float64{"expires_in": 300, "refresh_expires_in": 86400} {
+		if now[name] = second.JSON[name]; !lasts(now[name], want) {
+			t.Errorf("%s: %v", name, now[name])
+		}
+	}
+	if diff := cmp.Diff(now, second.JSON); diff != "" {
+		t.Error(diff)
+	}
+	w.wants(w.as(second, "GET", "/api/v1/auth/me"), 200, "")
+	session := first.text("session_id")
+	if got := w.value(`select string_agg(concat_ws(' ', token_hash, used_at is not null, answer is not null, leased_until is not null), ', ' order by used_at)
+		from refresh_tokens where session_id = $1`, session); got != tokenHash(first.text("refresh_token"))+" t t f, "+tokenHash(second.text("refresh_token"))+" f f f" {
+		t.Error(got)
+	}
+	if got := w.value(`select concat_ws(' ', last_used_at > created_at, extract(epoch from expires_at - last_used_at) > 86390, due_at = last_used_at + interval '30 minutes')
+		from sessions where session_id = $1`, session); got != "t t t" {
+		t.Errorf("last_used_at, expires_at, due_at: %s", got)
+	}
+
+	// The same answer within the grace time, from whichever instance, also of the one before the last.
+	third := w.refreshed(second)
+	asked := w.kc.count("refresh")
+	for _, instance := range []*world{w, v, w} {
+		for _, c := range []struct{ old, now answer }{{first, second}, {second, third}} {
+			if a := instance.refreshed(c.old); string(a.Body) != string(c.now.Body) {
+				t.Errorf("another answer: %v, not %v", a, c.now)
+			}
+		}
+	}
+	if n := w.kc.count("refresh") - asked; n != 0 {
+		t.Errorf("Keycloak was asked %d times more", n)
+	}
+
+	// After it that is theft.
+	user := w.value(`select user_id from users where email = $1`, email)
+	theft := func(old, newest answer) {
+		t.Helper()
+		w.graceEnds(newest)
+		counted := w.reuses()
+		a := w.do(refreshing(old.text("refresh_token")))
+		w.wants(a, 401, "token-reused")
+		w.ended("token-reused", newest, old)
+		if n := w.reuses() - counted; n != 1 || !strings.HasPrefix(a.Header.Get("WWW-Authenticate"), "Bearer") {
+			t.Errorf("refresh_token_reuse_total: %d more; %v", n, a.Header)
+		}
+		if got := w.value(`select string_agg(concat_ws(' ', actor, action, outcome, reason, target), ', ' order by at, audit_id) from audit_log where request_id = $1`,
+			a.text("request_id")); got != "anonymous session.end ok token-reused "+user+", anonymous refresh refused token-reused "+user {
+			t.Error(got)
+		}
+	}
+	theft(second, third)
+	first = w.signsIn(email)
+	theft(first, w.refreshed(w.refreshed(first))) // two rotations old
+	w.refreshed(other)                            // the person's other session lives on
+}
+
+// reuses is what the metric says.
+func (w *world) reuses() (n int) {
+	w.Helper()
+	text := string(w.management404("/metrics").Body)
+	if _, err := fmt.Sscan(regexp.MustCompile(`(?m)^refresh_token_reuse_total (\d+)$`).FindStringSubmatch(text)[1], &n); err != nil {
+		w.Fatal(err)
+	}
+	return n
+}
+
+func TestRefreshRefused(t *testing.T) {
+	w := inSharedWorld(t)
+	_, first := w.signedIn()
+	token := first.text("refresh_token")
+	typed := func(contentType, body string) call {
+		return call{method: "POST", body: body, header: map[string]string{"Content-Type": contentType}}
+	}
+	good := fmt.Sprintf(`{"refresh_token":%q}`, token)
+	for _, c := range []struct {
+		name   string
+		call   call
+		status int
+		slug   string
+		field  string
+	}{
+		{"garbage", refreshing("garbage"), 401, "invalid-token", ""},
+		{"access token", refreshing(first.text("access_token")), 401, "invalid-token", ""},
+		{"ID token", refreshing(first.text("id_token")), 401, "invalid-token", ""},
+		{"cut short", refreshing(token[:len(token)-1]), 401, "invalid-token", ""},
+		{"with a blank", refreshing(token + " "), 401, "invalid-token", ""},
+		{"its hash", refreshing(tokenHash(token)), 401, "invalid-token", ""},
+		{"of the session", refreshing(first.text("session_id")), 401, "invalid-token", ""},
+		{"no body", call{method: "POST"}, 415, "unsupported-media-type", ""},
+		{"a form", typed("application/x-www-form-urlencoded", "refresh_token="+token), 415, "unsupported-media-type", ""},
+		{"plain text", typed("text/plain", good), 415, "unsupported-media-type", ""},
+		{"nothing", typed("application/json", ""), 400, "invalid-request", ""},
+		{"no token", refreshing(""), 400, "invalid-request", "refresh_token"},
+		{"no member", typed("application/json", "{}"), 400, "invalid-request", "refresh_token"},
+		{"null", typed("application/json", `{"refresh_token":null}`), 400, "invalid-request", "refresh_token"},
+		{"a number", typed("application/json", `{"refresh_token":1}`), 400, "invalid-request", "refresh_token"},
+		{"too long", refreshing(strings.Repeat("x", 8193)), 400, "invalid-request", "refresh_token"},
+		{"unknown member", typed("application/json", strings.Replace(good, "}", `,"cookie":"x"}`, 1)), 400, "invalid-request", "cookie"},
+	} {
+		for _, path := range []string{refreshPath, logoutPath} {
+			c.call.path = path
+			a := w.do(c.call)
+			if path == logoutPath && c.slug == "invalid-token" { // its session has ended, as far as anybody can tell
+				w.wants(a, 204, "")
+				continue
+			}
+			w.wants(a, c.status, c.slug)
+			if c.field != "" {
+				w.names(a, c.field)
+			}
+			if recorded := w.value(`select count(*)::text from audit_log where request_id = $1 and action = $2 and outcome = 'refused' and reason = $3`,
+				a.text("request_id"), path[len("/api/v1/auth/"):], c.slug); recorded != map[bool]string{true: "0", false: "1"}[c.status == 400] {
+				t.Errorf("%s: %s refusals are on record", c.name, recorded)
+			}
+		}
+	}
+	w.wants(w.do(call{method: "POST", path: refreshPath, body: good, header: map[string]string{"Content-Type": "application/json"}}), 200, "")
+}
+
+// The cookie of the code flow counts only from an origin that is allowed.
+func TestRefreshCookie(t *testing.T) {
+	w := inSharedWorld(t)
+	w, _ = w.another(map[string]string{"PUBLIC_URL": "https://auth.example", "CORS_ALLOWED_ORIGINS": "https://app.example"})
+	email, first := w.signedIn()
+	session := first.text("session_id")
+	with := func(path, token string, headers map[string]string) call {
+		r := call{method: "POST", path: path, header: map[string]string{"Cookie": "theme=dark; refresh_token=" + token}}
+		maps.Copy(r.header, headers)
+		return r
+	}
+	set := func(a answer) *http.Cookie {
+		cookies := (&http.Response{Header: a.Header}).Cookies()
+		if len(cookies) == 0 {
+			return nil
+		}
+		c := cookies[0]
+		if len(cookies) > 1 || c.Name != "refresh_token" || c.Path != "/api/v1/auth" || !c.HttpOnly || !c.Secure || c.SameSite != http.SameSiteLaxMode || c.Domain != "" {
+			t.Errorf("Set-Cookie: %v", cookies)
+		}
+		w.secrets.add(c.Value)
+		return c
+	}
+	const origin, site = "Origin", "Sec-Fetch-Site"
+	origins := []struct {
+		name    string
+		headers map[string]string
+		allowed bool
+	}{
+		{"own origin", map[string]string{origin: "https://auth.example"}, true},
+		{"own page", map[string]string{site: "same-origin"}, true},
+		{"listed origin", map[string]string{origin: "https://app.example", site: "cross-site"}, true},
+		{"neither header", nil, false},
+		{"another origin", map[string]string{origin: "https://evil.example"}, false},
+		{"another site", map[string]string{site: "cross-site"}, false},
+		{"another host of the site", map[string]string{site: "same-site"}, false},
+		{"another origin that claims", map[string]string{origin: "https://evil.example", site: "cross-site"}, false},
+		{"a subdomain", map[string]string{origin: "https://x.app.example", site: "same-site"}, false},
+		{"without TLS", map[string]string{origin: "http://app.example"}, false},
+		{"another port", map[string]string{origin: "https://app.example:8443"}, false},
+		{"an opaque origin", map[string]string{origin: "null", site: "cross-site"}, false},
+		{"an opaque origin, old browser", map[string]string{origin: "null"}, false},
+	}
+	token := first.text("refresh_token")
+	for _, o := range origins {
+		asked := w.kc.count("refresh")
+		a := w.do(with(refreshPath, token, o.headers))
+		c := set(a)
+		unused := w.value(`select token_hash from refresh_tokens where session_id = $1 and used_at is null`, session)
+		if !o.allowed {
+			w.wants(a, 403, "forbidden")
+			w.wants(w.do(with(logoutPath, token, o.headers)), 403, "forbidden")
+			if c != nil || unused != tokenHash(token) || w.kc.count("refresh") != asked {
+				t.Errorf("%s: something was exchanged: %v", o.name, a)
+			}
+			continue
+		}
+		w.wants(a, 200, "")
+		if c == nil || !lasts(float64(c.MaxAge), 86400) || unused != tokenHash(c.Value) || a.text("access_token") == "" || a.text("session_id") != session {
+			t.Fatalf("%s: %v %v", o.name, c, a)
+		}
+		if _, there := a.JSON["refresh_token"]; there || strings.Contains(string(a.Body), c.Value) {
+			t.Errorf("%s: the token is in the body: %v", o.name, a)
+		}
+		if again := w.do(with(refreshPath, token, o.headers)); string(again.Body) != string(a.Body) || set(again).String() != c.String() {
+			t.Errorf("%s: another answer: %v %v", o.name, again, again.Header)
+		}
+		token = c.Value
+	}
+
+	own := origins[0].headers
+	w.wants(w.do(with(refreshPath, "garbage", own)), 401, "invalid-token")
+	w.wants(w.do(with(refreshPath, "", own)), 415, "unsupported-media-type") // an empty one is none
+	plain := with(refreshPath, token, own)
+	plain.header["Content-Type"], plain.body = "text/plain", "{}"
+	w.wants(w.do(plain), 415, "unsupported-media-type")
+	empty := with(refreshPath, token, own)
+	empty.json = body{}
+	a := w.do(empty)
+	w.wants(a, 200, "")
+	token = set(a).Value
+
+	// The body's token wins.
+	other := w.signsIn(email)
+	both := with(refreshPath, token, own)
+	both.json = body{"refresh_token": other.text("refresh_token")}
+	a = w.do(both)
+	if w.wants(a, 200, ""); a.text("session_id") != other.text("session_id") || a.text("refresh_token") == "" || set(a) != nil {
+		t.Error(a)
+	}
+	other = a
+	both.path, both.json = logoutPath, body{"refresh_token": other.text("refresh_token")}
+	w.wants(w.do(both), 204, "")
+	w.ended("logout", other)
+
+	for _, o := range origins {
+		if !o.allowed {
+			continue
+		}
+		other := w.signsIn(email)
+		a := w.do(with(logoutPath, other.text("refresh_token"), o.headers))
+		if w.wants(a, 204, ""); set(a) == nil || set(a).MaxAge != -1 || set(a).Value != "" {
+			t.Errorf("%s: not cleared: %v", o.name, a.Header)
+		}
+		w.ended("logout", other)
+	}
+	w.wants(w.do(with(refreshPath, token, own)), 200, "") // what nobody has ended
+	if a := w.do(with(logoutPath, "garbage", own)); a.Status != 204 || set(a) == nil {
+		t.Errorf("an unknown cookie is not cleared: %v", a)
+	}
+}
+
+// What overtakes an exchange while Keycloak answers it.
+func TestRefreshOvertaken(t *testing.T) {
+	w := inSharedWorld(t)
+	v, _ := w.another(nil)
+	during := func(old answer, do func()) answer {
+		there, release := w.kc.holdAt("^refresh ", true)
+		answered := make(chan answer, 1)
+		go func() {
+			a, err := w.send(w.url, refreshing(old.text("refresh_token")))
+			if err != nil {
+				t.Error(err)
+			}
+			answered <- a
+		}()
+		<-there
+		do()
+		release()
+		return <-answered
+	}
+	_, first := w.signedIn()
+	w.wants(during(first, func() { w.wants(w.do(loggingOut(first.text("refresh_token"))), 204, "") }), 401, "invalid-token")
+	w.ended("logout", first)
+
+	email, first := w.signedIn()
+	w.wants(during(first, func() { w.wants(w.as(w.signsIn(email), "DELETE", sessionsPath), 204, "") }), 401, "invalid-token")
+	w.ended("own", first)
+
+	// Slower than its lease: both have exchanged the token, and get one answer.
+	_, first = w.signedIn()
+	var faster answer
+	slower := during(first, func() {
+		w.exec(`update refresh_tokens set leased_until = now() where session_id = $1`, first.text("session_id"))
+		faster = v.refreshed(first)
+	})
+	if w.wants(slower, 200, ""); string(slower.Body) != string(faster.Body) {
+		t.Errorf("%v\n%v", slower, faster)
+	}
+	w.refreshed(faster)
+}
+
+// What has ended in Keycloak ends here, when its token is shown or when the loop
+// looks; an outage ends nothing.
+func TestEndedInKeycloak(t *testing.T) {
+	w := newWorld(t, map[string]string{"JOB_INTERVAL": "200ms"})
+	_, lives := w.signedIn()
+	user := func(email string) string {
+		return "/users/" + w.value(`select keycloak_id from users where email = $1`, email)
+	}
+	state := func(a answer) string {
+		return w.value(`select coalesce(ended_reason, case when due_at > now() + interval '25 minutes' then 'lives' else 'due' end) from sessions where session_id = $1`, a.text("session_id"))
+	}
+	loopEnds := func(reason string, a answer) {
+		w.Helper()
+		w.eventually("the loop ends it", 20*time.Second, func() bool {
+			if reason == "keycloak" {
+				w.sessionsDue()
+			}
+			return state(a) != "due" && state(a) != "lives"
+		})
+		w.ended(reason, a)
+		w.value(`select audit_id from audit_log where actor = 'system:sessions' and details->'sessions' ? $1`, a.text("session_id"))
+	}
+	nothing := func(string, answer) {}
+	for _, c := range []struct {
+		name       string
+		end, after func(email string, a answer)
+		silent     bool // Keycloak has the session still
+	}{
+		{"an administrator ends the session", func(_ string, a answer) { w.admin("DELETE", "/sessions/"+w.sid(a), nil, nil) }, nothing, false},
+		{"an administrator signs the user out", func(email string, _ answer) { w.admin("POST", user(email)+"/logout", nil, nil) }, nothing, false},
+		{"an administrator disables the user", func(email string, _ answer) { w.admin("PUT", user(email), body{"enabled": false}, nil) },
+			func(email string, _ answer) { w.admin("PUT", user(email), body{"enabled": true}, nil) }, true},
+		{"an administrator deletes the user", func(email string, _ answer) { w.admin("DELETE", user(email), nil, nil) },
+			func(email string, a answer) {
+				w.exec(`with s as (delete from sessions where session_id = $2), r as (delete from user_registrations where email = $1)
+					delete from users where email = $1`, email, a.text("session_id"))
+			}, false},
+	} {
+		w.Run(c.name, func() {
+			email, a := w.signedIn()
+			c.end(email, a)
+			refused := w.do(refreshing(a.text("refresh_token")))
+			w.wants(refused, 401, "invalid-token")
+			w.ended("keycloak", a)
+			if got := w.value(`select string_agg(action || ' ' || outcome, ', ' order by at, audit_id) from audit_log where request_id = $1`,
+				refused.text("request_id")); got != "session.end ok, refresh refused" {
+				w.Error(got)
+			}
+			c.after(email, a)
+			if c.silent {
+				return
+			}
+			email, a = w.signedIn()
+			c.end(email, a)
+			loopEnds("keycloak", a)
+			c.after(email, a)
+		})
+	}
+	w.Run("an outage", func() {
+		w.kc.on("^(user_sessions|refresh) ", lost)
+		asked := w.kc.count("user_sessions")
+		w.eventually("the loop asks", 20*time.Second, func() bool { w.sessionsDue(); return w.kc.count("user_sessions") > asked+1 })
+		for range 2 {
+			w.wants(w.do(refreshing(lives.text("refresh_token"))), 503, "unavailable")
+		}
+		w.kc.on("^(user_sessions|refresh) ", 0)
+		w.sessionsDue()
+		w.eventually("the loop has looked", 20*time.Second, func() bool { return state(lives) == "lives" })
+		w.wants(w.do(loggingOut(w.refreshed(lives).text("refresh_token"))), 204, "")
+	})
+	w.Run("nobody uses it", func() {
+		_, a := w.signedIn()
+		email, b := w.signedIn()
+		w.admin("PUT", "", body{"ssoSessionIdleTimeout": 1}, nil)
+		w.eventually("both are too idle", 20*time.Second, func() bool { return len(w.keycloakSessions()) == 0 })
+		w.wants(w.do(refreshing(a.text("refresh_token"))), 401, "invalid-token")
+		w.ended("keycloak", a)
+		loopEnds("keycloak", b)
+		loopEnds("expired", w.signsIn(email)) // which says itself that it has a second
+	})
+}
+
+// A copy of the database opens nothing, and what is kept for the grace time goes.
+func TestCopyOfSessions(t *testing.T) {
+	w := inSharedWorld(t)
+	_, first := w.signedIn()
+	second := w.refreshed(first)
+	session := first.text("session_id")
+	copied := w.value(`select (select string_agg(t::text, E'\n') from refresh_tokens t) || (select string_agg(s::text, E'\n') from sessions s) ||
+		(select string_agg(a::text, E'\n') from audit_log a) || (select string_agg(u::text, E'\n') from users u)`)
+	if !strings.Contains(copied, tokenHash(first.text("refresh_token"))) {
+		t.Error("the copy does not even have the token's hash")
+	}
+	for _, a := range []answer{first, second} {
+		for _, name := range []string{"access_token", "refresh_token", "id_token"} {
+			for _, part := range append(strings.Split(a.text(name), "."), a.text(name)) {
+				if strings.Contains(copied, part) || strings.Contains(copied, hex.EncodeToString([]byte(part))) {
+					t.Errorf("the copy holds a part of the %s", name)
+				}
+			}
+		}
+	}
+	var sealed []byte
+	if err := w.pool.QueryRow(t.Context(), `select answer from refresh_tokens where session_id = $1 and answer is not null`, session).Scan(&sealed); err != nil {
+		t.Fatal(err)
+	}
+	for key, opens := range map[string]bool{first.text("refresh_token"): true, second.text("refresh_token"): false, second.text("access_token"): false,
+		tokenHash(first.text("refresh_token")): false, session: false, "": false} {
+		if plain, err := openSealed(key, sealed); (err == nil && strings.Contains(string(plain), second.text("refresh_token"))) != opens {
+			t.Errorf("%.20s… opens the answer: %v", key, err)
+		}
+	}
+	w.exec(`update refresh_tokens set used_at = used_at - interval '70 seconds' where session_id = $1`, session) // the sweep leaves a minute for clocks
+	w.eventually("the answer is forgotten", 10*time.Second, func() bool {
+		return w.value(`select count(answer)::text from refresh_tokens where session_id = $1`, session) == "0"
+	})
+	w.refreshed(second)
+}
+
+func TestLogout(t *testing.T) {
+	w := inSharedWorld(t)
+	email, first := w.signedIn()
+	other := w.signsIn(email)
+	second := w.refreshed(first)
+	w.wants(w.do(loggingOut(second.text("access_token"))), 204, "") // nobody's refresh token
+	second, first = w.refreshed(second), second
+	a := w.do(loggingOut(second.text("refresh_token")))
+	if w.wants(a, 204, ""); len(a.Body) > 0 || a.Header.Get("Set-Cookie") != "" {
+		t.Error(a, a.Header)
+	}
+	w.ended("logout", second, first) // first is within its grace time
+	if got := w.value(`select concat_ws(' ', action, outcome, reason, actor = target, ip_address <> '') from audit_log
+		where request_id = $1 and actor = (select user_id from users where email = $2)`, a.Header.Get("X-Request-Id"), email); got != "logout ok logout t t" {
+		t.Error(got)
+	}
+	a = w.do(loggingOut(second.text("refresh_token")))
+	w.wants(a, 204, "")
+	if n := w.value(`select count(*)::text from audit_log where request_id = $1`, a.Header.Get("X-Request-Id")); n != "0" {
+		t.Errorf("nothing has ended, and %s audit entries say so", n)
+	}
+	w.refreshed(other)
+
+	third := w.signsIn(email)
+	fourth := w.refreshed(third)
+	w.graceEnds(fourth)
+	w.wants(w.do(loggingOut(third.text("refresh_token"))), 204, "") // whoever holds a used one may end it, too
+	w.ended("logout", fourth)
+
+	// Keycloak away: it ends there later.
+	last := w.signsIn(email)
+	sid := w.sid(last)
+	w.kc.on("^end_session ", lost)
+	tried := w.kc.count("end_session")
+	w.wants(w.do(loggingOut(last.text("refresh_token"))), 204, "")
+	w.wants(w.do(refreshing(last.text("refresh_token"))), 401, "invalid-token")
+	w.eventually("the loop tries", 20*time.Second, func() bool { w.sessionsDue(); return w.kc.count("end_session") > tried+1 })
+	if !slices.Contains(w.keycloakSessions(), sid) {
+		t.Error("it has ended in Keycloak, which was away")
+	}
+	w.kc.on("^end_session ", 0)
+	w.eventually("the loop ends it", 20*time.Second, func() bool { w.sessionsDue(); return !slices.Contains(w.keycloakSessions(), sid) })
+	w.ended("logout", last)
+}
+
+func TestSessions(t *testing.T) {
+	w := inSharedWorld(t)
+	email, stranger := w.signedIn()
+	w.wants(w.do(loggingOut(w.signsIn(email).text("refresh_token"))), 204, "")
+	mine, gone := newEmail(), answer{}
+	w.account(mine)
+	var all []answer
+	for i := range 5 {
+		a := w.do(call{method: "POST", path: loginPath, json: body{"email": mine, "password": password}, from: fmt.Sprintf("192.0.2.%d", i),
+			header: map[string]string{"User-Agent": fmt.Sprintf("browser %d", i)}})
+		w.wants(a, 200, "")
+		all = append([]answer{a}, all...)
+	}
+	gone = w.signsIn(mine)
+	w.wants(w.do(loggingOut(gone.text("refresh_token"))), 204, "")
+	expired := w.signsIn(mine)
+	w.exec(`update sessions set expires_at = now() where session_id = $1`, expired.text("session_id"))
+	id := func(a answer) string { return a.text("session_id") }
+	w.exec(`update sessions set created_at = (select created_at from sessions where session_id = $1) where session_id = $2`, id(all[1]), id(all[2]))
+	if id(all[1]) < id(all[2]) { // of the same moment: by id
+		all[1], all[2] = all[2], all[1]
+	}
+	me := w.refreshed(all[3])
+
+	for _, limit := range []int{0, 1, 2, 3, 4, 5, 6, 200} {
+		var got []answer
+		for cursor := ""; ; {
+			path := sessionsPath + "?cursor=" + cursor
+			if limit > 0 {
+				path += fmt.Sprintf("&limit=%d", limit)
+			}
+			a := w.as(me, "GET", path)
+			w.wants(a, 200, "")
+			items := a.JSON["items"].([]any)
+			for _, item := range items {
+				got = append(got, answer{JSON: item.(body)})
+			}
+			cursor = a.text("next_cursor")
+			if full := len(items) == limit && len(got) < 5; full != (cursor != "") || full != (a.JSON["next_cursor"] != nil) {
+				t.Fatalf("limit %d: %v", limit, a)
+			}
+			if cursor == "" {
+				break
+			}
+		}
+		if len(got) != 5 {
+			t.Fatalf("limit %d: %d sessions", limit, len(got))
+		}
+		for i, s := range got {
+			row := w.value(`select concat_ws('|', session_id, ip_address, user_agent, created_at, last_used_at, expires_at) from sessions where session_id = $1`, id(all[i]))
+			times := []string{}
+			for _, name := range []string{"created_at", "last_used_at", "expires_at"} {
+				at, err := time.Parse(time.RFC3339, s.text(name))
+				if err != nil || !strings.HasSuffix(s.text(name), "Z") {
+					t.Errorf("%s: %v", name, err)
+				}
+				times = append(times, w.value(`select $1::timestamptz::text`, at))
+			}
+			if show := strings.Join(append([]string{id(s), s.text("ip_address"), s.text("user_agent")}, times...), "|"); show != row ||
+				s.JSON["current"] != (id(s) == id(me)) || len(s.JSON) != 7 {
+				t.Errorf("limit %d, %d: %v\nwant %s", limit, i, s.JSON, row)
+			}
+		}
+	}
+
+	for query, field := range map[string]string{"limit=0": "limit", "limit=201": "limit", "limit=-1": "limit", "limit=x": "limit", "limit=1.5": "limit",
+		"limit=99999999999999999999": "limit", "cursor=x": "cursor", "cursor=!": "cursor", "cursor=" + strings.Repeat("a", 201): "cursor",
+		"cursor=" + cursorText("1"): "cursor", "cursor=" + cursorText("x SES-0123456789abcdef"): "cursor", "cursor=" + cursorText("1 SES-"): "cursor",
+		"cursor=" + cursorText("9223372036854775807 SES-0123456789abcdef"): "cursor", "cursor=" + cursorText("-9223372036854775808 SES-0123456789abcdef"): "cursor"} {
+		w.names(w.as(me, "GET", sessionsPath+"?"+query), field)
+	}
+	w.wants(w.get(sessionsPath), 401, "unauthorized")
+	w.wants(w.do(call{method: "DELETE", path: sessionsPath + "/" + id(all[0])}), 401, "unauthorized")
+	w.wants(w.do(call{method: "DELETE", path: sessionsPath}), 401, "unauthorized")
+
+	for _, one := range []string{id(stranger), id(gone), id(me) + "x", strings.ToLower(id(me)), "USR-0123456789abcdef", "x", "%00", id(me) + "%20"} {
+		w.wants(w.as(me, "DELETE", sessionsPath+"/"+one), 404, "not-found")
+	}
+	w.wants(w.as(me, "DELETE", sessionsPath+"/"+id(all[0])), 204, "")
+	w.wants(w.as(me, "DELETE", sessionsPath+"/"+id(all[0])), 404, "not-found")
+	w.ended("own", all[0])
+	all[3] = w.refreshed(me)
+	if got := w.as(me, "GET", sessionsPath).JSON["items"].([]any); len(got) != 4 {
+		t.Errorf("four are left: %v", got)
+	}
+	a := w.as(me, "DELETE", sessionsPath)
+	w.wants(a, 204, "")
+	for _, s := range all[1:] {
+		w.ended("own", s)
+	}
+	if got := w.value(`select concat_ws(' ', action, outcome, actor = target, jsonb_array_length(details->'sessions')) from audit_log where request_id = $1`,
+		a.Header.Get("X-Request-Id")); got != "session.end ok t 5" { // the expired one, too
+		t.Error(got)
+	}
+	w.wants(w.as(me, "DELETE", sessionsPath), 204, "")
+	w.refreshed(stranger)
+	w.signsIn(mine)
+}
+
+func cursorText(plain string) string { return base64.RawURLEncoding.EncodeToString([]byte(plain)) }
+
+func FuzzCursor(f *testing.F) {
+	for _, plain := range []string{"0 SES-0123456789abcdef", "1700000000000000 USR-0123456789abcdef", "-1 AUD-0123456789abcdef", "9223372036854775807 SES-0123456789abcdef", "x", " "} {
+		f.Add(cursorText(plain))
+	}
+	f.Add("")
+	f.Add("=")
+	f.Fuzz(func(t *testing.T, text string) {
+		c, err := parseCursor(text)
+		if err != nil {
+			if p := (problem{}); !errors.As(err, &p) || p.Status != 400 || len(p.Errors) != 1 || p.Errors[0].Field != "cursor" {
+				t.Error(err)
+			}
+			return
+		}
+		if again, err := parseCursor(c.String()); text != "" && (err != nil || again != c) {
+			t.Errorf("%q is %v, and then %v %v", text, c, again, err)
+		}
+		if year := c.At.Year(); year < 1 || year > 9999 { // what PostgreSQL and RFC 3339 can say
+			t.Errorf("%q is of the year %d", text, year)
+		}
+	})
+}
+
+func TestForgotPassword(t *testing.T) {
+	w := inSharedWorld(t)
+	pending, disabled, known := newEmail(), newEmail(), newEmail()
+	w.register(pending)
+	w.readMail(pending, 1)
+	for _, email := range []string{disabled, known} {
+		w.account(email)
+	}
+	id := w.value(`select keycloak_id from users where email = $1`, disabled)
+	w.admin("PUT", "/users/"+id, body{"enabled": false}, nil)
+	forget := func(email string) {
+		t.Helper()
+		if a := w.do(forgetting(email)); a.Status != 202 || len(a.Body) > 0 {
+			t.Errorf("%v", a)
+		}
+	}
+	link := regexp.MustCompile(`https?://[^\s"<>]*/login-actions/action-token\?key=[^\s"<>]*`)
+	mailed := func(email string, n int) {
+		t.Helper()
+		m := w.receive(email, n)
+		found := link.FindString(m.Text)
+		if !strings.HasPrefix(found, services.KeycloakURL+"/realms/"+w.realm+"/") || !strings.Contains(m.HTML, "action-token?key=") {
+			t.Fatalf("no link:\n%s", m.Text)
+		}
+		w.secrets.add(found[strings.Index(found, "key="):])
+		if page, err := w.send(found, call{}); err != nil || page.Status != 200 || !strings.Contains(string(page.Body), "kc-info-message") {
+			t.Errorf("Keycloak's page: %v %v", page, err)
+		}
+		w.eventually("it is on record", 10*time.Second, func() bool {
+			return w.value(`select count(*)::text from audit_log where action = 'password.forgot' and outcome = 'ok' and target = (select user_id from users where email = lower($1))`,
+				email) == fmt.Sprint(n-1)
+		})
+	}
+	for _, email := range []string{newEmail(), pending, disabled} {
+		before := w.kc.count("find_user")
+		forget(email)
+		w.eventually("Keycloak is asked for it", 10*time.Second, func() bool { return w.kc.count("find_user") > before })
+	}
+	forget(strings.ToUpper(known))
+	mailed(known, 2)
+	before := w.kc.count("find_user")
+	forget(known) // too soon
+	cooled := func(email string) {
+		w.exec(`update rate_limits set resets_at = now() where key = $1`, "reset:"+tokenHash(email))
+	}
+	cooled(known)
+	day := mailsADay(known).Key
+	if hits := w.value(`select hits::text from rate_limits where key = $1`, day); hits != "2" { // the registration's mail and this one
+		t.Errorf("%s mails were counted", hits)
+	}
+	w.exec(`update rate_limits set hits = $2 where key = $1`, day, mailsPerDay)
+	forget(known) // too many
+	cooled(known)
+	w.exec(`update rate_limits set hits = $2 - 1 where key = $1`, day, mailsPerDay)
+	if n := w.kc.count("find_user") - before; n != 0 {
+		t.Errorf("Keycloak was asked %d times for what a limit stands against", n)
+	}
+	forget(known)
+	mailed(known, 3)
+	for email, n := range map[string]int{known: 3, pending: 1, disabled: 1} {
+		if got := len(w.mail.To(email)); got != n {
+			t.Errorf("%d mails instead of %d", got, n)
+		}
+	}
+	if n := w.value(`select count(*)::text from audit_log where action = 'password.forgot' and target in (select user_id from users where email = any($1))`,
+		[]string{pending, disabled}); n != "0" {
+		t.Errorf("%s mails that nobody got are on record", n)
+	}
+	for _, bad := range []string{"", "ada", "ada@", "a@b\u0000.cd", "Ada <a@b.cd>", strings.Repeat("a", 250) + "@b.cd"} {
+		w.names(w.do(forgetting(bad)), "email")
+	}
+	w.admin("PUT", "/users/"+id, body{"enabled": true}, nil)
+}
