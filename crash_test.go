@@ -54,10 +54,11 @@ func (w *world) end(p *process, signal syscall.Signal) {
 	}
 }
 
-// leasesEnd stands in for the minute after which a dead process's lease ends.
+// leasesEnd stands in for the time after which a dead process's lease ends.
 func (w *world) leasesEnd() {
 	w.Helper()
 	w.exec(`update user_registrations set due_at = now() where lease_owner is not null`)
+	w.exec(`update refresh_tokens set leased_until = now() where leased_until is not null`)
 }
 
 // latest is the id and state of an address's latest registration.
@@ -104,7 +105,31 @@ func TestCrash(t *testing.T) {
 	cancel := func(_, _ string, l link) call { return cancelling(l) }
 	resend := func(email, _ string, _ link) call { return resending(email) }
 
+	session := func(w *world, email, _ string) link { return w.session(email) }
+	refresh := func(_, _ string, l link) call { return refreshing(l.Token) }
+	logout := func(_, _ string, l link) call { return loggingOut(l.Token) }
+	leaving := func(w *world, email, _ string) link { // while Keycloak is away
+		l := w.session(email)
+		w.kc.on("^end_session ", lost)
+		defer w.kc.on("^end_session ", 0)
+		w.wants(w.do(loggingOut(l.Token)), 204, "")
+		return l
+	}
+
 	// What must have become of it.
+	goesOn := func(w *world, _, _ string, l link) {
+		a := w.do(refreshing(l.Token)) // the client tries again
+		w.wants(a, 200, "")
+		w.refreshed(a)
+	}
+	isOver := func(w *world, _, _ string, l link) {
+		w.ended("logout", answer{JSON: body{"session_id": l.Code, "refresh_token": l.Token}})
+		w.wants(w.do(loggingOut(l.Token)), 204, "")
+		w.eventually("the loop has done its part", 10*time.Second, func() bool {
+			w.sessionsDue()
+			return w.value(`select (due_at is null)::text from sessions where session_id = $1`, l.Code) == "true"
+		})
+	}
 	opens := func(w *world, email, password string, _ link) {
 		l := w.lastMail(email)
 		w.wants(w.do(typing(email, l.Code)), 200, "") // the newest mail's
@@ -179,6 +204,12 @@ func TestCrash(t *testing.T) {
 		{"M3, disabled", with, registered, resend, "disable_user", true, "", "registration.mail", opens},
 		{"L1", with, verified, func(email, password string, _ link) call { return signingIn(email, password) }, "token", true, "", "",
 			func(w *world, email, password string, _ link) { w.wants(w.do(signingIn(email, password)), 200, "") }},
+		{"F1", with, session, refresh, "refresh", false, "", "", goesOn},
+		{"F2", with, session, refresh, "refresh", true, "", "", goesOn},
+		{"S1", with, session, logout, "end_session", false, "", "", isOver},
+		{"S2", with, session, logout, "end_session", true, "", "", isOver},
+		{"S1, in the loop", with, leaving, nil, "end_session", false, "", "", isOver},
+		{"S2, in the loop", with, leaving, nil, "end_session", true, "", "", isOver},
 	} {
 		t.Run(c.window, func(t *testing.T) {
 			w := *w

@@ -350,6 +350,7 @@ func (w *world) settle() {
 		if len(wrong) > 1 || queued > 0 {
 			w.exec(`update user_registrations set due_at = now() where due_at > now() and lease_owner is null
 				and due_at < now() + interval '1 hour'`)
+			w.exec(`update sessions set due_at = now() where due_at > now() and ended_at is not null`)
 		}
 	}
 	w.Fatalf("not repaired: %s", strings.Join(wrong, "\n"))
@@ -387,6 +388,14 @@ func TestFaults(t *testing.T) {
 		w.wants(w.do(registering(email, password)), 201, "")
 		w.settle()
 		getsIn(w, email, password)
+	}
+	session := func(w *world, email, _ string) link { return w.session(email) }
+	sessions := func(live string) func(w *world, email, password string) { // and the same in Keycloak: settle
+		return func(w *world, email, _ string) {
+			if got := w.value(`select count(*)::text from sessions join users using (user_id) where email = $1 and ended_at is null`, email); got != live {
+				w.Errorf("%s sessions live, not %s", got, live)
+			}
+		}
 	}
 	for _, op := range []struct {
 		name     string
@@ -434,6 +443,16 @@ func TestFaults(t *testing.T) {
 			before: func(w *world, email, password string) link { w.account(email); return link{} },
 			try:    func(email, password string, _ link) call { return signingIn(email, password) }, success: 200,
 			after: func(w *world, email, password string) {}},
+		{name: "refresh", calls: "refresh", before: session,
+			try: func(_, _ string, l link) call { return refreshing(l.Token) }, success: 200, after: sessions("1")},
+		{name: "logout", calls: "service_token end_session", before: session,
+			try: func(_, _ string, l link) call { return loggingOut(l.Token) }, success: 204, after: sessions("0")},
+		{name: "end of a session", calls: "service_token end_session", before: session,
+			try:     func(_, _ string, l link) call { return authorized(l.Key, "DELETE", sessionsPath+"/"+l.Code) },
+			success: 204, after: sessions("0")},
+		{name: "end of all sessions", calls: "service_token end_session", before: session,
+			try:     func(_, _ string, l link) call { return authorized(l.Key, "DELETE", sessionsPath) },
+			success: 204, after: sessions("0")},
 	} {
 		for name := range strings.FieldsSeq(op.calls) {
 			for _, f := range []fault{lost, applied} {
@@ -506,6 +525,11 @@ func TestLeftUndone(t *testing.T) {
 		during("find_user", lost, func() { w.wants(w.do(registering(email, password)), 503, "unavailable") })
 		w.wants(w.do(verifying(l)), 200, "") // it was not replaced, and nobody holds it
 	})
+	w.Run("a sign-out, and nobody to end it in Keycloak", func() {
+		l := w.session(newEmail())
+		during("end_session", lost, func() { w.wants(w.do(loggingOut(l.Token)), 204, "") })
+		w.settle()
+	})
 	w.Run("mails that were certainly not sent cost nothing", func() {
 		email := newEmail()
 		registered(w, email, password)
@@ -564,7 +588,7 @@ func TestOutages(t *testing.T) {
 	w := newWorld(t, nil)
 	const patience = 5*time.Second + 200*time.Millisecond // the answer itself has 5 s
 	account := newEmail()
-	w.account(account)
+	session := w.session(account)
 	health := func(status int, word string) {
 		w.Helper()
 		w.eventually("health is "+word, 15*time.Second, func() bool {
@@ -590,8 +614,17 @@ func TestOutages(t *testing.T) {
 			a, b, c, fresh := newEmail(), newEmail(), newEmail(), newEmail()
 			first, second := registered(w, a, password), registered(w, b, password)
 			registered(w, c, password)
+			leaving := w.signsIn(account)
 			outage.begin()
-			refused(registering(fresh, password), verifying(first), typing(b, second.Code), resending(c), signingIn(account, password))
+			refused(registering(fresh, password), verifying(first), typing(b, second.Code), resending(c), signingIn(account, password), refreshing(session.Token))
+			if outage.health == "down" {
+				refused(loggingOut(leaving.text("refresh_token")), forgetting(account),
+					authorized(session.Key, "GET", sessionsPath), authorized(session.Key, "DELETE", sessionsPath))
+			} else {
+				for _, r := range []call{loggingOut(leaving.text("refresh_token")), authorized(session.Key, "DELETE", sessionsPath+"/"+leaving.text("session_id"))} {
+					w.wants(w.do(r), map[string]int{"POST": 204, "DELETE": 404}[r.method], map[string]string{"DELETE": "not-found"}[r.method])
+				}
+			}
 			health(map[string]int{"degraded": 200, "down": 503}[outage.health], outage.health)
 			outage.end()
 			health(200, "ok")
@@ -600,19 +633,24 @@ func TestOutages(t *testing.T) {
 			w.wants(w.do(typing(b, second.Code)), 200, "")
 			w.wants(w.do(resending(c)), 429, "resend-too-soon") // and not: limited by the try
 			w.wants(w.do(signingIn(account, password)), 200, "")
+			w.wants(w.do(loggingOut(leaving.text("refresh_token"))), 204, "")
+			session.Token = w.do(refreshing(session.Token)).text("refresh_token")
 			w.settle()
 		})
 	}
 	w.Run("Keycloak hangs", func() {
 		a, b, fresh := newEmail(), newEmail(), newEmail()
 		first, second := registered(w, a, password), registered(w, b, password)
-		calls := []call{registering(fresh, password), verifying(first), typing(b, second.Code), resending(b), signingIn(account, password)}
+		leaving := w.signsIn(account).text("refresh_token")
+		calls := []call{registering(fresh, password), verifying(first), typing(b, second.Code), resending(b), signingIn(account, password), refreshing(session.Token)}
 		for len(calls) < 20 {
 			calls = append(calls, registering(newEmail(), password), signingIn(account, password), registering(newEmail(), ""))
 		}
 		release := w.kc.block()
 		refused(calls...)
+		w.wants(w.within(patience, loggingOut(leaving))[0], 204, "")
 		release()
+		w.wants(w.do(refreshing(session.Token)), 200, "")
 		w.wants(w.do(registering(fresh, password)), 201, "")
 		w.wants(w.do(verifying(first)), 200, "")
 		w.settle()

@@ -74,6 +74,27 @@ func TestParallel(t *testing.T) {
 		w.wants(w.do(signingIn(email, password)), 200, "")
 	})
 
+	w.Run("two hundred refreshes of a token", func() {
+		l := w.session(newEmail())
+		asked := w.kc.count("refresh")
+		answers := w.at(instances[:2], slices.Repeat([]call{refreshing(l.Token)}, 200)...)
+		for _, a := range answers {
+			if w.wants(a, 200, ""); string(a.Body) != string(answers[0].Body) {
+				w.Fatalf("two answers: %v %v", a, answers[0])
+			}
+		}
+		if asked = w.kc.count("refresh") - asked; asked != 1 {
+			w.Errorf("Keycloak was asked %d times", asked)
+		}
+		next := w.refreshed(answers[0])
+		w.graceEnds(next)
+		late := tally(w.at(instances, slices.Repeat([]call{refreshing(l.Token)}, 20)...)) // the first ends the session
+		if late["401 token-reused"] == 0 || late["401 token-reused"]+late["401 invalid-token"] != 20 {
+			w.Errorf("%v", late)
+		}
+		w.ended("token-reused", next)
+	})
+
 	w.Run("forty registrations of an address", func() {
 		email := newEmail()
 		var calls []call
