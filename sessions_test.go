@@ -403,6 +403,16 @@ func TestRefreshOvertaken(t *testing.T) {
 		t.Errorf("%v\n%v", slower, faster)
 	}
 	w.refreshed(faster)
+
+	// Keycloak has done it, and PostgreSQL can't be told: the next try, when the lease has ended, gets another.
+	_, first = w.signedIn()
+	w.wants(during(first, func() { w.pg.close() }), 503, "unavailable")
+	if err := w.pg.open(); err != nil {
+		t.Fatal(err)
+	}
+	w.exec(`update refresh_tokens set leased_until = now() where session_id = $1`, first.text("session_id"))
+	w.eventually("PostgreSQL is back", 20*time.Second, func() bool { return w.get("/health").text("status") == "ok" })
+	w.refreshed(w.refreshed(first))
 }
 
 // What has ended in Keycloak ends here, when its token is shown or when the loop
