@@ -32,8 +32,7 @@ import (
 )
 
 const (
-	mePath      = "/api/v1/auth/me"
-	refreshPath = "/api/v1/auth/refresh"
+	mePath = "/api/v1/auth/me"
 
 	bareChallenge  = `Bearer realm="auth-service"`
 	tokenChallenge = `Bearer realm="auth-service", error="invalid_token", error_description="The access token is not valid or has expired."`
