@@ -153,6 +153,8 @@ func (v *verifier) key(ctx context.Context, id string) (jose.JSONWebKey, *keySet
 		switch {
 		case known:
 			return key, keys, nil
+		case id == "":
+			return key, keys, errors.New("it names no key")
 		case keys.asked.After(arrived) && keys.err != nil:
 			return key, keys, keys.err
 		case keys.asked.After(arrived):
@@ -401,6 +403,7 @@ func (p principal) meets(demands url.Values) error {
 		}
 	}
 	if len(wrong) > 0 {
+		slices.SortFunc(wrong, func(a, b fieldError) int { return strings.Compare(a.Field, b.Field) })
 		return invalid(wrong...)
 	}
 	if wanted := demands["role"]; len(wanted) > 0 && !slices.ContainsFunc(wanted, p.is) {
