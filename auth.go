@@ -6,7 +6,6 @@ import (
 	"crypto/hmac"
 	"crypto/sha256"
 	"encoding/base64"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
@@ -186,7 +185,7 @@ func readClaims(token string) (tokenClaims, error) {
 	var c tokenClaims
 	signed, err := jose.ParseSignedCompact(token, tokenAlgorithms)
 	if err == nil {
-		err = json.Unmarshal(signed.UnsafePayloadWithoutVerification(), &c)
+		c, err = claimsOf(signed)
 	}
 	if err == nil && (c.Subject == "" || c.SessionID == "") {
 		err = errors.New("sub or sid is missing")

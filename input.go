@@ -31,12 +31,11 @@ func (s *server) decode(w http.ResponseWriter, r *http.Request, params nethttp.R
 			return parameterError(err)
 		}
 	}
-	fromCookie, err := s.decodeCookie(r, in)
-	if err != nil {
-		return err
+	if takesCookie, err := s.decodeCookie(r, in); err != nil || takesCookie && r.ContentLength == 0 {
+		return err // there or not, the cookie is all there is
 	}
 	var wrong []fieldError
-	if withBody := r.Method == http.MethodPost || r.Method == http.MethodPatch; withBody && (!fromCookie || r.ContentLength != 0) {
+	if r.Method == http.MethodPost || r.Method == http.MethodPatch {
 		if mediaType, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || mediaType != "application/json" {
 			return problemUnsupportedMediaType
 		}
@@ -70,22 +69,20 @@ func parameterError(err error) error {
 	return invalid(wrong...).because(err)
 }
 
-// decodeCookie reads the cookie that in has a field for, and says whether it is there.
-// A browser sends cookies along for whoever asks it to; so one counts only if the
-// request comes from an origin that is allowed (RFC 6454).
+// decodeCookie gives the refresh token of the browser's cookie to an input that takes
+// it, and says whether it is one that does. A browser sends cookies along for whoever
+// asks it to; so one counts only if the request comes from an allowed origin (RFC 6454).
 func (s *server) decodeCookie(r *http.Request, in any) (bool, error) {
-	for _, f := range reflect.VisibleFields(reflect.TypeOf(in).Elem()) {
-		cookie, err := r.Cookie(f.Tag.Get("cookie"))
-		if f.Tag.Get("cookie") == "" || err != nil || cookie.Value == "" {
-			continue
-		}
-		if r.Header.Get("Origin") == "" && r.Header.Get("Sec-Fetch-Site") == "" || s.origins.Check(r) != nil {
-			return false, problemForbidden.saying("The cookie counts only for requests from an allowed origin.")
-		}
-		reflect.ValueOf(in).Elem().FieldByIndex(f.Index).SetString(cookie.Value)
-		return true, nil
+	target, takes := in.(interface{ setCookie(token string) })
+	cookie, err := r.Cookie(refreshCookie("", 0).Name)
+	switch {
+	case !takes, err != nil, cookie.Value == "":
+		return takes, nil
+	case r.Header.Get("Origin") == "" && r.Header.Get("Sec-Fetch-Site") == "", s.origins.Check(r) != nil:
+		return takes, problemForbidden.saying("The cookie counts only for requests from an allowed origin.")
 	}
-	return false, nil
+	target.setCookie(cookie.Value)
+	return takes, nil
 }
 
 func bodyError(err error) error {

@@ -704,13 +704,13 @@ func TestForms(t *testing.T) {
 	submit("/account/verify", form{"email": email, "code": other(l.Code)}, 400, problemInvalidCode.Detail)
 	submit("/account/verify", form{"email": email, "code": "12"}, 400, "Code ")
 	submit("/account/verify", form{}, 400, "E-mail address is required", "Code is required")
-	submit("/account/verify", form{"token": "unknown"}, 400, problemInvalidToken.Title)
+	submit("/account/verify", form{"token": "unknown"}, 400, "Invalid link", problemInvalidToken.Detail)
 	submit("/account/verify", form{"email": email, "code": l.Code[:3] + " " + l.Code[3:]}, 200, "confirmed")
 	submit("/account/verify", form{"token": l.Token}, 200, "Already confirmed")
 	submit("/account/register", person, 409, problemUserExists.Detail)
 	submit("/account/resend", form{"email": email}, 409, problemAlreadyVerified.Title)
 	submit("/account/cancel", form{"token": l.Token}, 409, problemAlreadyVerified.Title)
-	submit("/account/cancel", form{"token": "unknown"}, 400, problemInvalidToken.Title)
+	submit("/account/cancel", form{"token": "unknown"}, 400, "Invalid link", problemInvalidToken.Detail)
 	submit("/account/cancel", form{}, 400)
 
 	for slug, status := range map[string]string{"verification-cancelled": "cancelled", "verification-expired": "expired"} {

@@ -53,19 +53,17 @@ func refreshCookie(token string, seconds int) *http.Cookie {
 		HttpOnly: true, Secure: true, SameSite: http.SameSiteLaxMode}
 }
 
-// refreshIn is a refresh token: the holder's, or that of the browser's cookie, which
-// counts only from an allowed origin (see decode).
+// refreshIn is a refresh token: the holder's in the body, or else that of the browser's
+// cookie, if it has one.
 type refreshIn struct {
-	RefreshToken string `json:"refresh_token,omitempty" maxLength:"8192" example:"eyJhbGciOiJIUzUxMiJ9.eyJ0eXAiOiJSZWZyZXNoIn0.c2lnbmF0dXJl" description:"Or else the cookie of the code flow."`
+	RefreshToken string `json:"refresh_token" required:"true" maxLength:"8192" example:"eyJhbGciOiJIUzUxMiJ9.eyJ0eXAiOiJSZWZyZXNoIn0.c2lnbmF0dXJl" description:"Without a body the cookie counts."`
 	Cookie       string `cookie:"refresh_token" description:"Set by /auth/callback. Only from an allowed origin."`
 }
 
-func (in refreshIn) token() string {
-	if in.RefreshToken != "" {
-		return in.RefreshToken
-	}
-	return in.Cookie
-}
+func (in *refreshIn) setCookie(token string) { in.RefreshToken, in.Cookie = token, token }
+
+// fromCookie says whether the token is the cookie's, and not the body's.
+func (in refreshIn) fromCookie() bool { return in.Cookie != "" && in.RefreshToken == in.Cookie }
 
 type refreshOut struct {
 	tokens
@@ -81,12 +79,9 @@ func (out refreshOut) cookie() *http.Cookie { return out.setCookie }
 func (s *server) refresh(ctx context.Context, c caller, in refreshIn) (refreshOut, error) {
 	ctx, cancel := detached(ctx, rotationTime+rotationWait)
 	defer cancel()
-	if in.token() == "" {
-		return refreshOut{}, invalid(fieldError{"refresh_token", "is required"})
-	}
-	answer, err := s.exchange(ctx, c, in.token())
+	answer, err := s.exchange(ctx, c, in.RefreshToken)
 	out := refreshOut{tokens: answer}
-	if err == nil && in.RefreshToken == "" {
+	if err == nil && in.fromCookie() {
 		out.setCookie = refreshCookie(answer.RefreshToken, answer.RefreshExpiresIn)
 		out.RefreshToken = ""
 	}
@@ -240,10 +235,7 @@ func (s *server) logout(ctx context.Context, c caller, in refreshIn) (noContent,
 	if in.Cookie != "" {
 		out.setCookie = refreshCookie("", -1)
 	}
-	if in.token() == "" {
-		return out, invalid(fieldError{"refresh_token", "is required"})
-	}
-	session, err := s.store.sessionOf(ctx, tokenHash(in.token()))
+	session, err := s.store.sessionOf(ctx, tokenHash(in.RefreshToken))
 	if errors.Is(err, errNotFound) {
 		return out, nil
 	} else if err != nil {

@@ -222,7 +222,7 @@ func TestRefreshRefused(t *testing.T) {
 		{"with a blank", refreshing(token + " "), 401, "invalid-token", ""},
 		{"its hash", refreshing(tokenHash(token)), 401, "invalid-token", ""},
 		{"of the session", refreshing(first.text("session_id")), 401, "invalid-token", ""},
-		{"no body", call{method: "POST"}, 415, "unsupported-media-type", ""},
+		{"no body and no cookie", call{method: "POST"}, 401, "invalid-token", ""},
 		{"a form", typed("application/x-www-form-urlencoded", "refresh_token="+token), 415, "unsupported-media-type", ""},
 		{"plain text", typed("text/plain", good), 415, "unsupported-media-type", ""},
 		{"nothing", typed("application/json", ""), 400, "invalid-request", ""},
@@ -325,7 +325,7 @@ func TestRefreshCookie(t *testing.T) {
 
 	own := origins[0].headers
 	w.wants(w.do(with(refreshPath, "garbage", own)), 401, "invalid-token")
-	w.wants(w.do(with(refreshPath, "", own)), 415, "unsupported-media-type") // an empty one is none
+	w.wants(w.do(with(refreshPath, "", own)), 401, "invalid-token") // an empty one is none
 	plain := with(refreshPath, token, own)
 	plain.header["Content-Type"], plain.body = "text/plain", "{}"
 	w.wants(w.do(plain), 415, "unsupported-media-type")

@@ -267,12 +267,21 @@ func (v *verifier) idToken(ctx context.Context, token *oauth2.Token, nonce strin
 	return nil
 }
 
+// claimsOf reads what a token says, true or not.
+func claimsOf(signed *jose.JSONWebSignature) (c tokenClaims, err error) {
+	if json.Unmarshal(signed.UnsafePayloadWithoutVerification(), &c) != nil {
+		err = errors.New("its claims can't be read")
+	}
+	return c, err
+}
+
 // check reads the claims and looks at everything but the signature (RFC 9068 §4,
 // OpenID Connect Core §2).
 func (v *verifier) check(signed *jose.JSONWebSignature, now time.Time) (c tokenClaims, err error) {
-	switch err := json.Unmarshal(signed.UnsafePayloadWithoutVerification(), &c); {
+	c, err = claimsOf(signed)
+	switch {
 	case err != nil:
-		return c, errors.New("its claims can't be read")
+		return c, err
 	case c.Issuer != v.issuer:
 		return c, errors.New("its issuer is another realm")
 	case c.Type != "Bearer":

@@ -134,6 +134,7 @@ func (w *world) realmKey(priority int) (key *rsa.PrivateKey, kid string) {
 // it can, exactly one thing is wrong, under a signature of the realm.
 func TestForgedTokens(t *testing.T) {
 	w := inSharedWorld(t)
+	defer w.straysDie()        // of Keycloak's own tokens below
 	asked := new(atomic.Int32) // whoever forges would like us to fetch his keys
 	lure := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { asked.Add(1) }))
 	defer lure.Close()
