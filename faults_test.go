@@ -373,6 +373,7 @@ func (w *world) lastMail(email string) link {
 // answer is one that the contract allows, nothing stays half done once the fault
 // is over, and the person who tries again succeeds.
 func TestFaults(t *testing.T) {
+	t.Parallel() // it waits for Keycloak most of the time
 	w := newWorld(t, map[string]string{"RESEND_COOLDOWN": "1ms", "RESEND_LIMIT": "100", "JOB_INTERVAL": "200ms"})
 	// Tokens that hardly live make the service account fetch one for every call.
 	w.admin("PUT", "", map[string]any{"accessTokenLifespan": 20}, nil)

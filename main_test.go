@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"log"
@@ -50,6 +51,7 @@ func testMain(m *testing.M) int {
 		return 1
 	}
 	defer services.Stop()
+	flag.Set("test.parallel", "4") // those that are parallel mostly wait
 	code := m.Run()
 	if sharedWorld.w != nil {
 		sharedWorld.w.close()
