@@ -67,7 +67,12 @@ func FindOrInstall(ctx context.Context, progress func(string), tools ...Tool) ([
 		return nil, fmt.Errorf("missing: %s; install it with\n\n    sudo apt-get update && sudo apt-get %s",
 			strings.Join(names, ", "), strings.Join(install, " "))
 	}
-	err := during(progress, "installing "+strings.Join(packages, ", ")+" with apt-get", func() error {
+	allow, err := denyServices("/usr/sbin/policy-rc.d")
+	if err != nil {
+		return nil, err
+	}
+	defer allow()
+	err = during(progress, "installing "+strings.Join(packages, ", ")+" with apt-get", func() error {
 		for _, args := range [][]string{{"update"}, install} {
 			cmd := exec.Command("apt-get", append([]string{"-q", "-o", "DPkg::Lock::Timeout=300"}, args...)...)
 			cmd.Env = append(os.Environ(), "DEBIAN_FRONTEND=noninteractive")
@@ -84,6 +89,22 @@ func FindOrInstall(ctx context.Context, progress func(string), tools ...Tool) ([
 		return nil, fmt.Errorf("%s is missing even after its installation", missing[0].Name)
 	}
 	return paths, nil
+}
+
+// denyServices keeps packages from starting the services that they bring, nginx on
+// port 80 and PostgreSQL on 5432, until its result is called: we want programs, not
+// servers. The file is Debian's own means for that (deb-systemd-invoke(1p)), and one
+// that is there stays as it is. Ours allows everything once this process has ended.
+func denyServices(policy string) (allow func(), err error) {
+	f, err := os.OpenFile(policy, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o755)
+	if errors.Is(err, os.ErrExist) {
+		return func() {}, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	_, err = fmt.Fprintf(f, "#!/bin/sh\n[ ! -d /proc/%d ] || exit 101\n", os.Getpid())
+	return func() { os.Remove(policy) }, errors.Join(err, f.Close())
 }
 
 // findAll looks for every tool and returns those it did not find.
