@@ -1,0 +1,181 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"auth-service/dev/stack"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+// A real nginx with the example's configuration, between clients, an application and
+// the service.
+func TestNginx(t *testing.T) {
+	w := newWorld(t, nil)
+	nobody, user, operator, admin := visitor{}, w.visitor("user", noScope), w.visitor("operator", "NET-1"), w.visitor("admin", noScope)
+	u, a := strings.Split(user.token, "."), strings.Split(admin.token, ".")
+	forger := visitor{token: u[0] + "." + a[1] + "." + u[2]}
+	stranger := visitor{token: "eyJhbGciOiJSUzI1NiIsImtpZCI6Im5ldyJ9." + u[1] + "." + u[2]} // {"alg":"RS256","kid":"new"}
+	toService, err := newPipe(strings.TrimPrefix(w.url, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.url, w.quick = w.startNginx(toService.addr), true
+	insufficient := problemForbidden.challenging("insufficient_scope")
+
+	for _, c := range []struct {
+		as         visitor
+		path, seen string // by the application
+		refusal    problem
+	}{
+		{nobody, "/public/x?y=%2f", "/public/x?y=%2f", problem{}},
+		{nobody, "/", "", problemUnauthorized},
+		{forger, "/admin/", "", problemInvalidAccessToken},
+		{user, "/?role=admin&x", "/?role=admin&x", problem{}}, // the client's query demands nothing
+		{user, "/admin/?role=user", "", insufficient},
+		{user, "/networks/X/", "", insufficient}, // "X" is no network
+		{operator, "/networks/NET-2/?network_id=NET-1", "", insufficient},
+		{operator, "/networks/NET-1", "/networks/NET-1", problem{}},
+		{admin, "/networks/NET-1/", "/networks/NET-1/", problem{}},
+		// The application gets the path that was checked, not the client's spelling.
+		{nobody, "/admin/..%2fpublic/", "/public/", problem{}},
+		{user, "/admin/..%2f?x", "/?x", problem{}},
+		{user, "/public/%2e%2e/admin/", "", insufficient},
+		{admin, "/public/..%2fadmin/x%20y", "/admin/x%20y", problem{}},
+		{operator, "/networks/NET-1/..%2FNET-2/", "", insufficient},
+		{operator, "/networks/NET-2/..%2FNET-1/%0d%0aX-Auth-Roles:%20admin%3f", "/networks/NET-1/%0D%0AX-Auth-Roles:%20admin%3F", problem{}},
+	} {
+		start := time.Now()
+		a := w.do(c.as.call("POST", c.path))
+		if took := time.Since(start); took > 10*time.Second {
+			t.Errorf("%s took %v: the service has waited for a body", c.path, took)
+		}
+		if c.seen == "" { // the very words of the service
+			header := http.Header{}
+			setProblemHeaders(header, c.refusal)
+			c.refusal.RequestID = a.text("request_id")
+			words, _ := json.Marshal(c.refusal)
+			w.wants(a, c.refusal.Status, c.refusal.slug())
+			if diff := cmp.Diff(string(words), string(a.Body)) + cmp.Diff(header["Www-Authenticate"], a.Header["Www-Authenticate"]); diff != "" {
+				t.Errorf("%s: %s", c.path, diff)
+			}
+			continue
+		}
+		want := body{"path": c.seen, "body": 100_000.0, "X-Forwarded-For": "127.0.0.1"}
+		if !strings.HasPrefix(c.seen, "/public/") {
+			maps.Copy(want, c.as.identity)
+		}
+		if diff := cmp.Diff(want, body(a.JSON)); a.Status != 200 || diff != "" {
+			t.Errorf("%s: %d %s", c.path, a.Status, diff)
+		}
+	}
+	for path, status := range map[string]int{"/admin": 301, "/networks/a%26role=user/": 404, "/networks/": 404, "/_validate/admin": 404,
+		"/account/register": 200, "/static/style.css": 200, "/swagger-ui": 200, "/problems/forbidden": 200, "/api/v1/nothing": 404} {
+		if a := w.do(admin.call("GET", path)); a.Status != status {
+			t.Errorf("%s: %v", path, a)
+		}
+	}
+	w.wants(w.do(signingIn("nobody@example.test", password)), 401, "invalid-credentials")
+	if got := w.value(`select ip_address from audit_log where action = 'login' and outcome = 'refused'`); got != "127.0.0.1" {
+		t.Errorf("the client's own X-Forwarded-For was believed: %s", got)
+	}
+
+	w.kc.close()
+	w.pg.close()
+	w.wants(w.do(operator.call("GET", "/networks/NET-1/")), 200, "")
+	w.wants(w.do(stranger.call("GET", "/")), 503, "unavailable") // Keycloak may have a new key: the service's 503
+	toService.close()
+	w.wants(w.do(admin.call("GET", "/admin/")), 503, "unavailable")
+	w.wants(w.do(nobody.call("GET", "/public/")), 200, "")
+	if err := errors.Join(toService.open(), w.kc.open(), w.pg.open()); err != nil {
+		t.Fatal(err)
+	}
+	w.wants(w.do(admin.call("GET", "/admin/")), 200, "")
+}
+
+// visitor is who asks, and what the application has to learn of them.
+type visitor struct {
+	token    string
+	identity body
+}
+
+// visitor signs somebody in who has a role and a network.
+func (w *world) visitor(role, network string) visitor {
+	w.Helper()
+	email, _, id := w.member()
+	var user body
+	w.admin("GET", "/users/"+id, nil, &user)
+	maps.Copy(user["attributes"].(body), body{attrRoles: []string{role}, attrNetworkID: []string{network}})
+	w.admin("PUT", "/users/"+id, user, nil)
+	identity := body{"X-Auth-Subject": id, "X-Auth-Roles": role, "X-Auth-User-Id": w.value(`select user_id from users where keycloak_id = $1`, id)}
+	if network != noScope {
+		identity["X-Auth-Network-Id"] = network
+	}
+	return visitor{w.login(email, password).text("access_token"), identity}
+}
+
+// call has the token, and claims to be somebody else.
+func (v visitor) call(method, path string) call {
+	header := map[string]string{"X_Auth_Roles": "admin"}
+	for _, name := range []string{"User-Id", "Subject", "Roles", "Network-Id", "Station-Id"} {
+		header["X-Auth-"+name] = "admin"
+	}
+	if v.token != "" {
+		header["Authorization"] = "Bearer " + v.token
+	}
+	return call{method: method, path: path, header: header, body: strings.Repeat("x", 100_000)}
+}
+
+// echo is the application: it answers with what it was sent.
+func echo(rw http.ResponseWriter, r *http.Request) {
+	content, _ := io.ReadAll(r.Body)
+	seen := body{"path": r.RequestURI, "body": len(content)}
+	for name, values := range r.Header {
+		if strings.Contains(strings.ToLower(name), "auth") && name != "Authorization" || name == "X-Forwarded-For" {
+			seen[name] = strings.Join(values, " and ")
+		}
+	}
+	rw.Header().Set("Content-Type", "application/json")
+	json.NewEncoder(rw).Encode(seen)
+}
+
+// startNginx starts the example, in which only addresses and directories are replaced,
+// in front of echo and the service, and returns its address.
+func (w *world) startNginx(service string) string {
+	w.Helper()
+	application := httptest.NewServer(http.HandlerFunc(echo))
+	w.Cleanup(application.Close)
+	dir, addr := w.TempDir(), fmt.Sprintf("127.0.0.1:%d", stack.FreePort())
+	nginx, err1 := stack.FindOrInstall(w.Context(), nil, stack.Nginx)
+	example, err2 := os.ReadFile("examples/nginx/nginx.conf")
+	conf := strings.NewReplacer("listen 80;", "listen "+addr+";", "127.0.0.1:3000", service, "127.0.0.1:8080", application.Listener.Addr().String(),
+		"/var/log/nginx/", "", "http {", "http { client_body_temp_path t; proxy_temp_path t; fastcgi_temp_path t; uwsgi_temp_path t; scgi_temp_path t;")
+	if err := errors.Join(err1, err2, os.WriteFile(dir+"/nginx.conf", []byte(conf.Replace(string(example))), 0o600)); err != nil {
+		w.Fatal(err)
+	}
+	log := new(buffer)
+	cmd := exec.Command(nginx[0], "-p", dir, "-c", "nginx.conf", "-e", "stderr", "-g", "daemon off; master_process off; pid nginx.pid;")
+	cmd.Stderr = log
+	child, err := stack.Spawn(cmd, syscall.SIGTERM)
+	if err == nil {
+		w.Cleanup(func() { child.End(syscall.SIGTERM, 10*time.Second) })
+		err = child.Await(w.Context(), func(context.Context) error { _, err := w.send("http://"+addr, call{path: "/"}); return err })
+	}
+	if err != nil {
+		w.Fatalf("nginx: %v\n%s", err, log)
+	}
+	return "http://" + addr
+}
