@@ -83,9 +83,14 @@ func (s *server) openSession(ctx context.Context, c caller, token *oauth2.Token,
 		}
 	}()
 	if nonce != "" {
-		if err := s.tokens.idToken(ctx, token, nonce); err != nil {
+		if err := s.tokens.idToken(ctx, token, nonce); errors.Is(err, errUnavailable) {
+			return loginOut{}, err
+		} else if err != nil {
 			return loginOut{}, problemSignInIncomplete.because(err)
 		}
+	}
+	if token.RefreshToken == "" {
+		return loginOut{}, errors.New("keycloak issues no refresh tokens; see the client's setting \"use refresh tokens\"")
 	}
 	out = loginOut{tokens: tokensOf(token, newSessionID())}
 	row := session{ID: out.SessionID, KeycloakID: claims.SessionID,
@@ -349,13 +354,13 @@ func (s *server) signInPage(_ context.Context, _ caller, r *http.Request) (view,
 			HttpOnly: true, Secure: true, SameSite: http.SameSiteLaxMode}}, nil
 }
 
-// callbackPage is where Keycloak sends the browser back to: C1 the state, once; L1
+// callbackPage is where Keycloak sends the browser back to: L0 the state, once; L1
 // Keycloak's tokens for the code; L2 our session. The refresh token goes into a cookie,
 // the access token nowhere: the frontend asks refresh for one.
 func (s *server) callbackPage(ctx context.Context, c caller, r *http.Request) (view, error) {
 	ctx, cancel := detached(ctx, flowTime)
 	defer cancel()
-	flow, err := resumeSignIn(s.browserOf(r), r.FormValue("state"), s.now()) // C1
+	flow, err := resumeSignIn(s.browserOf(r), r.FormValue("state"), s.now()) // L0
 	if err == nil {
 		used := problemSignInIncomplete.saying("This sign-in is over already. Perhaps the page was loaded twice.")
 		err = s.store.hit(ctx, limit{"sign-in:" + tokenHash(flow.state), 1, 2 * signInTime, used}, s.now())
@@ -385,7 +390,7 @@ func (s *server) finishSignIn(ctx context.Context, c caller, r *http.Request, fl
 		return loginOut{}, problemSignInIncomplete.saying("The sign-in was cancelled.")
 	case code != "": // temporarily_unavailable: the page was open for too long
 		return loginOut{}, problemSignInIncomplete.because(errors.New("keycloak answers with an error"))
-	case r.FormValue("iss") != s.tokens.issuer:
+	case r.FormValue("code") == "", r.FormValue("iss") != s.tokens.issuer:
 		return loginOut{}, problemSignInIncomplete.because(errors.New("the answer comes from another issuer"))
 	}
 	token, err := s.kc.redeem(ctx, r.FormValue("code"), derive(flow.browser, "verifier", flow.state)) // L1

@@ -23,7 +23,10 @@ import (
 // maxBody is the largest request body, in bytes.
 const maxBody = 16 << 10
 
-const validatePath = "/api/v1/auth/validate"
+const (
+	validatePath = "/api/v1/auth/validate"
+	envoyPath    = "/api/v1/auth/ext-authz/" // not below the other: validate/?role= must not be one without demands
+)
 
 // access says who may call a route. The zero value is not allowed to start.
 type access int
@@ -108,7 +111,7 @@ func (s *server) routes() []route {
 		{"GET /api/v1/auth/me", "", signedIn, onAccount, "me", "Who am I",
 			op("Signing in", 200, s.me, problemAccountDisabled, problemTooManyRequests, problemUnavailable)},
 		{"GET " + validatePath, "", public, unlimited, "validate", "May this token pass (for gateways)", s.validateOp()},
-		{validatePath + "/{path...}", "", public, unlimited, "validateEnvoy", "", plain(s.validateEnvoy)},
+		{envoyPath + "{path...}", "", public, unlimited, "validateEnvoy", "", plain(s.validateEnvoy)},
 
 		{"GET /auth/login", "", public, onSignIn, "signInPage", "", page(s.signInPage)},
 		{"GET /auth/callback", "", public, onSignIn, "callbackPage", "", page(s.callbackPage)},
@@ -169,8 +172,8 @@ func (s *server) handler() (http.Handler, error) {
 // would answer in plain text.
 func (s *server) orProblem(mux *http.ServeMux) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if strings.HasPrefix(r.URL.EscapedPath(), validatePath+"/") {
-			r.URL.Path, r.URL.RawPath = validatePath+"/", "" // the rest is another's, and not for the mux to clean
+		if strings.HasPrefix(r.URL.EscapedPath(), envoyPath) {
+			r.URL.Path, r.URL.RawPath = envoyPath, "" // the rest is another's, and not for the mux to clean
 		}
 		h, pattern := mux.Handler(r)
 		if pattern != "" {

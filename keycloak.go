@@ -35,7 +35,7 @@ var (
 	errSetupRequired      = errors.New("keycloak: account is not fully set up")
 	errInvalidGrant       = errors.New("keycloak: invalid grant")
 	errMailNotSent        = errors.New("keycloak could not send the mail")
-	errBusy               = fmt.Errorf("%w: keycloak has enough to do", errUnavailable)
+	errBusy               = fmt.Errorf("%w: too much is waiting", errUnavailable)
 )
 
 // rejected are Keycloak's objections to a user: its profile rules, its password policy.

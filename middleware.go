@@ -168,7 +168,7 @@ func (s *server) withLog(next http.Handler) http.Handler {
 			took := time.Since(start)
 			s.metrics.requests.WithLabelValues(route, method, statusClasses[sw.status/100]).Observe(took.Seconds())
 			level := slog.LevelInfo
-			if strings.Contains(route, validatePath) {
+			if strings.Contains(route, validatePath) || strings.HasPrefix(route, envoyPath) {
 				level = slog.LevelDebug // one for each request of an application: that one's log has it
 			}
 			if !s.log.Enabled(r.Context(), level) {

@@ -1,6 +1,6 @@
 -- The tables of the service. PostgreSQL owns authorization, status and audit;
 -- Keycloak owns identity and passwords. No password, token or code is stored
--- here: only hashes, and nothing that could be turned back.
+-- here: only hashes, and answers sealed with what is not stored.
 --
 -- The file is applied as a whole, in one transaction, whenever its hash differs
 -- from the one in schema_version; every statement may therefore be repeated.
@@ -109,7 +109,7 @@ create table if not exists refresh_tokens (
     session_id   varchar(32) not null references sessions (session_id),
     leased_until timestamptz,                          -- somebody is exchanging it now
     used_at      timestamptz,                          -- null = not yet
-    answer       bytea                                 -- of the exchange, sealed with a key made of the token; null after the grace time
+    answer       bytea                                 -- of the exchange, sealed with a key made of the token; null some time after the grace time
 );
 create index if not exists refresh_tokens_by_session on refresh_tokens (session_id);
 create index if not exists refresh_tokens_answered on refresh_tokens (used_at) where answer is not null;

@@ -90,7 +90,7 @@ func (s *server) refresh(ctx context.Context, c caller, in refreshIn) (refreshOu
 
 // exchange returns the answer to a refresh token, however many ask for it at once.
 func (s *server) exchange(ctx context.Context, c caller, token string) (tokens, error) {
-	for patience := time.Now().Add(rotationWait); ; {
+	for patience, pause := time.Now().Add(rotationWait), 10*time.Millisecond; ; pause = min(2*pause, 500*time.Millisecond) {
 		t, err := s.store.takeRefreshToken(ctx, tokenHash(token), s.now()) // F1
 		used := t.UsedAt.Unix() > 0
 		switch {
@@ -122,7 +122,7 @@ func (s *server) exchange(ctx context.Context, c caller, token string) (tokens, 
 		default: // somebody else exchanges it
 			select {
 			case <-ctx.Done():
-			case <-time.After(10 * time.Millisecond):
+			case <-time.After(pause):
 			}
 		}
 	}
@@ -130,8 +130,8 @@ func (s *server) exchange(ctx context.Context, c caller, token string) (tokens, 
 
 // rotate asks Keycloak for the next tokens and keeps its answer for the grace time,
 // sealed by a key that only the holder of the old token can make. Dying after F2 loses
-// an answer of Keycloak: the client's next try gets another, as refreshTokenMaxReuse 1
-// allows, when the lease has ended.
+// an answer of Keycloak: the client's next try gets another when the lease has ended, as
+// refreshTokenMaxReuse 1 allows once.
 func (s *server) rotate(ctx context.Context, c caller, session session, token string) (tokens, error) {
 	ctx, cancel := context.WithTimeout(ctx, rotationTime)
 	defer cancel()
@@ -160,13 +160,16 @@ func (s *server) rotate(ctx context.Context, c caller, session session, token st
 // part.
 func (s *server) signOut(ctx context.Context, c caller, user userID, id sessionID, e entry) (int, error) {
 	ended, err := s.store.endSessions(ctx, c, user, id, e, s.now()) // S1
+	if err != nil {
+		return 0, err // perhaps it was committed and only the answer is lost: then the loop does S2
+	}
 	// Dying here (S1) leaves sessions in Keycloak: checkSessions ends them.
 	for _, session := range ended {
 		if err := s.settleSession(ctx, session); err != nil {
 			s.log.WarnContext(ctx, "a session will end in Keycloak later", "session", session.ID, "error", err)
 		}
 	}
-	return len(ended), err
+	return len(ended), nil
 }
 
 // settleSession does what is owed to Keycloak for an ended session (S2).
@@ -232,7 +235,7 @@ func (s *server) logout(ctx context.Context, c caller, in refreshIn) (noContent,
 	ctx, cancel := detached(ctx, rotationTime)
 	defer cancel()
 	out := noContent{}
-	if in.Cookie != "" {
+	if in.fromCookie() {
 		out.setCookie = refreshCookie("", -1)
 	}
 	session, err := s.store.sessionOf(ctx, tokenHash(in.RefreshToken))

@@ -202,7 +202,7 @@ func (w *world) reuses() (n int) {
 
 func TestRefreshRefused(t *testing.T) {
 	w := inSharedWorld(t)
-	_, first := w.signedIn()
+	email, first := w.signedIn()
 	token := first.text("refresh_token")
 	typed := func(contentType, body string) call {
 		return call{method: "POST", body: body, header: map[string]string{"Content-Type": contentType}}
@@ -251,6 +251,9 @@ func TestRefreshRefused(t *testing.T) {
 			}
 		}
 	}
+	w.exec(`update users set is_active = false, deleted_at = now() where email = $1`, email) // the stricter store wins
+	w.wants(w.do(refreshing(token)), 401, "invalid-token")
+	w.exec(`update users set is_active = true, deleted_at = null where email = $1`, email)
 	w.wants(w.do(call{method: "POST", path: refreshPath, body: good, header: map[string]string{"Content-Type": "application/json"}}), 200, "")
 }
 

@@ -24,7 +24,7 @@ var (
 	errNotFound    = errors.New("no such row")
 	errConflict    = errors.New("a unique value exists already")
 	errRace        = errors.New("another registration of that address came first")
-	errLeaseLost   = errors.New("the registration's lease is another's by now")
+	errLeaseLost   = errors.New("the lease is another's by now")
 	errUnavailable = errors.New("a store is not available") // PostgreSQL or Keycloak: see the wrapped cause
 )
 

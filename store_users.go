@@ -102,7 +102,7 @@ func (st *store) addSession(ctx context.Context, c caller, subject string, s ses
 type refreshToken struct {
 	session
 	UsedAt time.Time // zero: not yet
-	Answer []byte    // sealed; nil before it was used and after the grace time
+	Answer []byte    // sealed; nil before it was used and some time after the grace time
 	Leased bool      // the caller is the one who exchanges it
 }
 
@@ -115,10 +115,12 @@ func (st *store) takeRefreshToken(ctx context.Context, hash string, now time.Tim
 		with leased as (
 			update refresh_tokens set leased_until = $3
 			where token_hash = $1 and used_at is null and (leased_until is null or leased_until <= $2)
+				and exists (select from sessions s join users u using (user_id)
+					where s.session_id = refresh_tokens.session_id and s.ended_at is null and u.is_active)
 			returning session_id)
-		select s.session_id, s.keycloak_session_id, s.user_id, s.expires_at, s.ended_at is not null,
+		select s.session_id, s.keycloak_session_id, s.user_id, s.expires_at, s.ended_at is not null or not u.is_active,
 			coalesce(t.used_at, 'epoch'), t.answer, exists (select from leased)
-		from refresh_tokens t join sessions s using (session_id) where t.token_hash = $1`, hash, now, now.Add(rotationLease)).
+		from refresh_tokens t join sessions s using (session_id) join users u using (user_id) where t.token_hash = $1`, hash, now, now.Add(rotationLease)).
 		Scan(&t.ID, &t.KeycloakID, &t.UserID, &t.ExpiresAt, &t.Ended, &t.UsedAt, &t.Answer, &t.Leased)
 	return t, storeError(err)
 }
@@ -210,9 +212,11 @@ func (st *store) takeDueSession(ctx context.Context, start, retry time.Time) (se
 	return s, storeError(err)
 }
 
-// sessionDue says when the loop must look at a session again; the zero time means
-// never.
+// sessionDue says when the loop must look at a live session again. The zero time is for
+// an ended one and means never: neither overwrites what another has done meanwhile.
 func (st *store) sessionDue(ctx context.Context, id sessionID, due time.Time) error {
-	_, err := st.pool.Exec(ctx, `update sessions set due_at = $2 where session_id = $1`, id, nullTime(due))
+	_, err := st.pool.Exec(ctx, `
+		update sessions set due_at = $2
+		where session_id = $1 and (ended_at is null) = ($2::timestamptz is not null)`, id, nullTime(due))
 	return storeError(err)
 }

@@ -253,9 +253,18 @@ func (v *verifier) VerifySignature(ctx context.Context, token string) ([]byte, e
 // that it answers this very sign-in (OpenID Connect Core §3.1.3.7).
 func (v *verifier) idToken(ctx context.Context, token *oauth2.Token, nonce string) error {
 	raw, _ := token.Extra("id_token").(string)
-	check := oidc.NewVerifier(v.issuer, v, &oidc.Config{ClientID: v.client, Now: func() time.Time { return v.now().Add(-tokenLeeway) },
-		SupportedSigningAlgs: []string{string(jose.RS256), string(jose.ES256), string(jose.PS256), string(jose.EdDSA)}})
-	id, err := check.Verify(ctx, raw)
+	signed, err := jose.ParseSignedCompact(raw, tokenAlgorithms)
+	if err == nil {
+		_, err = v.checkSignature(ctx, signed) // go-oidc would not tell a missing key from an outage
+	}
+	if err != nil {
+		return err
+	}
+	config := &oidc.Config{ClientID: v.client, Now: func() time.Time { return v.now().Add(-tokenLeeway) }}
+	for _, alg := range tokenAlgorithms {
+		config.SupportedSigningAlgs = append(config.SupportedSigningAlgs, string(alg))
+	}
+	id, err := oidc.NewVerifier(v.issuer, v, config).Verify(ctx, raw)
 	switch {
 	case err != nil:
 		return err
@@ -403,6 +412,7 @@ func (s *server) validateEnvoy(w http.ResponseWriter, r *http.Request) {
 // meets checks a gateway's demands by the rules of role and scope. A demand that
 // nobody knows is the gateway's mistake, and must not be one that everybody meets.
 func (p principal) meets(demands url.Values) error {
+	refused := problemForbidden.challenging("insufficient_scope")
 	var wrong []fieldError
 	for name, values := range demands {
 		if name != "role" && name != "network_id" && name != "station_id" {
@@ -416,14 +426,14 @@ func (p principal) meets(demands url.Values) error {
 		return invalid(wrong...)
 	}
 	if wanted := demands["role"]; len(wanted) > 0 && !slices.ContainsFunc(wanted, p.is) {
-		return problemForbidden.challenging("insufficient_scope")
+		return refused
 	}
 	if p.is(roleAdmin) {
 		return nil
 	}
 	for _, network := range demands["network_id"] {
 		if network == "" || network != p.NetworkID {
-			return problemForbidden.challenging("insufficient_scope")
+			return refused
 		}
 	}
 	for _, station := range demands["station_id"] {
@@ -431,7 +441,7 @@ func (p principal) meets(demands url.Values) error {
 		// tell whose it is.
 		whole := p.is(rolePartner) && demands.Has("network_id")
 		if station == "" || station != p.StationID && !whole {
-			return problemForbidden.challenging("insufficient_scope")
+			return refused
 		}
 	}
 	return nil
