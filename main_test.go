@@ -12,6 +12,7 @@ import (
 	"log"
 	"maps"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"os"
 	"regexp"
@@ -388,7 +389,7 @@ func newAddress() string {
 	for range 4 {
 		parts = append(parts, gonanoid.MustGenerate("0123456789abcdef", 4))
 	}
-	return "2001:db8:" + parts[0] + ":" + parts[1] + "::1"
+	return netip.MustParseAddr("2001:db8:" + parts[0] + ":" + parts[1] + "::1").String() // as the service spells it
 }
 
 // newEmail is an address that nobody has registered yet.
