@@ -100,6 +100,14 @@ type querier interface {
 	QueryRow(ctx context.Context, sql string, args ...any) pgx.Row
 }
 
+// one returns the single row of a query as a T, its columns in the order of T's fields,
+// or errNotFound.
+func one[T any](ctx context.Context, q querier, sql string, args ...any) (T, error) {
+	rows, _ := q.Query(ctx, sql, args...)
+	row, err := pgx.CollectExactlyOneRow(rows, pgx.RowToStructByPos[T])
+	return row, storeError(err)
+}
+
 // tx runs f in a transaction; an error of f rolls it back.
 func (st *store) tx(ctx context.Context, f func(tx pgx.Tx) error) error {
 	return storeError(pgx.BeginFunc(ctx, st.pool, f))

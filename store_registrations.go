@@ -61,9 +61,7 @@ const registrationColumns = `registration_id, email, username, coalesce(first_na
 
 // oneRegistration returns the first registration of a query, or errNotFound.
 func (st *store) oneRegistration(ctx context.Context, where string, args ...any) (registration, error) {
-	rows, _ := st.pool.Query(ctx, `select `+registrationColumns+` from user_registrations `+where, args...)
-	reg, err := pgx.CollectExactlyOneRow(rows, pgx.RowToStructByPos[registration])
-	return reg, storeError(err)
+	return one[registration](ctx, st.pool, `select `+registrationColumns+` from user_registrations `+where, args...)
 }
 
 // registration returns one registration by its id, or errNotFound.
@@ -101,30 +99,28 @@ func (st *store) registrationByLogin(ctx context.Context, login string) (registr
 // takeLease makes the caller the only one who may move the registration, until
 // the deadline, and returns the row as it is then. errLeaseLost: another has it.
 func (st *store) takeLease(ctx context.Context, id registrationID, owner string, now time.Time) (registration, error) {
-	rows, _ := st.pool.Query(ctx, `
+	reg, err := one[registration](ctx, st.pool, `
 		update user_registrations set lease_owner = $2, due_at = $4
 		where registration_id = $1 and (lease_owner is null or due_at <= $3)
 		returning `+registrationColumns, id, owner, now, now.Add(leaseTime))
-	reg, err := pgx.CollectExactlyOneRow(rows, pgx.RowToStructByPos[registration])
-	if errors.Is(err, pgx.ErrNoRows) {
+	if errors.Is(err, errNotFound) {
 		return reg, errLeaseLost
 	}
 	reg.Lease = owner
-	return reg, storeError(err)
+	return reg, err
 }
 
 // takeDue leases one registration that the repair loop must look at, due before
 // the loop's start, or returns errNotFound. Instances that ask at the same time get
 // different ones.
 func (st *store) takeDue(ctx context.Context, owner string, start, now time.Time) (registration, error) {
-	rows, _ := st.pool.Query(ctx, `
+	reg, err := one[registration](ctx, st.pool, `
 		update user_registrations set lease_owner = $1, due_at = $3
 		where registration_id = (select registration_id from user_registrations where due_at <= $2
 			order by due_at limit 1 for update skip locked)
 		returning `+registrationColumns, owner, start, now.Add(leaseTime))
-	reg, err := pgx.CollectExactlyOneRow(rows, pgx.RowToStructByPos[registration])
 	reg.Lease = owner
-	return reg, storeError(err)
+	return reg, err
 }
 
 // openRegistrations returns the registrations of an address that are not settled:

@@ -34,17 +34,13 @@ const userColumns = `user_id, keycloak_id, email, username, coalesce(first_name,
 
 // user returns one user, deleted or not, or errNotFound.
 func (st *store) user(ctx context.Context, id userID) (user, error) {
-	rows, _ := st.pool.Query(ctx, `select `+userColumns+` from users where user_id = $1`, id)
-	u, err := pgx.CollectExactlyOneRow(rows, pgx.RowToStructByPos[user])
-	return u, storeError(err)
+	return one[user](ctx, st.pool, `select `+userColumns+` from users where user_id = $1`, id)
 }
 
 // userByKeycloakID returns the user whose tokens have this sub, deleted or not,
 // or errNotFound.
 func (st *store) userByKeycloakID(ctx context.Context, id string) (user, error) {
-	rows, _ := st.pool.Query(ctx, `select `+userColumns+` from users where keycloak_id = $1`, id)
-	u, err := pgx.CollectExactlyOneRow(rows, pgx.RowToStructByPos[user])
-	return u, storeError(err)
+	return one[user](ctx, st.pool, `select `+userColumns+` from users where keycloak_id = $1`, id)
 }
 
 // session is a sign-in, see schema.sql.
@@ -68,7 +64,7 @@ const sessionColumns = `session_id, keycloak_session_id, user_id, ip_address, us
 // the same session of Keycloak: the new one replaces ours, whose token its cookie has
 // lost. errNotFound: there is no account that may sign in.
 func (st *store) addSession(ctx context.Context, c caller, subject string, s session, refreshHash string, now time.Time) (user, error) {
-	rows, _ := st.pool.Query(ctx, `
+	return one[user](ctx, st.pool, `
 		with u as (
 			update users set last_login_at = $5::timestamptz where keycloak_id = $8 and is_active and is_verified
 			returning `+userColumns+`),
@@ -94,8 +90,6 @@ func (st *store) addSession(ctx context.Context, c caller, subject string, s ses
 				jsonb_build_object('sessions', array(select session_id from replaced)) from u where exists (select from replaced))
 		select * from u`,
 		string(s.ID), s.KeycloakID, c.Address, c.UserAgent, now, s.ExpiresAt, s.due(now), subject, newAuditID(), c.RequestID, refreshHash, newAuditID())
-	u, err := pgx.CollectExactlyOneRow(rows, pgx.RowToStructByPos[user])
-	return u, storeError(err)
 }
 
 // refreshToken is a refresh token that somebody has shown, and its session.
@@ -127,10 +121,8 @@ func (st *store) takeRefreshToken(ctx context.Context, hash string, now time.Tim
 
 // sessionOf returns the session that a refresh token belongs to, or errNotFound.
 func (st *store) sessionOf(ctx context.Context, hash string) (session, error) {
-	rows, _ := st.pool.Query(ctx, `select `+sessionColumns+` from sessions
+	return one[session](ctx, st.pool, `select `+sessionColumns+` from sessions
 		where session_id = (select session_id from refresh_tokens where token_hash = $1)`, hash)
-	s, err := pgx.CollectExactlyOneRow(rows, pgx.RowToStructByPos[session])
-	return s, storeError(err)
 }
 
 // releaseRefreshToken lets others exchange a token whose exchange came to nothing.
@@ -204,12 +196,10 @@ func (st *store) endSessions(ctx context.Context, c caller, user userID, id sess
 // start, and makes it due again at retry; or errNotFound. Instances that ask at the
 // same time get different ones.
 func (st *store) takeDueSession(ctx context.Context, start, retry time.Time) (session, error) {
-	rows, _ := st.pool.Query(ctx, `
+	return one[session](ctx, st.pool, `
 		update sessions set due_at = $2
 		where session_id = (select session_id from sessions where due_at <= $1 order by due_at limit 1 for update skip locked)
 		returning `+sessionColumns, start, retry)
-	s, err := pgx.CollectExactlyOneRow(rows, pgx.RowToStructByPos[session])
-	return s, storeError(err)
 }
 
 // sessionDue says when the loop must look at a live session again. The zero time is for
