@@ -324,7 +324,7 @@ func returnURL(returnTo, own string, allowed []string) (string, bool) {
 }
 
 func (s *server) signInCookieName() string {
-	if strings.HasPrefix(s.cfg.PublicURL, "https://") {
+	if s.cfg.https() {
 		return hostOnlyPrefix + signInCookie
 	}
 	return signInCookie

@@ -80,6 +80,12 @@ type config struct {
 	logLevel slog.Level
 }
 
+// issuer is the iss of the realm's tokens, and where browsers reach the realm.
+func (cfg config) issuer() string { return cfg.KeycloakPublicURL + "/realms/" + cfg.KeycloakRealm }
+
+// https says whether people reach the service by TLS, ours or a proxy's.
+func (cfg config) https() bool { return strings.HasPrefix(cfg.PublicURL, "https://") }
+
 // origin is the scheme, host and port of a URL (RFC 6454 §6.1).
 func origin(raw string) string {
 	u, err := url.Parse(raw)

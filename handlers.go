@@ -164,8 +164,7 @@ func (s *server) handler() (http.Handler, error) {
 	if err != nil {
 		return nil, err
 	}
-	https := strings.HasPrefix(s.cfg.PublicURL, "https://")
-	return withRequestID(s.withLog(withSecurityHeaders(https, corsMiddleware.Wrap(s.orProblem(mux))))), nil
+	return withRequestID(s.withLog(withSecurityHeaders(s.cfg.https(), corsMiddleware.Wrap(s.orProblem(mux))))), nil
 }
 
 // orProblem answers what the mux does not know with a problem; the mux itself

@@ -490,14 +490,14 @@ func (k *keycloak) sendMail(ctx context.Context, id, language string, lifespan t
 
 // passwordURL is the page of Keycloak where the holder of an action key chooses a password.
 func (k *keycloak) passwordURL(key string) string {
-	return k.cfg.KeycloakPublicURL + "/realms/" + k.cfg.KeycloakRealm + "/login-actions/action-token?key=" + key
+	return k.cfg.issuer() + "/login-actions/action-token?key=" + key
 }
 
 // oauth is the client that people sign in to.
 func (k *keycloak) oauth() *oauth2.Config {
 	return &oauth2.Config{ClientID: k.cfg.AuthClientID, Scopes: []string{"openid"}, RedirectURL: k.cfg.PublicURL + "/auth/callback",
 		Endpoint: oauth2.Endpoint{AuthStyle: oauth2.AuthStyleInParams, TokenURL: k.realmURL("protocol/openid-connect/token"),
-			AuthURL: k.cfg.KeycloakPublicURL + "/realms/" + k.cfg.KeycloakRealm + "/protocol/openid-connect/auth"}}
+			AuthURL: k.cfg.issuer() + "/protocol/openid-connect/auth"}}
 }
 
 // grant asks the token endpoint for tokens.
