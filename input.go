@@ -255,13 +255,11 @@ func (c cursor) String() string {
 // listOf makes a page of rows, of which one more than limit was asked for.
 func listOf[R, T any](rows []R, limit int, item func(R) (T, cursor)) listOut[T] {
 	out := listOut[T]{Items: []T{}}
-	for i, row := range rows {
-		if i == limit {
-			break
-		}
+	for i, row := range rows[:min(limit, len(rows))] {
 		t, at := item(row)
 		out.Items = append(out.Items, t)
-		if next := at.String(); i == limit-1 && len(rows) > limit {
+		if i == limit-1 && len(rows) > limit {
+			next := at.String()
 			out.NextCursor = &next
 		}
 	}
