@@ -35,7 +35,9 @@ func forgetting(email string) call {
 
 // authorized is a request with an access token.
 func authorized(token, method, path string) call {
-	return call{method: method, path: path, header: map[string]string{"Authorization": "Bearer " + token}}
+	r := bearing(path, token)
+	r.method = method
+	return r
 }
 
 // as sends a request with an access token.

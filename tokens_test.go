@@ -333,9 +333,6 @@ func TestUnknownKeys(t *testing.T) {
 // Keycloak's key is replaced while people work: nobody is refused a valid token, and
 // the old key's tokens are refused as soon as its withdrawal can be known.
 func TestKeyRotation(t *testing.T) {
-	if testing.Short() {
-		t.Skip("a minute")
-	}
 	t.Parallel()
 	w := newWorld(t, nil)
 	ctx, stop := context.WithCancel(t.Context())
@@ -397,9 +394,6 @@ func TestKeyRotation(t *testing.T) {
 // Without Keycloak a token is good for its whole life, remembered or not, and no
 // longer.
 func TestTokensWithoutKeycloak(t *testing.T) {
-	if testing.Short() {
-		t.Skip("a minute")
-	}
 	t.Parallel()
 	w := newWorld(t, nil)
 	email, _, _ := w.member()
