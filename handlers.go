@@ -16,7 +16,6 @@ import (
 
 	"github.com/a-h/templ"
 	"github.com/swaggest/rest"
-	"github.com/swaggest/rest/nethttp"
 	"github.com/swaggest/rest/request"
 )
 
@@ -53,6 +52,7 @@ var (
 	onSignIn   = budget{"sign-in", 60, time.Minute}
 	onForgot   = budget{"forgot", 30, time.Minute}
 	onRefresh  = budget{"refresh", 600, time.Minute}
+	onUsers    = budget{"users", 600, time.Minute}
 	onAccount  = budget{"account", 300, time.Minute}
 )
 
@@ -110,6 +110,23 @@ func (s *server) routes() []route {
 			op("Signing in", 204, s.endOwnSessions, problemTooManyRequests, problemUnavailable)},
 		{"GET /api/v1/auth/me", "", signedIn, onAccount, "me", "Who am I",
 			op("Signing in", 200, s.me, problemAccountDisabled, problemTooManyRequests, problemUnavailable)},
+		{"GET /api/v1/users", "", signedIn, onUsers, "users", "List users",
+			op("Users", 200, s.users, problemTooManyRequests, problemUnavailable)},
+		{"POST /api/v1/users", "", signedIn, onUsers, "createUser", "Create and invite a user",
+			op("Users", 201, s.createUser, problemForbidden, problemUserExists, problemTooManyRequests, problemUnavailable)},
+		{"GET /api/v1/users/{user_id}", "", signedIn, onUsers, "user", "One user",
+			op("Users", 200, s.user, problemUserNotFound, problemTooManyRequests, problemUnavailable)},
+		{"PATCH /api/v1/users/{user_id}", "", signedIn, onUsers, "patchUser", "Change a user",
+			op("Users", 200, s.patchUser, problemForbidden, problemUserNotFound, problemLastAdmin, problemTooManyRequests, problemUnavailable)},
+		{"DELETE /api/v1/users/{user_id}", "", signedIn, onUsers, "deleteUser", "Delete a user",
+			op("Users", 204, s.deleteUser, problemForbidden, problemUserNotFound, problemLastAdmin, problemTooManyRequests, problemUnavailable)},
+		{"POST /api/v1/users/{user_id}/restore", "", signedIn, onUsers, "restoreUser", "Restore a deleted user",
+			op("Users", 200, s.restoreUser, problemForbidden, problemUserNotFound, problemUserExists, problemTooManyRequests, problemUnavailable)},
+		{"GET /api/v1/users/{user_id}/sessions", "", signedIn, onUsers, "userSessions", "Where a user is signed in",
+			op("Users", 200, s.userSessions, problemForbidden, problemUserNotFound, problemTooManyRequests, problemUnavailable)},
+		{"DELETE /api/v1/users/{user_id}/sessions", "", signedIn, onUsers, "endUserSessions", "Sign a user out everywhere",
+			op("Users", 204, s.endUserSessions, problemForbidden, problemUserNotFound, problemTooManyRequests, problemUnavailable)},
+
 		{"GET " + validatePath, "", public, unlimited, "validate", "May this token pass (for gateways)", s.validateOp()},
 		{envoyPath + "{path...}", "", public, unlimited, "validateEnvoy", "", plain(s.validateEnvoy)},
 
@@ -264,10 +281,7 @@ var pathParameter = regexp.MustCompile(`{(\w+)}`)
 // encodes the answer or the problem. status is that of success.
 func op[I, O any](tag string, status int, f func(context.Context, caller, I) (O, error), problems ...problem) operation {
 	return operation{Tag: tag, in: *new(I), out: *new(O), status: status, problems: problems, handle: func(s *server, rt route) http.Handler {
-		var params nethttp.RequestDecoder // of path and query; bodies are read more strictly
-		if method, _, _ := strings.Cut(rt.Pattern, " "); method == http.MethodGet || method == http.MethodDelete {
-			params = decoders.MakeDecoder(method, *new(I), nil)
-		}
+		params := decoders.MakeDecoder(http.MethodGet, *new(I), nil) // of path and query; bodies are read more strictly
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			var in I
 			err := s.decode(w, r, params, &in)

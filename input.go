@@ -35,7 +35,7 @@ func (s *server) decode(w http.ResponseWriter, r *http.Request, params nethttp.R
 		return err // there or not, the cookie is all there is
 	}
 	var wrong []fieldError
-	if r.Method == http.MethodPost || r.Method == http.MethodPatch {
+	if hasBody(r.Method, in) {
 		if mediaType, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || mediaType != "application/json" {
 			return problemUnsupportedMediaType
 		}
@@ -54,6 +54,16 @@ func (s *server) decode(w http.ResponseWriter, r *http.Request, params nethttp.R
 		return invalid(wrong...)
 	}
 	return nil
+}
+
+// hasBody says whether a request has a JSON body that fills in.
+func hasBody(method string, in any) bool {
+	for _, f := range reflect.VisibleFields(reflect.TypeOf(in).Elem()) {
+		if f.Tag.Get("json") != "" {
+			return method == http.MethodPost || method == http.MethodPatch
+		}
+	}
+	return false
 }
 
 // parameterError names the parameters that could not be read.
@@ -128,7 +138,7 @@ func decodeJSON(body []byte, in any) ([]fieldError, error) {
 		case string(raw) == "null": // as if it were absent
 		default:
 			if json.Unmarshal(raw, f.value.Addr().Interface()) != nil {
-				wrong = append(wrong, fieldError{name, "must be a " + f.value.Kind().String()})
+				wrong = append(wrong, fieldError{name, "must be a " + strings.TrimPrefix(f.value.Type().String(), "*")})
 			}
 		}
 		seen[name] = true
@@ -168,6 +178,9 @@ func checkFields(in any, known []fieldError) []fieldError {
 				wrong = append(wrong, fieldError{name, fmt.Sprintf("must be from %d to %d", least, most)})
 			}
 		}
+		if f.value.Kind() == reflect.Pointer && !f.value.IsNil() {
+			f.value = f.value.Elem()
+		}
 		if f.value.Kind() != reflect.String || slices.ContainsFunc(known, func(k fieldError) bool { return k.Field == name }) {
 			continue
 		}
@@ -199,6 +212,9 @@ func checkString(value string, tag reflect.StructTag) string {
 		return "is not a valid e-mail address"
 	case tag.Get("format") != "password" && strings.ContainsFunc(value, invisible):
 		return "has a character that is not allowed"
+	}
+	if enum := strings.Split(tag.Get("enum"), ","); enum[0] != "" && !slices.Contains(enum, value) {
+		return "must be one of " + strings.Join(enum, ", ")
 	}
 	if pattern := tag.Get("pattern"); pattern != "" && !regexp.MustCompile(pattern).MatchString(value) {
 		if detail := tag.Get("mismatch"); detail != "" {

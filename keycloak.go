@@ -1,11 +1,13 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"slices"
 	"strconv"
@@ -254,11 +256,9 @@ func (u keycloakUser) attribute(name string) string {
 // and rejected with the fields that its profile rules or password policy refuse;
 // nothing is created then.
 func (k *keycloak) createUser(ctx context.Context, reg registration, token, code, password string) (string, error) {
-	attributes := map[string][]string{
-		attrUserID: {string(reg.UserID)}, attrRoles: {"user"}, attrNetworkID: {noScope}, attrStationID: {noScope},
-		attrRegistrationID: {string(reg.ID)}, attrLocale: {reg.Locale},
-		attrURL: {k.cfg.PublicURL + "/account/verify"}, attrToken: {token}, attrCode: {code},
-	}
+	attributes := claimsOf(user{ID: reg.UserID, Role: roleUser})
+	maps.Copy(attributes, map[string][]string{attrRegistrationID: {string(reg.ID)}, attrLocale: {reg.Locale},
+		attrURL: {k.cfg.PublicURL + "/account/verify"}, attrToken: {token}, attrCode: {code}})
 	user := gocloak.User{
 		Username: &reg.Username, Email: &reg.Email, FirstName: &reg.FirstName, LastName: &reg.LastName,
 		Enabled: gocloak.BoolP(false), EmailVerified: gocloak.BoolP(false), Attributes: &attributes,
@@ -269,8 +269,11 @@ func (k *keycloak) createUser(ctx context.Context, reg registration, token, code
 		user.Credentials = &[]gocloak.CredentialRepresentation{
 			{Type: gocloak.StringP("password"), Value: &password, Temporary: gocloak.BoolP(false)}}
 	}
-	var id string
-	err := k.asService(ctx, "create_user", func(ctx context.Context, token string) error {
+	return k.create(ctx, user)
+}
+
+func (k *keycloak) create(ctx context.Context, user gocloak.User) (id string, err error) {
+	err = k.asService(ctx, "create_user", func(ctx context.Context, token string) error {
 		// gocloak's CreateUser loses the field errors.
 		resp, err := k.admin.GetRequestWithBearerAuth(ctx, token).SetBody(user).Post(k.usersURL())
 		if err := responseError(resp, err); err != nil {
@@ -284,6 +287,45 @@ func (k *keycloak) createUser(ctx context.Context, reg registration, token, code
 		return nil
 	})
 	return id, err
+}
+
+// createInvited creates the enabled user of an internal account, without a password: it
+// can't sign in before its invitation is followed. A user that an earlier call has
+// created, whose answer was lost, is found by our id. Errors as of createUser.
+func (k *keycloak) createInvited(ctx context.Context, u user, locale string) (string, error) {
+	if found, err := k.findUser(ctx, gocloak.GetUsersParams{Q: gocloak.StringP(attrUserID + ":" + string(u.ID))}); !errors.Is(err, errNotFound) {
+		return found.id(), err
+	}
+	attributes := claimsOf(u)
+	attributes[attrLocale] = []string{locale}
+	return k.create(ctx, gocloak.User{Username: &u.Username, Email: &u.Email, FirstName: &u.FirstName, LastName: &u.LastName,
+		Enabled: gocloak.BoolP(true), EmailVerified: gocloak.BoolP(true), Attributes: &attributes, RequiredActions: &[]string{"UPDATE_PASSWORD"}})
+}
+
+// claimsOf are the attributes that become claims.
+func claimsOf(u user) map[string][]string {
+	return map[string][]string{attrUserID: {string(u.ID)}, attrRoles: {u.Role},
+		attrNetworkID: {cmp.Or(u.NetworkID, noScope)}, attrStationID: {cmp.Or(u.StationID, noScope)}}
+}
+
+// assign gives Keycloak's user our role, scope and names, in one call, and disables it if
+// ours is deleted; only a restored one is enabled.
+func (k *keycloak) assign(ctx context.Context, u user, enable bool) error {
+	ku, err := k.user(ctx, u.KeycloakID)
+	if err != nil {
+		return err
+	}
+	if ku.Attributes == nil { // created in Keycloak
+		ku.Attributes = &map[string][]string{}
+	}
+	maps.Copy(*ku.Attributes, claimsOf(u))
+	ku.FirstName, ku.LastName = &u.FirstName, &u.LastName
+	if !u.IsActive || enable {
+		ku.Enabled = &u.IsActive
+	}
+	return k.asService(ctx, "assign_user", func(ctx context.Context, token string) error {
+		return k.admin.UpdateUser(ctx, token, k.cfg.KeycloakRealm, ku.User)
+	})
 }
 
 func (k *keycloak) usersURL(path ...string) string {

@@ -150,6 +150,7 @@ func (s *server) serve(ctx context.Context) error {
 	loops, stopLoops := context.WithCancel(ctx)
 	var running sync.WaitGroup
 	running.Go(func() { s.tokens.keepKeys(loops) })
+	running.Go(func() { s.follow(loops) })
 	running.Go(func() {
 		every(loops, time.Second, s.log, job{"migrate", s.migrateOnce()})
 		if s.cfg.JobInterval > 0 && loops.Err() == nil {
@@ -194,9 +195,11 @@ func (s *server) jobs() []job {
 	return []job{
 		{"repair", s.repair},
 		{"sessions", s.checkSessions},
+		{"users", s.settleUsers},
 		{"sweep", func(ctx context.Context) error {
 			answered := s.now().Add(-s.cfg.RefreshGrace - time.Minute) // instances' clocks differ
-			return errors.Join(s.store.sweepLimits(ctx, s.now()), s.store.forgetAnswers(ctx, answered))
+			s.tokens.withdrawn.forget()
+			return errors.Join(s.store.sweepLimits(ctx, s.now()), s.store.forgetAnswers(ctx, answered), s.store.forgetWithdrawals(ctx))
 		}},
 	}
 }

@@ -48,6 +48,7 @@ type metrics struct {
 	jobs     *prometheus.CounterVec
 	mails    *prometheus.CounterVec
 	reuse    prometheus.Counter
+	channel  prometheus.Gauge
 }
 
 func newMetrics() *metrics {
@@ -67,7 +68,8 @@ func newMetrics() *metrics {
 			Help: "Runs of background jobs, by job and outcome."}, []string{"job", "outcome"}),
 		mails: f.NewCounterVec(prometheus.CounterOpts{Name: "verification_mails_total",
 			Help: "Verification mails handed to Keycloak, by outcome."}, []string{"outcome"}),
-		reuse: f.NewCounter(prometheus.CounterOpts{Name: "refresh_token_reuse_total", Help: "Sessions ended because an old refresh token was shown."}),
+		channel: f.NewGauge(prometheus.GaugeOpts{Name: "withdrawal_channel_up", Help: "1 while withdrawals of tokens come at once; 0 while they are polled."}),
+		reuse:   f.NewCounter(prometheus.CounterOpts{Name: "refresh_token_reuse_total", Help: "Sessions ended because an old refresh token was shown."}),
 	}
 }
 

@@ -21,11 +21,9 @@ func (s *server) registerPage(context.Context, caller, *http.Request) (view, err
 }
 
 func (s *server) registerForm(ctx context.Context, c caller, r *http.Request) (view, error) {
-	in := registerIn{
+	in := registerIn{Password: r.PostFormValue("password"), person: person{
 		Email: trimmed(r, "email"), Username: trimmed(r, "username"),
-		FirstName: trimmed(r, "first_name"), LastName: trimmed(r, "last_name"),
-		Phone: unspaced(r, "phone"), Password: r.PostFormValue("password"),
-	}
+		FirstName: trimmed(r, "first_name"), LastName: trimmed(r, "last_name"), Phone: unspaced(r, "phone")}}
 	out, err := registerOut{}, checked(&in)
 	if err == nil {
 		out, err = s.register(ctx, c, in)

@@ -55,8 +55,10 @@ var (
 	problemAccountSetupRequired  = newProblem(403, "account-setup-required", "Account setup required", "This account is not set up completely.")
 	problemNotFound              = newProblem(404, "not-found", "Not found", "There is nothing at this address.")
 	problemRegistrationNotFound  = newProblem(404, "registration-not-found", "No registration", "There is no open registration for this.")
+	problemUserNotFound          = newProblem(404, "user-not-found", "No such user", "There is no such user, or none that you may see.")
 	problemMethodNotAllowed      = newProblem(405, "method-not-allowed", "Method not allowed", "This address does not know that method; Allow lists those it knows.")
 	problemUserExists            = newProblem(409, "user-exists", "Account exists", "An account with this e-mail address or username exists already.")
+	problemLastAdmin             = newProblem(409, "last-admin", "Last administrator", "This is the last active administrator. Make somebody else one first.")
 	problemAlreadyVerified       = newProblem(409, "already-verified", "Already confirmed", "This address is confirmed already. You can sign in.")
 	problemVerificationExpired   = newProblem(410, "verification-expired", "Verification expired", "The time to confirm this registration is over. Please register again.")
 	problemVerificationCancelled = newProblem(410, "verification-cancelled", "Registration cancelled", "This registration was cancelled or replaced by a newer one.")
@@ -75,7 +77,7 @@ var problems = func() map[string]problem {
 	bySlug := map[string]problem{}
 	for _, p := range []problem{problemInvalidRequest, problemInvalidToken, problemInvalidCode, problemUnauthorized, problemTokenReused, problemSignInIncomplete,
 		problemInvalidCredentials, problemForbidden, problemAccountNotVerified, problemAccountDisabled,
-		problemAccountSetupRequired, problemNotFound, problemRegistrationNotFound, problemMethodNotAllowed,
+		problemAccountSetupRequired, problemNotFound, problemRegistrationNotFound, problemUserNotFound, problemLastAdmin, problemMethodNotAllowed,
 		problemUserExists, problemAlreadyVerified, problemVerificationExpired, problemVerificationCancelled,
 		problemPayloadTooLarge, problemUnsupportedMediaType, problemTooManyAttempts, problemResendTooSoon,
 		problemResendLimit, problemTooManyRequests, problemInternal, problemUnavailable} {

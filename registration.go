@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"regexp"
@@ -32,14 +33,19 @@ func registerLimit(email string) limit {
 	return limit{"register:" + tokenHash(strings.ToLower(email)), 5, 10 * time.Minute, problemTooManyRequests}
 }
 
-type registerIn struct {
+// person is what is known of somebody who gets an account.
+type person struct {
 	Email     string `json:"email" required:"true" maxLength:"255" format:"email" example:"ada@example.com"`
 	Username  string `json:"username,omitempty" minLength:"3" maxLength:"100" pattern:"^[^<>&\"'\\s$%!#?§,;:*~/\\\\|^=\\[\\]{}()\\x60]+$" example:"ada" description:"Default: the e-mail address, or the user id where that is longer than 100 characters."`
 	FirstName string `json:"first_name,omitempty" maxLength:"100" pattern:"^[^<>&\"$%!#?§;*~/\\\\|^=\\[\\]{}()]*$" example:"Ada"`
 	LastName  string `json:"last_name,omitempty" maxLength:"100" pattern:"^[^<>&\"$%!#?§;*~/\\\\|^=\\[\\]{}()]*$" example:"Lovelace"`
 	Phone     string `json:"phone,omitempty" pattern:"^\\+[1-9][0-9]{6,14}$" mismatch:"is not a valid phone number; write it with the country code, like +4930123456" example:"+4930123456" description:"E.164, with the country code."`
-	Password  string `json:"password,omitempty" maxLength:"128" format:"password" example:"correct horse battery" description:"Handed to Keycloak and kept nowhere else. Without it the person chooses one on Keycloak's page after verification."`
 	Locale    string `json:"locale,omitempty" maxLength:"20" pattern:"^[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*$" mismatch:"is not a language tag, like de or en" example:"en" description:"Language of the mails (BCP 47). Default: from Accept-Language."`
+}
+
+type registerIn struct {
+	person
+	Password string `json:"password,omitempty" maxLength:"128" format:"password" example:"correct horse battery" description:"Handed to Keycloak and kept nowhere else. Without it the person chooses one on Keycloak's page after verification."`
 }
 
 type registerOut struct {
@@ -79,11 +85,7 @@ func (s *server) register(ctx context.Context, c caller, in registerIn) (registe
 		ExpiresAt: s.now().Add(s.cfg.VerificationTTL), Mail: mailQueued,
 		Locale: templates.Language(c.Language, in.Locale), WithPassword: in.Password != "",
 	}
-	if reg.Username == "" {
-		if reg.Username = reg.Email; !plainUsername.MatchString(reg.Email) {
-			reg.Username = string(reg.UserID)
-		}
-	}
+	reg.Username = cmp.Or(reg.Username, defaultUsername(reg.Email, reg.UserID))
 	reg, err := s.begin(ctx, c, reg) // R1
 	if err != nil {
 		return registerOut{}, err
@@ -463,6 +465,14 @@ func (s *server) repair(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// defaultUsername is that of who has chosen none.
+func defaultUsername(email string, id userID) string {
+	if plainUsername.MatchString(email) {
+		return email
+	}
+	return string(id)
 }
 
 // plainUsername is an address that Keycloak takes as a username: it refuses some

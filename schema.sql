@@ -36,6 +36,11 @@ create table if not exists users (
     updated_at    timestamptz not null default now(),
     created_by    varchar(32),                         -- user id of an administrator; null = themselves
     updated_by    varchar(32),
+    -- beyond the given columns:
+    locale         varchar(20) not null default '',    -- of the invitation, BCP 47
+    due_at         timestamptz,                        -- when the loop must bring Keycloak's user to where this row is; null = it is
+    invitation_due boolean not null default false,     -- the invitation has not been mailed
+    enable_due     boolean not null default false,     -- restored: Keycloak's user must be enabled
     constraint valid_role check (role in ('user', 'admin', 'partner', 'operator')),
     constraint valid_source check (source in ('web', 'internal')),
     constraint check_deleted check (
@@ -43,8 +48,22 @@ create table if not exists users (
         (deleted_at is not null and is_active = false)
     )
 );
+alter table users add column if not exists locale varchar(20) not null default '', add column if not exists due_at timestamptz,
+    add column if not exists invitation_due boolean not null default false, add column if not exists enable_due boolean not null default false;
 create unique index if not exists one_live_user_per_email on users (lower(email)) where deleted_at is null;
 create unique index if not exists one_live_user_per_username on users (lower(username)) where deleted_at is null;
+
+-- Lists run from the latest to the earliest, within a scope.
+create extension if not exists pg_trgm;
+create index if not exists users_by_time on users (created_at, user_id);
+create index if not exists users_by_role on users (role, created_at, user_id);
+create index if not exists users_by_source on users (source, created_at, user_id);
+create index if not exists users_by_network on users (network_id, created_at, user_id);
+create index if not exists users_by_network_and_role on users (network_id, role, created_at, user_id);
+create index if not exists users_by_station on users (network_id, station_id, created_at, user_id);
+create index if not exists users_by_text on users using gin
+    (lower(email || ' ' || username || ' ' || coalesce(first_name, '') || ' ' || coalesce(last_name, '')) gin_trgm_ops);
+create index if not exists users_due on users (due_at) where due_at is not null;
 
 -- One person's attempt to open an account. It only moves forward:
 -- pending → verified | expired | cancelled.
@@ -113,6 +132,21 @@ create table if not exists refresh_tokens (
 );
 create index if not exists refresh_tokens_by_session on refresh_tokens (session_id);
 create index if not exists refresh_tokens_answered on refresh_tokens (used_at) where answer is not null;
+
+-- Access tokens that count no more although they have not expired: of a session that has
+-- ended, or of a user whose role or scope is another now. Kept for as long as a token
+-- may live.
+create table if not exists withdrawals (
+    withdrawal_id       bigint generated always as identity primary key,
+    at                  timestamptz not null default clock_timestamp(),
+    keycloak_session_id varchar(255) not null,         -- claim sid; '' = of a user
+    user_id             varchar(32) not null,
+    role                varchar(50) not null,          -- what is true of the user now
+    network_id          varchar(32) not null,
+    station_id          varchar(32) not null,
+    is_active           boolean not null
+);
+create index if not exists withdrawals_by_time on withdrawals (at);
 
 -- What happened, who did it, to whom, from where. Written in the transaction of
 -- the change that it records. Append-only: the trigger below refuses the rest.

@@ -261,11 +261,15 @@ type sessionOut struct {
 
 // ownSessions lists where the caller is signed in.
 func (s *server) ownSessions(ctx context.Context, c caller, in pageIn) (listOut[sessionOut], error) {
+	return s.sessionsOf(ctx, c, c.UserID, in)
+}
+
+func (s *server) sessionsOf(ctx context.Context, c caller, user userID, in pageIn) (listOut[sessionOut], error) {
 	before, err := parseCursor(in.Cursor)
 	if err != nil {
 		return listOut[sessionOut]{}, err
 	}
-	list, err := s.store.sessions(ctx, c.UserID, before, in.Limit+1, s.now())
+	list, err := s.store.sessions(ctx, user, before, in.Limit+1, s.now())
 	if err != nil {
 		return listOut[sessionOut]{}, err
 	}

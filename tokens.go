@@ -69,9 +69,10 @@ type verifier struct {
 	fetch  func(context.Context) (jose.JSONWebKeySet, error)
 	now    func() time.Time
 
-	keys    atomic.Pointer[keySet]
-	wanted  chan struct{} // a token names a key that is not there
-	waiting chan struct{} // tokens that wait for the next fetch
+	withdrawn withdrawals
+	keys      atomic.Pointer[keySet]
+	wanted    chan struct{} // a token names a key that is not there
+	waiting   chan struct{} // tokens that wait for the next fetch
 }
 
 // keySet is what the latest fetch has brought. The tokens that were verified with
@@ -94,6 +95,7 @@ type verifiedToken struct {
 func newVerifier(cfg config, kc *keycloak, now func() time.Time) *verifier {
 	v := &verifier{issuer: cfg.issuer(), client: cfg.AuthClientID, fetch: kc.signingKeys, now: now,
 		wanted: make(chan struct{}, 1), waiting: make(chan struct{}, keyWaiters)}
+	v.withdrawn.sessions, v.withdrawn.users, v.withdrawn.heard = map[string]time.Time{}, map[userID]withdrawal{}, map[userID]time.Time{}
 	v.keys.Store(&keySet{next: make(chan struct{})})
 	return v
 }
@@ -180,11 +182,20 @@ func (v *verifier) key(ctx context.Context, id string) (jose.JSONWebKey, *keySet
 	}
 }
 
-// verify returns whom a token speaks for.
+// verify returns whom a token speaks for, unless it was withdrawn.
 //
 // It returns errUnavailable if the keys can't be had, and otherwise an error that
 // says what is wrong with the token and quotes nothing of it.
 func (v *verifier) verify(ctx context.Context, token string) (principal, error) {
+	p, err := v.verifySigned(ctx, token)
+	if err == nil && v.withdrawn.refuses(p) {
+		err = errors.New("it was withdrawn")
+	}
+	return p, err
+}
+
+// verifySigned is verify without withdrawals.
+func (v *verifier) verifySigned(ctx context.Context, token string) (principal, error) {
 	if len(token) > maxToken {
 		return principal{}, errors.New("it is too long")
 	}
@@ -423,13 +434,3 @@ func (p principal) meets(demands url.Values) error {
 	}
 	return nil
 }
-
-// The roles, from the least to the greatest.
-const (
-	roleUser     = "user"
-	roleOperator = "operator"
-	rolePartner  = "partner"
-	roleAdmin    = "admin"
-)
-
-var roles = []string{roleUser, roleOperator, rolePartner, roleAdmin}
