@@ -3,6 +3,7 @@
 //
 //	auth-service              serve until SIGTERM
 //	auth-service jobs         run each background job once, for an outside cron
+//	auth-service grant-admin EMAIL  make a user an administrator
 //	auth-service healthcheck  exit 0 if the service on this machine is alive
 //	auth-service version
 //
@@ -18,6 +19,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -85,6 +87,12 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 			errs = append(errs, j.run(ctx))
 		}
 		return errors.Join(errs...)
+	case command == "grant-admin" && len(args) == 2:
+		u, err := s.grantAdmin(ctx, args[1], cmp.Or(getenv("USER"), getenv("LOGNAME"), "unknown"))
+		if err == nil {
+			_, err = fmt.Fprintf(stdout, "%s (%s) is an administrator now\n", u.Email, u.ID)
+		}
+		return err
 	}
 	return fmt.Errorf("unknown command %q; see the package comment in main.go", args)
 }

@@ -39,6 +39,13 @@ func (st *store) user(ctx context.Context, id userID) (user, error) {
 	return one[user](ctx, st.pool, `select `+userColumns+` from users where user_id = $1`, id)
 }
 
+// userByEmail returns the live user with an address, or errNotFound.
+func (st *store) userByEmail(ctx context.Context, email string) (user, error) {
+	rows, _ := st.pool.Query(ctx, `select `+userColumns+` from users where lower(email) = lower($1) and deleted_at is null`, email)
+	u, err := pgx.CollectExactlyOneRow(rows, pgx.RowToStructByPos[user])
+	return u, storeError(err)
+}
+
 // userByKeycloakID returns the user whose tokens have this sub, deleted or not,
 // or errNotFound.
 func (st *store) userByKeycloakID(ctx context.Context, id string) (user, error) {

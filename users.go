@@ -309,3 +309,18 @@ func (s *server) endUserSessions(ctx context.Context, c caller, in userIn) (noCo
 	}
 	return noContent{}, err
 }
+
+// grantAdmin makes a user who has registered an administrator: the first one, or the
+// next after all have been lost. It is the act of whoever may run the program.
+func (s *server) grantAdmin(ctx context.Context, email, operator string) (user, error) {
+	u, err := s.store.userByEmail(ctx, email)
+	if errors.Is(err, errNotFound) || err == nil && !u.IsVerified {
+		return u, fmt.Errorf("nobody with a confirmed account has the address %s", email)
+	} else if err != nil {
+		return u, err
+	}
+	return s.changeUser(ctx, caller{Actor: "operator:" + operator}, u.ID, "user.grant_admin", func(u user) (user, error) {
+		u.Role = roleAdmin
+		return u, nil
+	})
+}
