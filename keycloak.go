@@ -256,7 +256,7 @@ func (u keycloakUser) attribute(name string) string {
 // and rejected with the fields that its profile rules or password policy refuse;
 // nothing is created then.
 func (k *keycloak) createUser(ctx context.Context, reg registration, token, code, password string) (string, error) {
-	attributes := claimsOf(user{ID: reg.UserID, Role: roleUser})
+	attributes := attributesOf(user{ID: reg.UserID, Role: roleUser})
 	maps.Copy(attributes, map[string][]string{attrRegistrationID: {string(reg.ID)}, attrLocale: {reg.Locale},
 		attrURL: {k.cfg.PublicURL + "/account/verify"}, attrToken: {token}, attrCode: {code}})
 	user := gocloak.User{
@@ -296,14 +296,14 @@ func (k *keycloak) createInvited(ctx context.Context, u user, locale string) (st
 	if found, err := k.findUser(ctx, gocloak.GetUsersParams{Q: gocloak.StringP(attrUserID + ":" + string(u.ID))}); !errors.Is(err, errNotFound) {
 		return found.id(), err
 	}
-	attributes := claimsOf(u)
+	attributes := attributesOf(u)
 	attributes[attrLocale] = []string{locale}
 	return k.create(ctx, gocloak.User{Username: &u.Username, Email: &u.Email, FirstName: &u.FirstName, LastName: &u.LastName,
 		Enabled: gocloak.BoolP(true), EmailVerified: gocloak.BoolP(true), Attributes: &attributes, RequiredActions: &[]string{"UPDATE_PASSWORD"}})
 }
 
-// claimsOf are the attributes that become claims.
-func claimsOf(u user) map[string][]string {
+// attributesOf are the attributes that become claims.
+func attributesOf(u user) map[string][]string {
 	return map[string][]string{attrUserID: {string(u.ID)}, attrRoles: {u.Role},
 		attrNetworkID: {cmp.Or(u.NetworkID, noScope)}, attrStationID: {cmp.Or(u.StationID, noScope)}}
 }
@@ -318,7 +318,7 @@ func (k *keycloak) assign(ctx context.Context, u user, enable bool) error {
 	if ku.Attributes == nil { // created in Keycloak
 		ku.Attributes = &map[string][]string{}
 	}
-	maps.Copy(*ku.Attributes, claimsOf(u))
+	maps.Copy(*ku.Attributes, attributesOf(u))
 	ku.FirstName, ku.LastName = &u.FirstName, &u.LastName
 	if !u.IsActive || enable {
 		ku.Enabled = &u.IsActive

@@ -21,7 +21,7 @@ func (s *server) registerPage(context.Context, caller, *http.Request) (view, err
 }
 
 func (s *server) registerForm(ctx context.Context, c caller, r *http.Request) (view, error) {
-	in := registerIn{Password: r.PostFormValue("password"), person: person{
+	in := registerIn{Password: r.PostFormValue("password"), profile: profile{
 		Email: trimmed(r, "email"), Username: trimmed(r, "username"),
 		FirstName: trimmed(r, "first_name"), LastName: trimmed(r, "last_name"), Phone: unspaced(r, "phone")}}
 	out, err := registerOut{}, checked(&in)

@@ -33,8 +33,8 @@ func registerLimit(email string) limit {
 	return limit{"register:" + tokenHash(strings.ToLower(email)), 5, 10 * time.Minute, problemTooManyRequests}
 }
 
-// person is what is known of somebody who gets an account.
-type person struct {
+// profile is what is known of somebody who gets an account.
+type profile struct {
 	Email     string `json:"email" required:"true" maxLength:"255" format:"email" example:"ada@example.com"`
 	Username  string `json:"username,omitempty" minLength:"3" maxLength:"100" pattern:"^[^<>&\"'\\s$%!#?§,;:*~/\\\\|^=\\[\\]{}()\\x60]+$" example:"ada" description:"Default: the e-mail address, or the user id where that is longer than 100 characters."`
 	FirstName string `json:"first_name,omitempty" maxLength:"100" pattern:"^[^<>&\"$%!#?§;*~/\\\\|^=\\[\\]{}()]*$" example:"Ada"`
@@ -44,7 +44,7 @@ type person struct {
 }
 
 type registerIn struct {
-	person
+	profile
 	Password string `json:"password,omitempty" maxLength:"128" format:"password" example:"correct horse battery" description:"Handed to Keycloak and kept nowhere else. Without it the person chooses one on Keycloak's page after verification."`
 }
 

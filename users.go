@@ -104,7 +104,7 @@ func (s *server) target(ctx context.Context, c caller, id userID, do action) (us
 }
 
 type createUserIn struct {
-	person
+	profile
 	Role      string `json:"role,omitempty" enum:"user,admin,partner,operator" example:"operator" description:"Default: user."`
 	NetworkID string `json:"network_id,omitempty" maxLength:"32" pattern:"^[A-Za-z0-9_.-]+$" example:"NET-1"`
 	StationID string `json:"station_id,omitempty" maxLength:"32" pattern:"^[A-Za-z0-9_.-]+$" example:"STA-7"`
