@@ -120,6 +120,9 @@ func (s *server) accountOf(ctx context.Context, c caller, subject string) (user,
 	if u.IsVerified {
 		return u, nil
 	}
+	if u.Source == sourceInternal {
+		return u, s.store.confirmUser(ctx, c, u.ID, s.now())
+	}
 	reg, err := s.store.registrationByLogin(ctx, u.Email)
 	if err == nil {
 		if reg, err = s.touch(ctx, c, reg); err == nil && reg.State == pending {
@@ -235,11 +238,16 @@ func (s *server) forgotPassword(ctx context.Context, c caller, in forgotIn) (noC
 		ctx, cancel := detached(ctx, mailTimeout+keycloakTimeout)
 		defer cancel()
 		u, err := s.kc.userByLogin(ctx, in.Email)
-		if errors.Is(err, errNotFound) || err == nil && !(u.enabled() && u.verified()) {
+		pending := err == nil && !u.verified() && u.attribute(attrRegistrationID) != ""
+		if errors.Is(err, errNotFound) || err == nil && !u.enabled() || pending {
 			return
 		}
 		if err == nil {
-			err = s.kc.sendMail(ctx, u.id(), u.attribute(attrLocale), resetLifespan, true)
+			actions := choosePassword
+			if !u.verified() { // invited, and the invitation is lost or too old
+				actions = invitation
+			}
+			err = s.kc.sendMail(ctx, u.id(), u.attribute(attrLocale), resetLifespan, actions)
 		}
 		if err == nil {
 			err = s.store.audit(ctx, c, s.now(), entry{Action: "password.forgot", Target: u.attribute(attrUserID)})

@@ -113,19 +113,21 @@ func (s *server) routes() []route {
 		{"GET /api/v1/users", "", signedIn, onUsers, "users", "List users",
 			op("Users", 200, s.users, problemTooManyRequests, problemUnavailable)},
 		{"POST /api/v1/users", "", signedIn, onUsers, "createUser", "Create and invite a user",
-			op("Users", 201, s.createUser, problemForbidden, problemUserExists, problemTooManyRequests, problemUnavailable)},
+			op("Users", 201, s.createUser, problemForbidden, problemUserExists, problemResendLimit, problemTooManyRequests, problemUnavailable)},
 		{"GET /api/v1/users/{user_id}", "", signedIn, onUsers, "user", "One user",
 			op("Users", 200, s.user, problemUserNotFound, problemTooManyRequests, problemUnavailable)},
 		{"PATCH /api/v1/users/{user_id}", "", signedIn, onUsers, "patchUser", "Change a user",
-			op("Users", 200, s.patchUser, problemForbidden, problemUserNotFound, problemLastAdmin, problemTooManyRequests, problemUnavailable)},
+			op("Users", 200, s.patchUser, problemForbidden, problemAccountNotVerified, problemUserNotFound, problemLastAdmin, problemTooManyRequests, problemUnavailable)},
 		{"DELETE /api/v1/users/{user_id}", "", signedIn, onUsers, "deleteUser", "Delete a user",
-			op("Users", 204, s.deleteUser, problemForbidden, problemUserNotFound, problemLastAdmin, problemTooManyRequests, problemUnavailable)},
+			op("Users", 204, s.deleteUser, problemForbidden, problemAccountNotVerified, problemUserNotFound, problemLastAdmin, problemTooManyRequests, problemUnavailable)},
 		{"POST /api/v1/users/{user_id}/restore", "", signedIn, onUsers, "restoreUser", "Restore a deleted user",
-			op("Users", 200, s.restoreUser, problemForbidden, problemUserNotFound, problemUserExists, problemTooManyRequests, problemUnavailable)},
+			op("Users", 200, s.restoreUser, problemForbidden, problemAccountNotVerified, problemUserNotFound, problemUserExists, problemTooManyRequests, problemUnavailable)},
 		{"GET /api/v1/users/{user_id}/sessions", "", signedIn, onUsers, "userSessions", "Where a user is signed in",
 			op("Users", 200, s.userSessions, problemForbidden, problemUserNotFound, problemTooManyRequests, problemUnavailable)},
+		{"DELETE /api/v1/users/{user_id}/sessions/{session_id}", "", signedIn, onUsers, "endUserSession", "Sign a user out somewhere",
+			op("Users", 204, s.endUserSession, problemForbidden, problemAccountNotVerified, problemUserNotFound, problemNotFound, problemTooManyRequests, problemUnavailable)},
 		{"DELETE /api/v1/users/{user_id}/sessions", "", signedIn, onUsers, "endUserSessions", "Sign a user out everywhere",
-			op("Users", 204, s.endUserSessions, problemForbidden, problemUserNotFound, problemTooManyRequests, problemUnavailable)},
+			op("Users", 204, s.endUserSessions, problemForbidden, problemAccountNotVerified, problemUserNotFound, problemTooManyRequests, problemUnavailable)},
 
 		{"GET " + validatePath, "", public, unlimited, "validate", "May this token pass (for gateways)", s.validateOp()},
 		{envoyPath + "{path...}", "", public, unlimited, "validateEnvoy", "", plain(s.validateEnvoy)},
@@ -238,10 +240,13 @@ func (s *server) limited(rt route, next http.Handler) http.Handler {
 	})
 }
 
-// refuse answers with err, on a page or in JSON as the route does, and puts
-// refusals of what would have changed something on record.
+// refuse answers with err, on a page or in JSON as the route does, and puts it on record:
+// whatever was not allowed, and of what would have changed something every refusal.
 func (s *server) refuse(w http.ResponseWriter, r *http.Request, rt route, err error) {
-	if p := asProblem(err); r.Method != http.MethodGet && r.Method != http.MethodHead && p.Status < 500 && p.slug() != problemInvalidRequest.slug() {
+	p := asProblem(err)
+	reads := r.Method == http.MethodGet || r.Method == http.MethodHead
+	told := p.Status == http.StatusForbidden || p.Status == http.StatusTooManyRequests || p.target != ""
+	if p.Status < 500 && p.slug() != problemInvalidRequest.slug() && (told || !reads) {
 		s.recordRefusal(r.Context(), s.caller(r), rt.Name, p)
 	}
 	if rt.status == 0 {

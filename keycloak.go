@@ -289,8 +289,8 @@ func (k *keycloak) create(ctx context.Context, user gocloak.User) (id string, er
 	return id, err
 }
 
-// createInvited creates the enabled user of an internal account, without a password: it
-// can't sign in before its invitation is followed. A user that an earlier call has
+// createInvited creates the enabled user of an internal account (I2), without a password:
+// nobody can sign in before the invitation is followed. A user that an earlier call has
 // created, whose answer was lost, is found by our id. Errors as of createUser.
 func (k *keycloak) createInvited(ctx context.Context, u user, locale string) (string, error) {
 	if found, err := k.findUser(ctx, gocloak.GetUsersParams{Q: gocloak.StringP(attrUserID + ":" + string(u.ID))}); !errors.Is(err, errNotFound) {
@@ -299,7 +299,7 @@ func (k *keycloak) createInvited(ctx context.Context, u user, locale string) (st
 	attributes := attributesOf(u)
 	attributes[attrLocale] = []string{locale}
 	return k.create(ctx, gocloak.User{Username: &u.Username, Email: &u.Email, FirstName: &u.FirstName, LastName: &u.LastName,
-		Enabled: gocloak.BoolP(true), EmailVerified: gocloak.BoolP(true), Attributes: &attributes, RequiredActions: &[]string{"UPDATE_PASSWORD"}})
+		Enabled: gocloak.BoolP(true), Attributes: &attributes, RequiredActions: &invitation})
 }
 
 // attributesOf are the attributes that become claims.
@@ -506,19 +506,25 @@ func (k *keycloak) deleteUser(ctx context.Context, id string) error {
 	return err
 }
 
-// sendMail makes Keycloak mail an enabled user: to verify the address, or, with
-// choosePassword, to do so and choose a password. Keycloak hands the mail to its
-// SMTP server before it answers; errMailNotSent means that this failed.
-func (k *keycloak) sendMail(ctx context.Context, id, language string, lifespan time.Duration, choosePassword bool) error {
+// What a mail asks a person to do on Keycloak's page.
+var (
+	verifyEmail    []string
+	choosePassword = []string{"UPDATE_PASSWORD"}
+	invitation     = []string{"VERIFY_EMAIL", "UPDATE_PASSWORD"} // the link proves the address
+)
+
+// sendMail makes Keycloak mail an enabled user. Keycloak hands the mail to its SMTP server
+// before it answers; errMailNotSent means that this failed.
+func (k *keycloak) sendMail(ctx context.Context, id, language string, lifespan time.Duration, actions []string) error {
 	return k.asService(ctx, "send_mail", func(ctx context.Context, token string) error {
 		// gocloak knows neither the lifespan of the one nor the language of both.
 		req := k.admin.GetRequestWithBearerAuth(ctx, token).
 			SetHeader("Accept-Language", language).
 			SetQueryParam("lifespan", strconv.Itoa(int(lifespan.Seconds())))
 		path := "send-verify-email"
-		if choosePassword {
+		if len(actions) > 0 {
 			path = "execute-actions-email"
-			req.SetBody([]string{"UPDATE_PASSWORD"}).
+			req.SetBody(actions).
 				SetQueryParam("client_id", k.cfg.AuthClientID).
 				SetQueryParam("redirect_uri", k.cfg.PublicURL+"/account/ready")
 		}

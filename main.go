@@ -158,9 +158,9 @@ func (s *server) serve(ctx context.Context) error {
 	loops, stopLoops := context.WithCancel(ctx)
 	var running sync.WaitGroup
 	running.Go(func() { s.tokens.keepKeys(loops) })
-	running.Go(func() { s.follow(loops) })
 	running.Go(func() {
 		every(loops, time.Second, s.log, job{"migrate", s.migrateOnce()})
+		running.Go(func() { s.followWithdrawals(loops) })
 		if s.cfg.JobInterval > 0 && loops.Err() == nil {
 			for _, j := range s.jobs() {
 				running.Go(func() { every(loops, s.cfg.JobInterval, s.log, s.measured(j)) })
@@ -206,7 +206,6 @@ func (s *server) jobs() []job {
 		{"users", s.settleUsers},
 		{"sweep", func(ctx context.Context) error {
 			answered := s.now().Add(-s.cfg.RefreshGrace - time.Minute) // instances' clocks differ
-			s.tokens.withdrawn.forget()
 			return errors.Join(s.store.sweepLimits(ctx, s.now()), s.store.forgetAnswers(ctx, answered), s.store.forgetWithdrawals(ctx))
 		}},
 	}
@@ -242,6 +241,33 @@ func every(ctx context.Context, interval time.Duration, log *slog.Logger, j job)
 	}
 }
 
+// keyed is a row that can be named in a log.
+type keyed interface{ key() string }
+
+// eachDue settles whatever take hands out, until there is no more. An outage ends the run,
+// and the next one goes on; any other failure does not hold up the rest.
+func eachDue[T keyed](ctx context.Context, log *slog.Logger, take func() (T, error), settle func(context.Context, T) error) error {
+	for ctx.Err() == nil {
+		row, err := take()
+		if errors.Is(err, errNotFound) {
+			return nil
+		} else if err != nil {
+			return err
+		}
+		err = func() error {
+			ctx, cancel := detached(ctx, flowTime)
+			defer cancel()
+			return settle(ctx, row)
+		}()
+		if errors.Is(err, errUnavailable) {
+			return err
+		} else if err != nil {
+			log.ErrorContext(ctx, "something could not be settled; it will be tried again", "id", row.key(), "error", err)
+		}
+	}
+	return nil
+}
+
 // migrateOnce brings the schema up to date as soon as PostgreSQL answers.
 func (s *server) migrateOnce() func(context.Context) error {
 	return func(ctx context.Context) error {
@@ -267,6 +293,8 @@ func (s *server) managementHandler() http.Handler {
 			text(w, 503, "stopping")
 		case h.Status == "down":
 			text(w, 503, "the database is down")
+		case s.tokens.withdrawn.lastRead().IsZero():
+			text(w, 503, "what was withdrawn has not been read yet")
 		default:
 			text(w, 200, "ok")
 		}

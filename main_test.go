@@ -181,7 +181,7 @@ func (w *world) start(ctx context.Context) (string, error) {
 	var line struct{ Address, Management string }
 	if err := logs.waitFor(30*time.Second, func(text string) bool {
 		m := regexp.MustCompile(`(?m)^.*"msg":"listening".*$`).FindString(text)
-		return json.Unmarshal([]byte(m), &line) == nil && strings.Contains(text, "the schema is current")
+		return json.Unmarshal([]byte(m), &line) == nil && strings.Contains(text, "the withdrawals are read")
 	}); err != nil {
 		return "", fmt.Errorf("the service did not start: %w\n%s", err, logs)
 	}

@@ -441,30 +441,14 @@ func (s *server) end(ctx context.Context, c caller, reg registration, to state, 
 }
 
 // repair settles what is due: expired registrations, queued mails, and whatever a
-// dead process has left. Instances share the work. An outage ends the run; the
-// next one goes on.
+// dead process has left. Instances share the work.
 func (s *server) repair(ctx context.Context) error {
 	start := s.now()
-	for ctx.Err() == nil {
-		reg, err := s.store.takeDue(ctx, gonanoid.Must(), start, s.now())
-		if errors.Is(err, errNotFound) {
-			return nil
-		} else if err != nil {
-			return err
-		}
-		err = func() error {
-			ctx, cancel := detached(ctx, flowTime)
-			defer cancel()
-			return s.settle(ctx, system("repair"), reg)
-		}()
-		if errors.Is(err, errUnavailable) {
-			return err
-		}
-		if err != nil {
-			s.log.ErrorContext(ctx, "a registration could not be settled; it will be tried again", "registration", reg.ID, "error", err)
-		}
-	}
-	return nil
+	return eachDue(ctx, s.log, func() (registration, error) {
+		return s.store.takeDue(ctx, gonanoid.Must(), start, s.now())
+	}, func(ctx context.Context, reg registration) error {
+		return s.settle(ctx, system("repair"), reg)
+	})
 }
 
 // defaultUsername is that of who has chosen none.

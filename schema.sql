@@ -41,6 +41,7 @@ create table if not exists users (
     due_at         timestamptz,                        -- when the loop must bring Keycloak's user to where this row is; null = it is
     invitation_due boolean not null default false,     -- the invitation has not been mailed
     enable_due     boolean not null default false,     -- restored: Keycloak's user must be enabled
+    lease_owner    varchar(32),                        -- who is doing that now, until due_at
     constraint valid_role check (role in ('user', 'admin', 'partner', 'operator')),
     constraint valid_source check (source in ('web', 'internal')),
     constraint check_deleted check (
@@ -49,7 +50,8 @@ create table if not exists users (
     )
 );
 alter table users add column if not exists locale varchar(20) not null default '', add column if not exists due_at timestamptz,
-    add column if not exists invitation_due boolean not null default false, add column if not exists enable_due boolean not null default false;
+    add column if not exists invitation_due boolean not null default false, add column if not exists enable_due boolean not null default false,
+    add column if not exists lease_owner varchar(32);
 create unique index if not exists one_live_user_per_email on users (lower(email)) where deleted_at is null;
 create unique index if not exists one_live_user_per_username on users (lower(username)) where deleted_at is null;
 
@@ -60,7 +62,8 @@ create index if not exists users_by_role on users (role, created_at, user_id);
 create index if not exists users_by_source on users (source, created_at, user_id);
 create index if not exists users_by_network on users (network_id, created_at, user_id);
 create index if not exists users_by_network_and_role on users (network_id, role, created_at, user_id);
-create index if not exists users_by_station on users (network_id, station_id, created_at, user_id);
+create index if not exists users_by_network_and_station on users (network_id, station_id, created_at, user_id);
+create index if not exists users_by_station on users (station_id, created_at, user_id);
 create index if not exists users_by_text on users using gin
     (lower(email || ' ' || username || ' ' || coalesce(first_name, '') || ' ' || coalesce(last_name, '')) gin_trgm_ops);
 create index if not exists users_due on users (due_at) where due_at is not null;

@@ -184,19 +184,9 @@ func (s *server) settleSession(ctx context.Context, session session) error {
 // those that have ended here end in Keycloak.
 func (s *server) checkSessions(ctx context.Context) error {
 	start := s.now()
-	for ctx.Err() == nil {
-		session, err := s.store.takeDueSession(ctx, start, s.now().Add(time.Minute))
-		if errors.Is(err, errNotFound) {
-			return nil
-		}
-		if err == nil {
-			err = s.checkSession(ctx, session)
-		}
-		if err != nil {
-			return err
-		}
-	}
-	return nil
+	return eachDue(ctx, s.log, func() (session, error) {
+		return s.store.takeDueSession(ctx, start, s.now().Add(retryTime))
+	}, s.checkSession)
 }
 
 func (s *server) checkSession(ctx context.Context, session session) error {

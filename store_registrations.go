@@ -54,6 +54,8 @@ type registration struct {
 	Lease        string `db:"-"` // set while this caller holds it; see takeLease
 }
 
+func (reg registration) key() string { return string(reg.ID) }
+
 const registrationColumns = `registration_id, email, username, coalesce(first_name, ''), coalesce(last_name, ''),
 	coalesce(phone, ''), verification_token, coalesce(verification_code, ''), status, coalesce(keycloak_id, ''),
 	coalesce(user_id, ''), resend_count, expires_at, created_at, locale, with_password, mail_state,

@@ -95,7 +95,7 @@ type verifiedToken struct {
 func newVerifier(cfg config, kc *keycloak, now func() time.Time) *verifier {
 	v := &verifier{issuer: cfg.issuer(), client: cfg.AuthClientID, fetch: kc.signingKeys, now: now,
 		wanted: make(chan struct{}, 1), waiting: make(chan struct{}, keyWaiters)}
-	v.withdrawn.sessions, v.withdrawn.users, v.withdrawn.heard = map[string]time.Time{}, map[userID]withdrawal{}, map[userID]time.Time{}
+	v.withdrawn.sessions, v.withdrawn.users = map[string]heard{}, map[userID]heard{}
 	v.keys.Store(&keySet{next: make(chan struct{})})
 	return v
 }
@@ -184,12 +184,12 @@ func (v *verifier) key(ctx context.Context, id string) (jose.JSONWebKey, *keySet
 
 // verify returns whom a token speaks for, unless it was withdrawn.
 //
-// It returns errUnavailable if the keys can't be had, and otherwise an error that
+// It returns errUnavailable if the keys or the withdrawals can't be had, and otherwise an error that
 // says what is wrong with the token and quotes nothing of it.
 func (v *verifier) verify(ctx context.Context, token string) (principal, error) {
 	p, err := v.verifySigned(ctx, token)
-	if err == nil && v.withdrawn.refuses(p) {
-		err = errors.New("it was withdrawn")
+	if err == nil {
+		err = v.withdrawn.check(p)
 	}
 	return p, err
 }

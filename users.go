@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"auth-service/templates"
+
+	gonanoid "github.com/matoous/go-nanoid/v2"
 )
 
 // The roles, from the least to the greatest.
@@ -33,6 +35,16 @@ const (
 	actSessions action = "sessions" // see and end them
 )
 
+// Where a user comes from.
+const (
+	sourceWeb      = "web"      // registered itself
+	sourceInternal = "internal" // created by somebody
+)
+
+// invitationTime is how long an invitation's link works. A later one comes with "forgot
+// password".
+const invitationTime = 7 * 24 * time.Hour
+
 // may is the whole rule of role and scope: whether p may do something with u, as u is
 // and as it will be. It returns nil, problemForbidden, or problemUserNotFound for
 // somebody whom p may not see at all.
@@ -53,6 +65,8 @@ func (p principal) may(do action, u user) error {
 		return problemForbidden.saying("Nobody changes their own role or scope, or deletes themselves.")
 	case !manages:
 		return problemForbidden
+	case u.Source == sourceWeb && !u.IsVerified: // its registration's flow has it in hand
+		return problemAccountNotVerified.saying("The e-mail address of this account is not confirmed yet.")
 	}
 	return nil
 }
@@ -100,7 +114,11 @@ func (s *server) target(ctx context.Context, c caller, id userID, do action) (us
 	} else if err != nil {
 		return u, err
 	}
-	return u, c.may(do, u)
+	var refused problem
+	if errors.As(c.may(do, u), &refused) {
+		return u, refused.about(string(id))
+	}
+	return u, nil
 }
 
 type createUserIn struct {
@@ -124,22 +142,23 @@ func (s *server) createUser(ctx context.Context, c caller, in createUserIn) (cre
 	ctx, cancel := detached(ctx, flowTime)
 	defer cancel()
 	u := user{ID: newUserID(), Email: in.Email, Username: in.Username, FirstName: in.FirstName, LastName: in.LastName, Phone: in.Phone,
-		Role: cmp.Or(in.Role, roleUser), NetworkID: in.NetworkID, StationID: in.StationID, Source: "internal",
-		IsVerified: true, IsActive: true, CreatedAt: s.now(), UpdatedAt: s.now()}
+		Role: cmp.Or(in.Role, roleUser), NetworkID: in.NetworkID, StationID: in.StationID, Source: sourceInternal, IsActive: true, CreatedAt: s.now(), UpdatedAt: s.now()}
 	u.KeycloakID = unborn + string(u.ID)
 	u.Username = cmp.Or(u.Username, defaultUsername(u.Email, u.ID))
 	if err := c.may(actCreate, u); err != nil {
+		return createUserOut{}, err
+	}
+	if err := s.store.hit(ctx, mailsADay(u.Email), s.now()); err != nil { // an invitation is a mail to whoever is named
 		return createUserOut{}, err
 	}
 	if err := s.store.addUser(ctx, c, u, templates.Language(c.Language, in.Locale)); err != nil { // I1
 		return createUserOut{}, registerError(err)
 	}
 	// Dying from here on (I1 … I4) leaves a row that is due: settleUser.
-	out, err := s.settleUser(ctx, u.ID)
+	out, err := s.settleUser(ctx, c, u.ID)
 	if errors.Is(err, errConflict) || errors.As(err, new(rejected)) {
-		return createUserOut{}, registerError(errors.Join(err, s.store.dropUser(ctx, c, u, s.now())))
-	}
-	if err != nil {
+		return createUserOut{}, registerError(err)
+	} else if err != nil {
 		s.log.WarnContext(ctx, "an invitation is queued", "user", u.ID, "error", err)
 		return createUserOut{u, mailQueued}, nil
 	}
@@ -162,6 +181,9 @@ type patchUserIn struct {
 func (s *server) patchUser(ctx context.Context, c caller, in patchUserIn) (user, error) {
 	return s.changeUser(ctx, c, in.ID, "user.update", func(u user) (user, error) {
 		before := u
+		if err := c.may(actEdit, u); err != nil {
+			return u, err
+		}
 		for _, change := range []struct {
 			field *string
 			value *string
@@ -171,14 +193,13 @@ func (s *server) patchUser(ctx context.Context, c caller, in patchUserIn) (user,
 				*change.field = *change.value
 			}
 		}
-		do := actEdit
-		if in.Role != nil || in.NetworkID != nil || in.StationID != nil {
-			do = actAssign
+		if u.Role == before.Role && u.NetworkID == before.NetworkID && u.StationID == before.StationID {
+			return u, nil
 		}
-		if err := c.may(do, before); err != nil {
+		if err := c.may(actAssign, before); err != nil {
 			return u, err
 		}
-		if err := c.may(do, u); err != nil { // as it will be: nobody gives away what they don't have
+		if c.may(actAssign, u) != nil { // as it will be: nobody gives away what they don't have
 			return u, problemForbidden
 		}
 		return u, nil
@@ -189,8 +210,9 @@ func (s *server) patchUser(ctx context.Context, c caller, in patchUserIn) (user,
 // never removed.
 func (s *server) deleteUser(ctx context.Context, c caller, in userIn) (noContent, error) {
 	_, err := s.changeUser(ctx, c, in.ID, "user.delete", func(u user) (user, error) {
-		now := s.now()
-		u.IsActive, u.DeletedAt = false, &now
+		if now := s.now(); u.IsActive {
+			u.IsActive, u.DeletedAt = false, &now
+		}
 		return u, c.may(actDelete, u)
 	})
 	return noContent{}, err
@@ -212,12 +234,15 @@ func (s *server) changeUser(ctx context.Context, c caller, id userID, action str
 	if id == "me" {
 		id = c.UserID
 	}
+	var refused problem
 	u, ended, err := s.store.changeUser(ctx, c, id, action, change, s.now()) // U1
 	switch {
 	case errors.Is(err, errNotFound):
 		return u, problemUserNotFound
 	case errors.Is(err, errConflict): // restored, and another has the address or username by now
 		return u, problemUserExists.about(string(id))
+	case errors.As(err, &refused):
+		return u, refused.about(string(id))
 	case err != nil:
 		return u, err
 	}
@@ -227,64 +252,81 @@ func (s *server) changeUser(ctx context.Context, c caller, id userID, action str
 			s.log.WarnContext(ctx, "a session will end in Keycloak later", "session", session.ID, "error", err)
 		}
 	}
-	if settled, err := s.settleUser(ctx, id); err == nil {
-		return settled, nil
-	} else {
+	settled, err := s.settleUser(ctx, c, id)
+	if err != nil {
 		s.log.WarnContext(ctx, "a change will reach Keycloak later", "user", id, "error", err)
+		return u, nil
 	}
-	return u, nil
+	return settled, nil
 }
 
 // unborn is what the id of a user begins with that Keycloak does not have yet.
 const unborn = "unborn:"
 
-// settleUser brings Keycloak's user to where ours is, whatever has happened before: it
-// creates it (I2), gives it our role, scope and names (U2), and sends the invitation
-// that is owed (I4). It returns the user as it is then.
-func (s *server) settleUser(ctx context.Context, id userID) (user, error) {
-	for {
-		u, owed, err := s.store.owedUser(ctx, id)
-		if err != nil {
-			return u, err
+// settleUser brings Keycloak's user to where ours is, and returns it as it is then. One
+// at a time does that, so that an older state never overtakes a newer one.
+func (s *server) settleUser(ctx context.Context, c caller, id userID) (user, error) {
+	lease := gonanoid.Must()
+	for pause := 10 * time.Millisecond; ; pause = min(2*pause, 500*time.Millisecond) {
+		u, err := s.store.leaseUser(ctx, id, lease, s.now())
+		switch {
+		case err != nil || !u.Due:
+			return u.user, err
+		case u.Lease == lease:
+			return s.settleLeased(ctx, c, u)
 		}
-		if strings.HasPrefix(u.KeycloakID, unborn) {
-			if u.KeycloakID, err = s.kc.createInvited(ctx, u, owed.Locale); err != nil { // I2; finds the one that a lost answer has created
-				return u, err
-			}
-			if err = s.store.bornUser(ctx, u); err != nil { // I3
-				return u, err
-			}
-		} else if err = s.kc.assign(ctx, u, owed.Enable); err != nil { // U2
-			return u, err
+		select {
+		case <-ctx.Done():
+			return u.user, errBusy
+		case <-time.After(pause):
 		}
-		if owed.Invitation {
-			if err = s.kc.sendMail(ctx, u.KeycloakID, owed.Locale, s.cfg.VerificationTTL, true); err != nil { // I4
-				return u, err
-			}
-		}
-		settled, err := s.store.userSettled(ctx, u) // U3
-		if settled || err != nil {
-			return u, err
-		} // changed meanwhile by another: once more
 	}
+}
+
+// settleLeased does whatever is owed to Keycloak, whatever has happened before: it creates
+// the user (I2, I3) or gives it our role, scope and names (U2), sends the invitation (I4),
+// and says that this is all (U3).
+func (s *server) settleLeased(ctx context.Context, c caller, u owedUser) (user, error) {
+	err := func() (err error) {
+		if strings.HasPrefix(u.KeycloakID, unborn) {
+			u.KeycloakID, err = s.kc.createInvited(ctx, u.user, u.Locale) // I2
+			if errors.Is(err, errConflict) || errors.As(err, new(rejected)) {
+				return errors.Join(err, s.store.dropUser(ctx, c, u.user, s.now()))
+			} else if err != nil {
+				return err
+			}
+			if err = s.store.bornUser(ctx, u.user); err != nil { // I3
+				return err
+			}
+		} else if err = s.kc.assign(ctx, u.user, u.Enable); err != nil { // U2
+			return err
+		}
+		if u.Invitation && u.IsActive {
+			if err = s.kc.sendMail(ctx, u.KeycloakID, u.Locale, invitationTime, invitation); err != nil {
+				return err
+			}
+			return s.store.invited(ctx, c, u.ID, s.now()) // I4
+		}
+		return nil
+	}()
+	if err != nil {
+		return u.user, errors.Join(err, s.store.releaseUser(ctx, u, s.now().Add(retryTime)))
+	}
+	if settled, err := s.store.userSettled(ctx, u); settled || err != nil { // U3
+		return u.user, err
+	}
+	return s.settleUser(ctx, c, u.ID) // changed meanwhile by another
 }
 
 // settleUsers settles the users whose change has not reached Keycloak.
 func (s *server) settleUsers(ctx context.Context) error {
 	start := s.now()
-	for ctx.Err() == nil {
-		id, err := s.store.takeDueUser(ctx, start, s.now().Add(time.Minute))
-		if errors.Is(err, errNotFound) {
-			return nil
-		}
-		if err == nil {
-			_, err = s.settleUser(ctx, id)
-		}
-		if err != nil {
-			return fmt.Errorf("user %s: %w", id, err)
-		}
-	}
-	return nil
+	return eachDue(ctx, s.log, func() (owedUser, error) {
+		return s.store.takeDueUser(ctx, gonanoid.Must(), start, s.now())
+	}, func(ctx context.Context, u owedUser) error {
+		_, err := s.settleLeased(ctx, system("users"), u)
+		return err
+	})
 }
 
 // userSessions lists where a user is signed in.
@@ -299,13 +341,29 @@ func (s *server) userSessions(ctx context.Context, c caller, in struct {
 	return s.sessionsOf(ctx, c, u.ID, in.pageIn)
 }
 
+// endUserSession signs a user out somewhere.
+func (s *server) endUserSession(ctx context.Context, c caller, in struct {
+	userIn
+	sessionIn
+}) (noContent, error) {
+	return s.endManaged(ctx, c, in.userIn.ID, in.sessionIn.ID)
+}
+
 // endUserSessions signs a user out everywhere.
 func (s *server) endUserSessions(ctx context.Context, c caller, in userIn) (noContent, error) {
+	return s.endManaged(ctx, c, in.ID, "")
+}
+
+func (s *server) endManaged(ctx context.Context, c caller, id userID, session sessionID) (noContent, error) {
 	ctx, cancel := detached(ctx, flowTime)
 	defer cancel()
-	u, err := s.target(ctx, c, in.ID, actSessions)
-	if err == nil {
-		_, err = s.signOut(ctx, c, u.ID, "", entry{Action: "session.end", Reason: "managed"})
+	u, err := s.target(ctx, c, id, actSessions)
+	if err != nil {
+		return noContent{}, err
+	}
+	n, err := s.signOut(ctx, c, u.ID, session, entry{Action: "session.end", Reason: "managed"})
+	if err == nil && n == 0 && session != "" {
+		err = problemNotFound
 	}
 	return noContent{}, err
 }

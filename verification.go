@@ -58,7 +58,11 @@ func (s *server) mail(ctx context.Context, c caller, reg registration, claim mai
 	if err = enable(); err != nil {
 		err = errors.Join(errMailNotSent, err)
 	} else {
-		err = s.kc.sendMail(ctx, reg.KeycloakID, reg.Locale, reg.ExpiresAt.Sub(s.now()).Round(time.Minute), !reg.WithPassword)
+		actions := choosePassword
+		if reg.WithPassword {
+			actions = verifyEmail
+		}
+		err = s.kc.sendMail(ctx, reg.KeycloakID, reg.Locale, reg.ExpiresAt.Sub(s.now()).Round(time.Minute), actions)
 	}
 	disabled := s.closeMailWindow(ctx, reg)
 	if err == nil {
@@ -239,7 +243,7 @@ func (s *server) verifyAnswer(ctx context.Context, reg registration, in verifyIn
 	out := verifyOut{reg.ID, reg.UserID, reg.Email, "active", already, s.setPasswordURL(reg, in.Key), false}
 	if !reg.WithPassword && in.Key == "" && !already {
 		// Verified by the code: the key is only in the mail. Keycloak mails its own link.
-		err := s.kc.sendMail(ctx, reg.KeycloakID, reg.Locale, s.cfg.VerificationTTL, true)
+		err := s.kc.sendMail(ctx, reg.KeycloakID, reg.Locale, s.cfg.VerificationTTL, choosePassword)
 		if out.PasswordMailed = err == nil; err != nil {
 			s.log.WarnContext(ctx, "the mail to choose a password was not sent", "registration", reg.ID, "error", err)
 		}

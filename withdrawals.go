@@ -4,21 +4,21 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"sync"
 	"time"
 
 	"github.com/jackc/pgx/v5"
-	"github.com/jackc/pgx/v5/pgconn"
 )
 
 // An access token lives for minutes after what it says has ceased to be true. Withdrawals
 // say which ones count no more: they are written in the transaction of the change, reach
 // every instance by NOTIFY, and are kept in memory, where each check of a token looks.
-
 const (
-	tokenLife    = time.Hour              // no access token lives longer: what is older withdraws nothing
-	withdrawPoll = 500 * time.Millisecond // between two looks at the table while the channel is down
-	channelPause = 5 * time.Second        // between two tries to listen
+	tokenLife     = time.Hour              // no access token lives longer: what is older withdraws nothing
+	withdrawalLag = time.Minute            // no transaction takes longer to commit what it has withdrawn
+	withdrawPoll  = 400 * time.Millisecond // between two looks at the table, and the most that one may take
+	channelPause  = 5 * time.Second        // between two tries to listen
 )
 
 // withdrawal is a session that has ended, or what is true of a user from now on: its
@@ -31,6 +31,7 @@ type withdrawal struct {
 	NetworkID string `json:"network_id"`
 	StationID string `json:"station_id"`
 	Active    bool   `json:"is_active"`
+	Number    int64  `json:"withdrawal_id"` // of two about the same user the greater one counts
 }
 
 // withdraw records a withdrawal in the transaction of its change; PostgreSQL tells the
@@ -40,37 +41,60 @@ func withdraw(ctx context.Context, tx pgx.Tx, w withdrawal) error {
 		with w as (
 			insert into withdrawals (keycloak_session_id, user_id, role, network_id, station_id, is_active)
 			values ($1, $2, $3, $4, $5, $6) returning *)
-		select pg_notify('withdrawals', row_to_json(w)::text) from w`, w.SessionID, string(w.UserID), w.Role, w.NetworkID, w.StationID, w.Active)
+		select pg_notify('withdrawals', row_to_json(w)::text) from w`, w.SessionID, w.UserID, w.Role, w.NetworkID, w.StationID, w.Active)
 	return err
 }
 
 // withdrawals are those of the last tokenLife.
 type withdrawals struct {
 	mu       sync.RWMutex
-	sessions map[string]time.Time // by claim sid: when we heard of it
-	users    map[userID]withdrawal
-	heard    map[userID]time.Time
+	sessions map[string]heard // by claim sid
+	users    map[userID]heard
+	read     time.Time // when the table was read; zero: never, so nobody can tell which tokens are good
 }
 
-// refuses says whether a token of p was withdrawn.
-func (w *withdrawals) refuses(p principal) bool {
+// heard is a withdrawal and when we have heard of it.
+type heard struct {
+	withdrawal
+	at time.Time
+}
+
+// check returns an error if a token of p was withdrawn, or errUnavailable as long as nobody
+// can tell.
+func (w *withdrawals) check(p principal) error {
 	w.mu.RLock()
 	defer w.mu.RUnlock()
-	if _, ended := w.sessions[p.SessionID]; ended {
-		return true
-	}
+	_, ended := w.sessions[p.SessionID]
 	now, changed := w.users[p.UserID]
-	return changed && !(now.Active && len(p.Roles) == 1 && p.Roles[0] == now.Role && p.NetworkID == now.NetworkID && p.StationID == now.StationID)
+	same := now.Active && len(p.Roles) == 1 && p.Roles[0] == now.Role && p.NetworkID == now.NetworkID && p.StationID == now.StationID
+	switch {
+	case w.read.IsZero():
+		return fmt.Errorf("%w: the withdrawals have not been read yet", errUnavailable)
+	case ended, changed && !same:
+		return errors.New("it was withdrawn")
+	}
+	return nil
 }
 
-func (w *withdrawals) add(all ...withdrawal) {
+func (w *withdrawals) lastRead() time.Time {
+	w.mu.RLock()
+	defer w.mu.RUnlock()
+	return w.read
+}
+
+// add takes withdrawals, and notes when the table was read if that is where they come from.
+func (w *withdrawals) add(read time.Time, all ...withdrawal) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	if !read.IsZero() {
+		w.read = read
+	}
 	for _, one := range all {
-		if one.SessionID != "" {
-			w.sessions[one.SessionID] = time.Now()
-		} else {
-			w.users[one.UserID], w.heard[one.UserID] = one, time.Now()
+		switch {
+		case one.SessionID != "":
+			w.sessions[one.SessionID] = heard{one, time.Now()}
+		case one.Number > w.users[one.UserID].Number:
+			w.users[one.UserID] = heard{one, time.Now()}
 		}
 	}
 }
@@ -79,29 +103,28 @@ func (w *withdrawals) add(all ...withdrawal) {
 func (w *withdrawals) forget() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	for sid, at := range w.sessions {
-		if time.Since(at) > tokenLife {
+	for sid, h := range w.sessions {
+		if time.Since(h.at) > tokenLife+withdrawalLag {
 			delete(w.sessions, sid)
 		}
 	}
-	for id, at := range w.heard {
-		if time.Since(at) > tokenLife {
+	for id, h := range w.users {
+		if time.Since(h.at) > tokenLife+withdrawalLag {
 			delete(w.users, id)
-			delete(w.heard, id)
 		}
 	}
 }
 
-// follow keeps the withdrawals current until ctx ends. While the channel is down it looks
-// into the table every second, and withdrawal_channel_up is 0.
-func (s *server) follow(ctx context.Context) {
+// followWithdrawals keeps the withdrawals current until ctx ends. While the channel is down
+// it looks into the table instead, and withdrawal_channel_up is 0.
+func (s *server) followWithdrawals(ctx context.Context) {
 	for ctx.Err() == nil {
 		err := s.listen(ctx)
 		s.metrics.channel.Set(0)
 		if ctx.Err() != nil {
 			return
 		}
-		s.log.Warn("withdrawals are polled until the channel is up again", "error", err)
+		s.log.Warn("the channel of withdrawals is down: they are polled", "error", err)
 		for until := time.Now().Add(channelPause); time.Now().Before(until) && ctx.Err() == nil; {
 			if err := s.loadWithdrawals(ctx, s.store.pool); err != nil && !errors.Is(err, errUnavailable) {
 				s.log.Error("withdrawals can't be read", "error", err)
@@ -114,62 +137,60 @@ func (s *server) follow(ctx context.Context) {
 	}
 }
 
-// listen takes what comes over the channel. It listens before it reads the table, so
-// that nothing falls between the two.
+// listen takes what comes over the channel, and looks into the table now and then: that
+// proves that the connection lives, and finds what a pooler in between may have swallowed.
 func (s *server) listen(ctx context.Context) error {
 	pooled, err := s.store.pool.Acquire(ctx)
 	if err != nil {
 		return err
 	}
-	conn := pooled.Hijack() // the loop's own: the pool would hand it out while it listens
+	conn := pooled.Hijack() // the pool would hand it out while it listens
 	defer conn.Close(context.WithoutCancel(ctx))
-	if _, err := conn.Exec(ctx, `listen withdrawals`); err != nil {
+	if _, err := conn.Exec(ctx, `listen withdrawals`); err != nil { // before the table is read: nothing falls in between
 		return err
 	}
-	if err := s.loadWithdrawals(ctx, conn); err != nil {
-		return err
-	}
-	s.metrics.channel.Set(1)
 	for {
-		n, err := waitForNotification(ctx, conn)
-		if err != nil {
+		if err := s.loadWithdrawals(ctx, conn); err != nil {
 			return err
 		}
-		if n == nil {
-			continue
+		s.metrics.channel.Set(1)
+		s.tokens.withdrawn.forget()
+		for look := time.Now().Add(withdrawPoll); time.Now().Before(look); {
+			wait, cancel := context.WithDeadline(ctx, look)
+			n, err := conn.WaitForNotification(wait)
+			cancel()
+			if err != nil && (wait.Err() == nil || ctx.Err() != nil) {
+				return err
+			}
+			var w withdrawal
+			if n != nil && json.Unmarshal([]byte(n.Payload), &w) == nil {
+				s.tokens.withdrawn.add(time.Time{}, w)
+			}
 		}
-		var w withdrawal
-		if err := json.Unmarshal([]byte(n.Payload), &w); err != nil {
-			return err
-		}
-		s.tokens.withdrawn.add(w)
 	}
 }
 
-// waitForNotification returns the next one, or nil after a second without any, in which
-// the server has proved that it is still there.
-func waitForNotification(ctx context.Context, conn *pgx.Conn) (*pgconn.Notification, error) {
-	wait, cancel := context.WithTimeout(ctx, time.Second)
-	defer cancel()
-	n, err := conn.WaitForNotification(wait)
-	if err == nil || wait.Err() == nil || ctx.Err() != nil {
-		return n, err
-	}
-	alive, cancel := context.WithTimeout(ctx, time.Second)
-	defer cancel()
-	return nil, conn.Ping(alive)
-}
-
-// loadWithdrawals reads the table, oldest first.
+// loadWithdrawals reads what has come since the last time; a table that is read again and
+// again must answer at once.
 func (s *server) loadWithdrawals(ctx context.Context, q querier) error {
+	w, start, patience := &s.tokens.withdrawn, time.Now(), withdrawPoll
+	since := min(time.Since(w.lastRead())+withdrawalLag, tokenLife)
+	if since > 2*withdrawalLag {
+		patience = 5 * time.Second
+	}
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
 	rows, _ := q.Query(ctx, `
-		select keycloak_session_id, user_id, role, network_id, station_id, is_active from withdrawals
-		where at > clock_timestamp() - $1::interval order by withdrawal_id`, tokenLife)
+		select keycloak_session_id, user_id, role, network_id, station_id, is_active, withdrawal_id from withdrawals
+		where at > clock_timestamp() - $1::interval`, since)
 	all, err := pgx.CollectRows(rows, pgx.RowToStructByPos[withdrawal])
 	if err != nil {
 		return storeError(err)
 	}
-	s.tokens.withdrawn.add(all...)
+	if w.lastRead().IsZero() {
+		s.log.Info("the withdrawals are read")
+	}
+	w.add(start, all...)
 	return nil
 }
 
