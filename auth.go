@@ -228,7 +228,9 @@ const resetLifespan = time.Hour
 // stands against the mail.
 func (s *server) forgotPassword(ctx context.Context, c caller, in forgotIn) (noContent, error) {
 	for _, l := range []limit{{"reset:" + tokenHash(strings.ToLower(in.Email)), 1, s.cfg.ResendCooldown, problemTooManyRequests}, mailsADay(in.Email)} {
-		if err := s.store.hit(ctx, l, s.now()); errors.As(err, new(problem)) {
+		var limited problem
+		if err := s.store.hit(ctx, l, s.now()); errors.As(err, &limited) {
+			s.recordRefusal(ctx, c, "forgotPassword", limited)
 			return noContent{}, nil
 		} else if err != nil {
 			return noContent{}, err

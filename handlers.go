@@ -128,6 +128,8 @@ func (s *server) routes() []route {
 			op("Users", 204, s.endUserSession, problemForbidden, problemAccountNotVerified, problemUserNotFound, problemNotFound, problemTooManyRequests, problemUnavailable)},
 		{"DELETE /api/v1/users/{user_id}/sessions", "", signedIn, onUsers, "endUserSessions", "Sign a user out everywhere",
 			op("Users", 204, s.endUserSessions, problemForbidden, problemAccountNotVerified, problemUserNotFound, problemTooManyRequests, problemUnavailable)},
+		{"GET /api/v1/audit", "", signedIn, onUsers, "auditTrail", "What is on record",
+			op("Audit", 200, s.auditTrail, problemForbidden, problemTooManyRequests, problemUnavailable)},
 
 		{"GET " + validatePath, "", public, unlimited, "validate", "May this token pass (for gateways)", s.validateOp()},
 		{envoyPath + "{path...}", "", public, unlimited, "validateEnvoy", "", plain(s.validateEnvoy)},
@@ -261,7 +263,7 @@ func (s *server) refuse(w http.ResponseWriter, r *http.Request, rt route, err er
 func (s *server) recordRefusal(ctx context.Context, c caller, action string, p problem) {
 	ctx, cancel := detached(ctx, 5*time.Second)
 	defer cancel()
-	if err := s.store.audit(ctx, c, s.now(), entry{Action: action, Target: p.target, Outcome: "refused", Reason: p.slug()}); err != nil {
+	if err := s.store.auditRefusal(ctx, c, s.now(), entry{Action: action, Target: p.target, Reason: p.slug()}); err != nil {
 		s.log.ErrorContext(ctx, "a refusal is not on record", "action", action, "reason", p.slug(), "error", err)
 	}
 }

@@ -23,12 +23,13 @@ type (
 	registrationID string // REG-…; a capability: whoever has it may ask for the status
 	userID         string // USR-…
 	sessionID      string // SES-…
+	auditID        string // AUD-…
 )
 
 func newRegistrationID() registrationID { return registrationID("REG-" + gonanoid.Must(16)) }
 func newUserID() userID                 { return userID("USR-" + gonanoid.Must(16)) }
 func newSessionID() sessionID           { return sessionID("SES-" + gonanoid.Must(16)) }
-func newAuditID() string                { return "AUD-" + gonanoid.Must(16) }
+func newAuditID() auditID               { return auditID("AUD-" + gonanoid.Must(16)) }
 
 // keycloakIDPattern is what an id of Keycloak looks like: 36 characters of a user,
 // 24 of a session. Ids go into Keycloak's URLs, so whatever does not match is
@@ -40,8 +41,11 @@ func newToken() string { return gonanoid.Must(32) }
 
 // tokenHash is what PostgreSQL keeps of a token: its SHA-256 in hex. The token
 // is random and long, so a plain hash can't be guessed back.
-func tokenHash(token string) string {
-	sum := sha256.Sum256([]byte(token))
+func tokenHash(token string) string { return digest(token) }
+
+// digest is SHA-256 in hex.
+func digest(text string) string {
+	sum := sha256.Sum256([]byte(text))
 	return hex.EncodeToString(sum[:])
 }
 

@@ -3,7 +3,9 @@
 //
 //	auth-service              serve until SIGTERM
 //	auth-service jobs         run each background job once, for an outside cron
-//	auth-service grant-admin EMAIL  make a user an administrator
+//	auth-service migrate      bring the schema to this version, as the owner of the tables
+//	auth-service grant-admin EMAIL    make a user an administrator
+//	auth-service audit verify [HASH]  check the seals of the record, and that HASH is one of them
 //	auth-service healthcheck  exit 0 if the service on this machine is alive
 //	auth-service version
 //
@@ -31,6 +33,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime/debug"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -75,11 +78,14 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 		return err
 	}
 	defer s.store.pool.Close()
+	operator := cmp.Or(getenv("SUDO_USER"), getenv("USER"), getenv("LOGNAME"), "unknown")
 	switch {
 	case command == "" && len(args) == 0:
 		return s.serve(ctx)
+	case command == "migrate" && len(args) == 1:
+		return s.migrate(ctx)
 	case command == "jobs" && len(args) == 1:
-		if err := s.store.migrate(ctx); err != nil {
+		if err := s.migrate(ctx); err != nil {
 			return err
 		}
 		var errs []error
@@ -88,11 +94,9 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 		}
 		return errors.Join(errs...)
 	case command == "grant-admin" && len(args) == 2:
-		u, err := s.grantAdmin(ctx, args[1], cmp.Or(getenv("USER"), getenv("LOGNAME"), "unknown"))
-		if err == nil {
-			_, err = fmt.Fprintf(stdout, "%s (%s) is an administrator now\n", u.Email, u.ID)
-		}
-		return err
+		return s.grantAdmin(ctx, args[1], operator, stdout)
+	case command == "audit" && (len(args) == 2 || len(args) == 3) && args[1] == "verify":
+		return s.verifyAudit(ctx, strings.Join(args[2:], ""), operator, stdout)
 	}
 	return fmt.Errorf("unknown command %q; see the package comment in main.go", args)
 }
@@ -204,9 +208,11 @@ func (s *server) jobs() []job {
 		{"repair", s.repair},
 		{"sessions", s.checkSessions},
 		{"users", s.settleUsers},
+		{"seal", s.sealAudit},
 		{"sweep", func(ctx context.Context) error {
 			answered := s.now().Add(-s.cfg.RefreshGrace - time.Minute) // instances' clocks differ
-			return errors.Join(s.store.sweepLimits(ctx, s.now()), s.store.forgetAnswers(ctx, answered), s.store.forgetWithdrawals(ctx))
+			return errors.Join(s.store.sweepLimits(ctx, s.now()), s.store.forgetAnswers(ctx, answered), s.store.forgetWithdrawals(ctx),
+				s.store.endFloods(ctx, s.now()), s.store.makeMonths(ctx, s.now()))
 		}},
 	}
 }
@@ -268,10 +274,18 @@ func eachDue[T keyed](ctx context.Context, log *slog.Logger, take func() (T, err
 	return nil
 }
 
-// migrateOnce brings the schema up to date as soon as PostgreSQL answers.
+// migrate brings the schema up to date, and the record's months.
+func (s *server) migrate(ctx context.Context) error {
+	if err := s.store.migrate(ctx); err != nil {
+		return err
+	}
+	return s.store.makeMonths(ctx, s.now())
+}
+
+// migrateOnce migrates as soon as PostgreSQL answers.
 func (s *server) migrateOnce() func(context.Context) error {
 	return func(ctx context.Context) error {
-		if err := s.store.migrate(ctx); err != nil {
+		if err := s.migrate(ctx); err != nil {
 			return err
 		}
 		s.log.Info("the schema is current")

@@ -152,30 +152,98 @@ create table if not exists withdrawals (
 create index if not exists withdrawals_by_time on withdrawals (at);
 
 -- What happened, who did it, to whom, from where. Written in the transaction of
--- the change that it records. Append-only: the trigger below refuses the rest.
+-- the change that it records. Append-only: the triggers below refuse the rest, and the
+-- service's role has no right to it. One partition a month, so that a month is dropped
+-- as a whole when its time is over.
+do $$ begin
+    if exists (select from pg_class where oid = to_regclass('audit_log') and relkind = 'r') then -- of versions before partitions
+        alter table audit_log rename to audit_log_before;
+        alter table audit_log_before rename constraint audit_log_pkey to audit_log_before_pkey;
+        drop index audit_by_time, audit_by_target, audit_by_actor;
+    end if;
+end $$;
+create sequence if not exists audit_numbers;
 create table if not exists audit_log (
-    audit_id   varchar(32) primary key,                -- AUD-…
+    audit_id   varchar(32) not null,                   -- AUD-…
+    number     bigint not null default nextval('audit_numbers'), -- the order of sealing; some are never used
     at         timestamptz not null,
     actor      varchar(100) not null,                  -- USR-…, anonymous, system:…, operator:…
     action     varchar(50) not null,                   -- registration.verify, login, …
     target     varchar(100) not null,                  -- the id of what was acted on, or ''
     outcome    varchar(10) not null,                   -- ok, refused, failed
     reason     varchar(100) not null default '',       -- a problem's slug or a short constant
+    network_id varchar(32) not null default '',        -- of the target, if it is a user, else of the actor; its partners may read it
     ip_address varchar(50) not null default '',
     user_agent text not null default '',
     request_id varchar(64) not null default '',
     details    jsonb not null default '{}',
+    primary key (audit_id, at),
     constraint valid_outcome check (outcome in ('ok', 'refused', 'failed'))
-);
+) partition by range (at);
+create index if not exists audit_by_number on audit_log (number);
 create index if not exists audit_by_time on audit_log (at, audit_id);
-create index if not exists audit_by_target on audit_log (target, at);
-create index if not exists audit_by_actor on audit_log (actor, at);
+create index if not exists audit_by_target on audit_log (target, at, audit_id);
+create index if not exists audit_by_actor on audit_log (actor, at, audit_id);
+create index if not exists audit_by_action on audit_log (action, outcome, at, audit_id);
+create index if not exists audit_by_outcome on audit_log (outcome, at, audit_id);
+create index if not exists audit_by_network on audit_log (network_id, at, audit_id);
 
 create or replace function audit_log_is_append_only() returns trigger language plpgsql as $$
 begin
     raise exception 'audit_log is append-only';
 end $$;
-create or replace trigger audit_log_append_only before update or delete or truncate on audit_log
+create or replace trigger audit_log_keeps_rows before update or delete on audit_log
+    for each row execute function audit_log_is_append_only(); -- of partitions, too
+create or replace trigger audit_log_keeps_all before truncate on audit_log
+    for each statement execute function audit_log_is_append_only();
+
+-- audit_log_month makes the partition of a time's month (UTC) unless it is there. It has
+-- the rights of the tables' owner.
+create or replace function audit_log_month(at timestamptz) returns void language plpgsql security definer set search_path from current as $$
+declare
+    month timestamp := date_trunc('month', at at time zone 'UTC');
+    name  text := 'audit_log_' || to_char(month, 'YYYY_MM');
+begin
+    if to_regclass(name) is null then
+        perform pg_advisory_xact_lock(7206);
+        execute format('create table if not exists %I partition of audit_log for values from (%L) to (%L)',
+            name, month at time zone 'UTC', (month + interval '1 month') at time zone 'UTC');
+        execute format('create or replace trigger audit_log_keeps_all before truncate on %I
+            for each statement execute function audit_log_is_append_only()', name);
+    end if;
+end $$;
+
+do $$ begin
+    if to_regclass('audit_log_before') is not null then
+        perform audit_log_month(at) from (select distinct date_trunc('month', at, 'UTC') as at from audit_log_before) months;
+        insert into audit_log (audit_id, at, actor, action, target, outcome, reason, ip_address, user_agent, request_id, details)
+            select audit_id, at, actor, action, target, outcome, reason, ip_address, user_agent, request_id, details
+            from audit_log_before order by at;
+        drop table audit_log_before;
+    end if;
+end $$;
+
+-- Refusals of a minute, so that a flood of them does not become one of entries.
+create table if not exists audit_floods (
+    minute  timestamptz not null,
+    action  varchar(50) not null,
+    reason  varchar(100) not null,
+    actor   varchar(100) not null,                     -- '' in the row of all actors and networks
+    network varchar(50) not null,                      -- of the client's address, as limits count it
+    hits    integer not null,
+    primary key (minute, action, reason, actor, network)
+);
+
+-- Seals make changes of the record evident: each one's manifest has a digest of every
+-- entry of a batch and the hash of the seal before.
+create table if not exists audit_seals (
+    seal_id     bigint primary key,                    -- 1, 2, …
+    sealed_at   timestamptz not null,
+    last_number bigint not null,                       -- of the entries in it
+    manifest    text not null,                         -- see manifest in seals.go
+    hash        varchar(64) not null                   -- SHA-256 of the manifest, hex
+);
+create or replace trigger audit_seals_keep_rows before update or delete or truncate on audit_seals
     for each statement execute function audit_log_is_append_only();
 
 -- Counters of every limit, exact over all instances: a window begins with the
@@ -187,3 +255,15 @@ create unlogged table if not exists rate_limits (
     resets_at timestamptz not null
 );
 create index if not exists rate_limits_by_end on rate_limits (resets_at);
+
+-- The role that the service runs as in production, if there is one: it can do what the
+-- service does, and neither change nor delete what is on record.
+do $$ begin
+    if exists (select from pg_roles where rolname = 'auth_service') then
+        grant select on schema_version to auth_service;
+        grant select, insert, update, delete on users, user_registrations, sessions, refresh_tokens, withdrawals,
+            rate_limits, audit_floods to auth_service;
+        grant select, insert on audit_log, audit_seals to auth_service;
+        grant usage on sequence audit_numbers to auth_service;
+    end if;
+end $$;

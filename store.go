@@ -81,7 +81,10 @@ func (st *store) migrate(ctx context.Context) error {
 		if _, err := tx.Exec(ctx, `select set_config('lock_timeout', '3s', true), pg_advisory_xact_lock(7203)`); err != nil {
 			return err
 		}
-		if _, err := tx.Exec(ctx, schemaSQL); err != nil {
+		var pg *pgconn.PgError
+		if _, err := tx.Exec(ctx, schemaSQL); errors.As(err, &pg) && pg.Code == "42501" { // insufficient_privilege
+			return fmt.Errorf("the schema is not this version's; run \"auth-service migrate\" as the owner of the tables: %s", pg.Message)
+		} else if err != nil {
 			return err
 		}
 		_, err := tx.Exec(ctx, `

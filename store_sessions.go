@@ -47,12 +47,12 @@ func (st *store) addSession(ctx context.Context, c caller, subject string, s ses
 		t as (
 			insert into refresh_tokens (token_hash, session_id) select $11::text, $1::text from u),
 		a as (
-			insert into audit_log (audit_id, at, actor, action, target, outcome, ip_address, user_agent, request_id, details)
-			select $9::text, $5::timestamptz, user_id, 'login', user_id, 'ok', $3::text, $4::text, $10::text,
+			insert into audit_log (audit_id, at, actor, action, target, outcome, network_id, ip_address, user_agent, request_id, details)
+			select $9::text, $5::timestamptz, user_id, 'login', user_id, 'ok', network_id, $3::text, $4::text, $10::text,
 				jsonb_build_object('session_id', $1::text) from u),
 		b as (
-			insert into audit_log (audit_id, at, actor, action, target, outcome, reason, ip_address, user_agent, request_id, details)
-			select $12::text, $5::timestamptz, user_id, 'session.end', user_id, 'ok', 'replaced', $3::text, $4::text, $10::text,
+			insert into audit_log (audit_id, at, actor, action, target, outcome, reason, network_id, ip_address, user_agent, request_id, details)
+			select $12::text, $5::timestamptz, user_id, 'session.end', user_id, 'ok', 'replaced', network_id, $3::text, $4::text, $10::text,
 				jsonb_build_object('sessions', array(select session_id from replaced)) from u where exists (select from replaced))
 		select * from u`,
 		string(s.ID), s.KeycloakID, c.Address, c.UserAgent, now, s.ExpiresAt, s.due(now), subject, newAuditID(), c.RequestID, refreshHash, newAuditID())

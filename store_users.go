@@ -53,34 +53,30 @@ func (st *store) userByKeycloakID(ctx context.Context, id string) (user, error) 
 
 // users returns whom p may see, filtered, the latest first.
 func (st *store) users(ctx context.Context, p principal, in usersIn, before cursor) ([]user, error) {
-	where, args := []string{"(created_at, user_id) < ($1, $2)"}, []any{before.At, before.ID, in.Limit + 1}
-	and := func(condition string, value any) {
-		args = append(args, value)
-		where = append(where, strings.ReplaceAll(condition, "?", fmt.Sprintf("$%d", len(args))))
-	}
+	var f filter
+	f.and("(created_at, user_id) < (?, ?)", before.At, before.ID)
 	switch {
 	case p.is(roleAdmin):
 	case p.is(rolePartner) && p.NetworkID != "":
-		and("network_id = ?", p.NetworkID)
+		f.is("network_id", p.NetworkID)
 	case p.is(roleOperator) && p.NetworkID != "" && p.StationID != "":
-		and("network_id = ?", p.NetworkID)
-		and("station_id = ?", p.StationID)
+		f.is("network_id", p.NetworkID)
+		f.is("station_id", p.StationID)
 	default:
-		and("user_id = ?", p.UserID)
+		f.and("user_id = ?", p.UserID)
 	}
-	for _, filter := range []struct{ column, value string }{{"role", in.Role}, {"network_id", in.NetworkID}, {"station_id", in.StationID}, {"source", in.Source}} {
-		if filter.value != "" {
-			and(filter.column+" = ?", filter.value)
-		}
-	}
+	f.is("role", in.Role)
+	f.is("network_id", in.NetworkID)
+	f.is("station_id", in.StationID)
+	f.is("source", in.Source)
 	if in.Query != "" {
-		and(userText+" like '%' || ? || '%'", strings.NewReplacer(`\`, `\\`, `%`, `\%`, `_`, `\_`).Replace(strings.ToLower(in.Query)))
+		f.and(userText+" like '%' || ? || '%'", strings.NewReplacer(`\`, `\\`, `%`, `\%`, `_`, `\_`).Replace(strings.ToLower(in.Query)))
 	}
 	if !in.IncludeDeleted {
-		where = append(where, "deleted_at is null")
+		f.and("deleted_at is null")
 	}
-	rows, _ := st.pool.Query(ctx, `select `+userColumns+` from users where `+strings.Join(where, " and ")+`
-		order by created_at desc, user_id desc limit $3`, args...)
+	rows, _ := st.pool.Query(ctx, `select `+userColumns+` from users where `+f.where()+`
+		order by created_at desc, user_id desc limit `+fmt.Sprint(in.Limit+1), f.args...)
 	list, err := pgx.CollectRows(rows, pgx.RowToStructByPos[user])
 	return list, storeError(err)
 }
@@ -174,7 +170,7 @@ func (st *store) changeUser(ctx context.Context, c caller, id userID, action str
 				return err
 			}
 		}
-		return writeAudit(ctx, tx, c, now, entry{Action: action, Target: string(id), Details: changed})
+		return writeAudit(ctx, tx, c, now, entry{Action: action, Target: string(id), Network: before.NetworkID, Details: changed})
 	})
 	return u, ended, err
 }

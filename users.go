@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"strings"
 	"time"
 
@@ -370,15 +371,19 @@ func (s *server) endManaged(ctx context.Context, c caller, id userID, session se
 
 // grantAdmin makes a user who has registered an administrator: the first one, or the
 // next after all have been lost. It is the act of whoever may run the program.
-func (s *server) grantAdmin(ctx context.Context, email, operator string) (user, error) {
+func (s *server) grantAdmin(ctx context.Context, email, operator string, out io.Writer) error {
 	u, err := s.store.userByEmail(ctx, email)
 	if errors.Is(err, errNotFound) || err == nil && !u.IsVerified {
-		return u, fmt.Errorf("nobody with a confirmed account has the address %s", email)
+		return fmt.Errorf("nobody with a confirmed account has the address %s", email)
 	} else if err != nil {
-		return u, err
+		return err
 	}
-	return s.changeUser(ctx, caller{Actor: "operator:" + operator}, u.ID, "user.grant_admin", func(u user) (user, error) {
+	u, err = s.changeUser(ctx, caller{Actor: "operator:" + operator}, u.ID, "user.grant_admin", func(u user) (user, error) {
 		u.Role = roleAdmin
 		return u, nil
 	})
+	if err == nil {
+		_, err = fmt.Fprintf(out, "%s (%s) is an administrator now.\n", u.Email, u.ID)
+	}
+	return err
 }
