@@ -380,11 +380,7 @@ func (s *server) callbackPage(ctx context.Context, c caller, r *http.Request) (v
 	}
 	out, err := s.finishSignIn(ctx, c, r, flow)
 	if err != nil {
-		p := signInAgain(flow, err)
-		if p.Status < http.StatusInternalServerError {
-			s.recordRefusal(ctx, c, "login", p)
-		}
-		return view{}, p
+		return view{}, signInAgain(flow, err)
 	}
 	target, ok := returnURL(flow.returnTo, origin(s.cfg.PublicURL), s.cfg.CORSOrigins)
 	if !ok { // an origin that is no longer allowed
