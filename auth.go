@@ -101,17 +101,39 @@ func (s *server) openSession(ctx context.Context, c caller, token *oauth2.Token,
 			u, err = s.store.addSession(ctx, c, claims.Subject, row, tokenHash(out.RefreshToken), s.now())
 		}
 	}
+	if err == nil && !claims.say(u) {
+		out.tokens, err = s.correct(ctx, c, row, u, token.RefreshToken)
+	}
 	out.User = loginUser{u.ID, u.Email, u.Username, []string{u.Role}, u.NetworkID, u.StationID}
 	return out, err
+}
+
+// correct replaces tokens that do not say what is true here: those of a user that only
+// Keycloak had, or whose role somebody has changed in Keycloak. The session stays.
+func (s *server) correct(ctx context.Context, c caller, session session, u user, refreshToken string) (tokens, error) {
+	if err := s.store.oweUser(ctx, c, u.ID, s.now()); err != nil {
+		return tokens{}, err
+	}
+	if _, err := s.settleUser(ctx, c, u.ID); err != nil {
+		return tokens{}, err
+	}
+	session.UserID = u.ID
+	return s.rotate(ctx, c, session, refreshToken)
 }
 
 // accountOf returns the account that Keycloak has just let in, if it is one here,
 // too. A verification that died between the two stores (V3) is finished first.
 func (s *server) accountOf(ctx context.Context, c caller, subject string) (user, error) {
 	u, err := s.store.userByKeycloakID(ctx, subject)
-	if errors.Is(err, errNotFound) {
-		return u, problemAccountSetupRequired.saying("This account is not known here yet. Please ask an administrator.")
-	} else if err != nil {
+	if errors.Is(err, errNotFound) { // created in Keycloak
+		if err = s.reconcile(ctx, system("sync"), subject); errors.Is(err, errConflict) {
+			return u, problemAccountSetupRequired.saying("Another account here has this e-mail address or username. Please ask an administrator.")
+		}
+		if err == nil {
+			u, err = s.store.userByKeycloakID(ctx, subject)
+		}
+	}
+	if err != nil {
 		return u, err
 	}
 	if !u.IsActive {

@@ -76,6 +76,9 @@ type config struct {
 	// JobInterval is the pause between two runs of the loops; 0 = this instance
 	// runs none. Default: 30s.
 	JobInterval time.Duration `env:"JOB_INTERVAL" envDefault:"30s"`
+	// SyncMaxShare is how many users in a hundred a sync may disable or take over at
+	// once; more, and it stops before it changes anything. Default: 10.
+	SyncMaxShare int `env:"SYNC_MAX_SHARE" envDefault:"10"`
 
 	logLevel slog.Level
 }

@@ -130,6 +130,10 @@ func (s *server) routes() []route {
 			op("Users", 204, s.endUserSessions, problemForbidden, problemAccountNotVerified, problemUserNotFound, problemTooManyRequests, problemUnavailable)},
 		{"GET /api/v1/audit", "", signedIn, onUsers, "auditTrail", "What is on record",
 			op("Audit", 200, s.auditTrail, problemForbidden, problemTooManyRequests, problemUnavailable)},
+		{"POST /api/v1/sync", "", signedIn, onUsers, "startSync", "Bring both stores into step",
+			op("Sync", 202, s.startSync, problemForbidden, problemSyncRunning, problemTooManyRequests, problemUnavailable)},
+		{"GET /api/v1/sync/{sync_id}", "", signedIn, onUsers, "syncStatus", "Progress and report of a sync",
+			op("Sync", 200, s.syncStatus, problemForbidden, problemNotFound, problemTooManyRequests, problemUnavailable)},
 
 		{"GET " + validatePath, "", public, unlimited, "validate", "May this token pass (for gateways)", s.validateOp()},
 		{envoyPath + "{path...}", "", public, unlimited, "validateEnvoy", "", plain(s.validateEnvoy)},

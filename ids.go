@@ -24,12 +24,17 @@ type (
 	userID         string // USR-…
 	sessionID      string // SES-…
 	auditID        string // AUD-…
+	syncID         string // SYN-…
 )
 
 func newRegistrationID() registrationID { return registrationID("REG-" + gonanoid.Must(16)) }
 func newUserID() userID                 { return userID("USR-" + gonanoid.Must(16)) }
 func newSessionID() sessionID           { return sessionID("SES-" + gonanoid.Must(16)) }
 func newAuditID() auditID               { return auditID("AUD-" + gonanoid.Must(16)) }
+
+func newSyncID() syncID { return syncID("SYN-" + gonanoid.Must(16)) }
+
+var userIDPattern = regexp.MustCompile(`^USR-[A-Za-z0-9_-]{16}$`)
 
 // keycloakIDPattern is what an id of Keycloak looks like: 36 characters of a user,
 // 24 of a session. Ids go into Keycloak's URLs, so whatever does not match is
@@ -47,6 +52,12 @@ func tokenHash(token string) string { return digest(token) }
 func digest(text string) string {
 	sum := sha256.Sum256([]byte(text))
 	return hex.EncodeToString(sum[:])
+}
+
+// shortDigest stands for a text in a set of many.
+func shortDigest(text string) [16]byte {
+	sum := sha256.Sum256([]byte(text))
+	return [16]byte(sum[:16])
 }
 
 // newCode returns the six digits that stand in the mail beside the link.

@@ -6,6 +6,7 @@
 //	auth-service migrate      bring the schema to this version, as the owner of the tables
 //	auth-service grant-admin EMAIL    make a user an administrator
 //	auth-service audit verify [HASH]  check the seals of the record, and that HASH is one of them
+//	auth-service sync [-dry-run]      bring both stores into step; exit 3 if they differ then
 //	auth-service healthcheck  exit 0 if the service on this machine is alive
 //	auth-service version
 //
@@ -52,6 +53,9 @@ func main() {
 	}
 	if err := run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr); err != nil {
 		fmt.Fprintln(os.Stderr, "auth-service:", err)
+		if errors.Is(err, errDiffer) {
+			os.Exit(3)
+		}
 		os.Exit(1)
 	}
 }
@@ -95,6 +99,8 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 		return errors.Join(errs...)
 	case command == "grant-admin" && len(args) == 2:
 		return s.grantAdmin(ctx, args[1], operator, stdout)
+	case command == "sync" && (len(args) == 1 || len(args) == 2 && args[1] == "-dry-run"):
+		return s.syncCommand(ctx, len(args) == 2, operator, stdout)
 	case command == "audit" && (len(args) == 2 || len(args) == 3) && args[1] == "verify":
 		return s.verifyAudit(ctx, strings.Join(args[2:], ""), operator, stdout)
 	}
@@ -167,7 +173,11 @@ func (s *server) serve(ctx context.Context) error {
 		running.Go(func() { s.followWithdrawals(loops) })
 		if s.cfg.JobInterval > 0 && loops.Err() == nil {
 			for _, j := range s.jobs() {
-				running.Go(func() { every(loops, s.cfg.JobInterval, s.log, s.measured(j)) })
+				interval := s.cfg.JobInterval
+				if j.name == "events" {
+					interval = min(interval, eventsInterval)
+				}
+				running.Go(func() { every(loops, interval, s.log, s.measured(j)) })
 			}
 		}
 	})
@@ -208,6 +218,8 @@ func (s *server) jobs() []job {
 		{"repair", s.repair},
 		{"sessions", s.checkSessions},
 		{"users", s.settleUsers},
+		{"events", s.syncEvents},
+		{"sync", s.syncDaily},
 		{"seal", s.sealAudit},
 		{"sweep", func(ctx context.Context) error {
 			answered := s.now().Add(-s.cfg.RefreshGrace - time.Minute) // instances' clocks differ

@@ -246,6 +246,32 @@ create table if not exists audit_seals (
 create or replace trigger audit_seals_keep_rows before update or delete or truncate on audit_seals
     for each statement execute function audit_log_is_append_only();
 
+-- How far Keycloak's events have been applied: one row.
+create table if not exists sync_place (
+    only_row boolean primary key default true check (only_row),
+    at       bigint not null,                          -- of the latest event, milliseconds since 1970
+    events   text[] not null,                          -- ids of the latest ones
+    owner    varchar(32),                              -- who applies them now, until then
+    until    timestamptz not null
+);
+
+-- Full passes over all users, and their reports.
+create table if not exists sync_runs (
+    sync_id     varchar(32) primary key,               -- SYN-…
+    dry_run     boolean not null,
+    status      varchar(10) not null,
+    started_at  timestamptz not null,
+    seen_at     timestamptz not null,                  -- the latest progress; a run that shows none was killed
+    ended_at    timestamptz,
+    checked     integer not null default 0,
+    total       integer not null default 0,
+    differences jsonb not null default '{}',
+    detail      text not null default '',
+    constraint valid_sync_status check (status in ('running', 'done', 'stopped', 'failed'))
+);
+create index if not exists sync_runs_by_time on sync_runs (started_at);
+create unique index if not exists one_running_sync on sync_runs (status) where status = 'running';
+
 -- Counters of every limit, exact over all instances: a window begins with the
 -- first hit and ends at resets_at. Unlogged: after a crash of PostgreSQL the
 -- counters begin anew, which harms nobody and spares the log.
@@ -262,7 +288,7 @@ do $$ begin
     if exists (select from pg_roles where rolname = 'auth_service') then
         grant select on schema_version to auth_service;
         grant select, insert, update, delete on users, user_registrations, sessions, refresh_tokens, withdrawals,
-            rate_limits, audit_floods to auth_service;
+            rate_limits, audit_floods, sync_place, sync_runs to auth_service;
         grant select, insert on audit_log, audit_seals to auth_service;
         grant usage on sequence audit_numbers to auth_service;
     end if;

@@ -131,7 +131,7 @@ func (st *store) changeUser(ctx context.Context, c caller, id userID, action str
 		if u, err = change(before); err != nil || u == before {
 			return err
 		}
-		if before.governs() && !u.governs() {
+		if before.governs() && !u.governs() && c.UserID != "" { // what has happened elsewhere has happened
 			if err := onlyAdmin(ctx, tx, id); err != nil {
 				return err
 			}
@@ -140,10 +140,11 @@ func (st *store) changeUser(ctx context.Context, c caller, id userID, action str
 		if _, err := tx.Exec(ctx, `
 			update users set first_name = $2, last_name = $3, phone = $4, photo = $5, role = $6, network_id = $7, station_id = $8,
 				is_active = $9, deleted_at = $10, updated_at = $11, updated_by = $12, due_at = coalesce(due_at, $13),
-				enable_due = $9 and (enable_due or not is_active)
+				enable_due = $9 and (enable_due or not is_active), email = $14, username = $15, is_verified = $16
 			where user_id = $1`,
 			id, nullString(u.FirstName), nullString(u.LastName), nullString(u.Phone), nullString(u.Photo), u.Role, u.NetworkID, u.StationID,
-			u.IsActive, u.DeletedAt, now, nullString(string(c.UserID)), now.Add(time.Minute)); err != nil {
+			u.IsActive, u.DeletedAt, now, nullString(string(c.UserID)), now.Add(time.Minute),
+			u.Email, u.Username, u.IsVerified); err != nil {
 			return err
 		}
 		changed := map[string]any{}
@@ -158,9 +159,12 @@ func (st *store) changeUser(ctx context.Context, c caller, id userID, action str
 				return err
 			}
 		}
+		if before.IsVerified != u.IsVerified {
+			changed["is_verified"] = map[string]any{"before": before.IsVerified, "after": u.IsVerified}
+		}
 		// Of personal data the record has that it was changed, not what it was: it can't be erased.
 		for name, values := range map[string][2]string{"first_name": {before.FirstName, u.FirstName}, "last_name": {before.LastName, u.LastName},
-			"phone": {before.Phone, u.Phone}, "photo": {before.Photo, u.Photo}} {
+			"phone": {before.Phone, u.Phone}, "photo": {before.Photo, u.Photo}, "email": {before.Email, u.Email}, "username": {before.Username, u.Username}} {
 			if values[0] != values[1] {
 				changed[name] = "changed"
 			}

@@ -49,6 +49,11 @@ type tokenClaims struct {
 	StationID       string   `json:"station_id"`
 }
 
+// say tells whether the claims are what is true of u.
+func (c tokenClaims) say(u user) bool {
+	return c.UserID == u.ID && slices.Equal(c.Roles, []string{u.Role}) && scope(c.NetworkID) == u.NetworkID && scope(c.StationID) == u.StationID
+}
+
 // principal is who an access token speaks for.
 type principal struct {
 	UserID    userID

@@ -1,0 +1,220 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+)
+
+// syncUser is a user as sync looks at it.
+type syncUser struct {
+	user
+	Due bool // Keycloak does not have all of it yet: settleUser brings it there
+}
+
+// registering says that the life of a registration has this user in hand.
+func (u user) registering() bool { return u.Source == sourceWeb && !u.IsVerified }
+
+// syncUser returns the user with an id in Keycloak, or errNotFound.
+func (st *store) syncUser(ctx context.Context, keycloakID string) (syncUser, error) {
+	return one[syncUser](ctx, st.pool, `select `+userColumns+`, due_at is not null from users where keycloak_id = $1`, keycloakID)
+}
+
+// syncUsers returns the users with these ids in Keycloak by id, and which of the
+// registrations are known.
+func (st *store) syncUsers(ctx context.Context, keycloakIDs, registrations []string) (map[string]syncUser, map[string]bool, error) {
+	rows, _ := st.pool.Query(ctx, `select `+userColumns+`, due_at is not null from users where keycloak_id = any($1)`, keycloakIDs)
+	list, err := pgx.CollectRows(rows, pgx.RowToStructByPos[syncUser])
+	if err != nil {
+		return nil, nil, storeError(err)
+	}
+	users, known := map[string]syncUser{}, map[string]bool{}
+	for _, u := range list {
+		users[u.KeycloakID] = u
+	}
+	rows, _ = st.pool.Query(ctx, `select registration_id from user_registrations where registration_id = any($1)`, registrations)
+	ids, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	for _, id := range ids {
+		known[id] = true
+	}
+	return users, known, storeError(err)
+}
+
+// liveKeycloakIDs calls f with the id in Keycloak of every live user.
+func (st *store) liveKeycloakIDs(ctx context.Context, f func(id string)) error {
+	after := ""
+	for {
+		rows, _ := st.pool.Query(ctx, `select keycloak_id from users where keycloak_id > $1 and is_active order by keycloak_id limit 10000`, after)
+		ids, err := pgx.CollectRows(rows, pgx.RowTo[string])
+		if err != nil || len(ids) == 0 {
+			return storeError(err)
+		}
+		for _, id := range ids {
+			f(id)
+		}
+		after = ids[len(ids)-1]
+	}
+}
+
+func (st *store) countUsers(ctx context.Context) (n int, err error) {
+	err = st.pool.QueryRow(ctx, `select count(*) from users where is_active`).Scan(&n)
+	return n, storeError(err)
+}
+
+// oweUser makes it due to bring Keycloak's user to where ours is, and withdraws the tokens
+// that say something else.
+func (st *store) oweUser(ctx context.Context, c caller, id userID, now time.Time) error {
+	return st.tx(ctx, func(tx pgx.Tx) error {
+		u, err := one[user](ctx, tx, `update users set due_at = coalesce(due_at, $2) where user_id = $1 returning `+userColumns, id, now)
+		if err != nil {
+			return err
+		}
+		if err := withdraw(ctx, tx, withdrawal{UserID: id, Role: u.Role, NetworkID: u.NetworkID, StationID: u.StationID, Active: u.IsActive}); err != nil {
+			return err
+		}
+		return writeAudit(ctx, tx, c, now, entry{Action: "user.assert", Target: string(id), Reason: "changed in keycloak",
+			Details: map[string]any{"role": u.Role, "network_id": u.NetworkID, "station_id": u.StationID, "is_active": u.IsActive}})
+	})
+}
+
+// wakeRegistration makes the repair loop look at the registration of a user.
+func (st *store) wakeRegistration(ctx context.Context, id userID, now time.Time) error {
+	_, err := st.pool.Exec(ctx, `update user_registrations set due_at = $2 where user_id = $1 and status = 'pending' and lease_owner is null`, id, now)
+	return storeError(err)
+}
+
+// takeOver inserts a user that only Keycloak had, and its registration, if it is one of a
+// registration that is not known here. errConflict: a live user has the address or username.
+func (st *store) takeOver(ctx context.Context, c caller, u user, reg registration, now time.Time) error {
+	return st.tx(ctx, func(tx pgx.Tx) error {
+		due := &now
+		if u.registering() {
+			due = nil
+		}
+		insert := func(id userID) (bool, error) {
+			tag, err := tx.Exec(ctx, `
+				insert into users (user_id, keycloak_id, email, username, first_name, last_name, is_verified, role, source,
+					is_active, deleted_at, created_at, updated_at, due_at)
+				values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $12, $13) on conflict (user_id) do nothing`,
+				id, u.KeycloakID, u.Email, u.Username, nullString(u.FirstName), nullString(u.LastName), u.IsVerified, u.Role, u.Source,
+				u.IsActive, u.DeletedAt, now, due)
+			return tag.RowsAffected() == 1, err
+		}
+		ok, err := insert(u.ID)
+		if err == nil && !ok { // the id that Keycloak's user has is another's here
+			u.ID = newUserID()
+			_, err = insert(u.ID)
+		}
+		if err != nil {
+			return err
+		}
+		if u.Source == sourceWeb {
+			var verifiedAt, due *time.Time
+			if reg.State == verified {
+				verifiedAt = &now
+			} else {
+				due = &now
+			}
+			if _, err := tx.Exec(ctx, `
+				insert into user_registrations (registration_id, email, username, first_name, last_name, verification_token, verification_code,
+					status, keycloak_id, user_id, expires_at, verified_at, created_at, locale, mail_state, due_at)
+				values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, 'sent', $15)`,
+				reg.ID, reg.Email, reg.Username, nullString(reg.FirstName), nullString(reg.LastName), reg.TokenHash, reg.CodeHash,
+				reg.State, reg.KeycloakID, u.ID, reg.ExpiresAt, verifiedAt, reg.CreatedAt, reg.Locale, due); err != nil {
+				return err
+			}
+		}
+		return writeAudit(ctx, tx, c, now, entry{Action: "user.take_over", Target: string(u.ID),
+			Details: map[string]any{"source": u.Source, "role": u.Role, "is_active": u.IsActive}})
+	})
+}
+
+// syncPlace is how far Keycloak's events have been applied, and by whom they are now.
+type syncPlace struct {
+	At     int64    // of the latest event, milliseconds since 1970
+	Events []string // ids of the latest ones: those of a short time may come again
+	Owner  string
+}
+
+// takeSyncPlace makes the caller the only one who applies events, for syncBeat. It begins
+// now where there was none. errNotFound: another does.
+func (st *store) takeSyncPlace(ctx context.Context, owner string, now time.Time) (syncPlace, error) {
+	return one[syncPlace](ctx, st.pool, `
+		insert into sync_place as p (at, events, owner, until) values ($3, '{}', $1, $4)
+		on conflict (only_row) do update set owner = $1, until = $4 where p.owner is null or p.until <= $2
+		returning at, events, owner`, owner, now, now.UnixMilli(), now.Add(syncBeat))
+}
+
+// leaveSyncPlace records the place and lets another go on.
+func (st *store) leaveSyncPlace(ctx context.Context, p syncPlace) error {
+	_, err := st.pool.Exec(ctx, `update sync_place set at = $2, events = $3, owner = null where owner = $1`, p.Owner, p.At, p.Events)
+	return storeError(err)
+}
+
+// beginSync begins a full pass, unless one runs or, of this kind, was begun after since:
+// errConflict, with the one that runs.
+func (st *store) beginSync(ctx context.Context, c caller, dryRun bool, now, since time.Time) (run syncRun, err error) {
+	run = syncRun{ID: newSyncID(), DryRun: dryRun, Status: "running", StartedAt: now, Differences: map[difference]*syncClass{}}
+	err = st.tx(ctx, func(tx pgx.Tx) error {
+		if _, err := tx.Exec(ctx, `select pg_advisory_xact_lock(7207)`); err != nil {
+			return err
+		}
+		if _, err := tx.Exec(ctx, `update sync_runs set status = 'failed', ended_at = $1, detail = 'It was killed.' where status = 'running' and seen_at < $2`,
+			now, now.Add(-syncBeat)); err != nil {
+			return err
+		}
+		var id syncID
+		err := tx.QueryRow(ctx, `select sync_id from sync_runs where status = 'running' or started_at > $1 and status = 'done' and not dry_run
+			order by started_at desc limit 1`, since).Scan(&id)
+		if err == nil {
+			run.ID = id
+			return errConflict
+		} else if !errors.Is(err, pgx.ErrNoRows) {
+			return err
+		}
+		if _, err := tx.Exec(ctx, `insert into sync_runs (sync_id, dry_run, status, started_at, seen_at) values ($1, $2, 'running', $3, $3)`,
+			run.ID, dryRun, now); err != nil {
+			return err
+		}
+		return writeAudit(ctx, tx, c, now, entry{Action: "sync.begin", Target: string(run.ID), Details: map[string]any{"dry_run": dryRun}})
+	})
+	return run, err
+}
+
+// saveSync records a run's progress. errLeaseLost: it was given up.
+func (st *store) saveSync(ctx context.Context, run syncRun, now time.Time) error {
+	tag, err := st.pool.Exec(ctx, `
+		update sync_runs set checked = $2, total = $3, differences = $4, detail = $5, status = $6, ended_at = $7, seen_at = $8
+		where sync_id = $1 and status = 'running'`, run.ID, run.Checked, run.Total, run.Differences, run.Detail, run.Status, run.EndedAt, now)
+	if err == nil && tag.RowsAffected() == 0 {
+		return errLeaseLost
+	}
+	return storeError(err)
+}
+
+// endSync records a run's end.
+func (st *store) endSync(ctx context.Context, c caller, run syncRun, now time.Time) error {
+	if err := st.saveSync(ctx, run, now); err != nil {
+		return err
+	}
+	outcome := "ok"
+	if run.Status != "done" {
+		outcome = "failed"
+	}
+	return st.audit(ctx, c, now, entry{Action: "sync.end", Target: string(run.ID), Outcome: outcome, Reason: run.Status,
+		Details: map[string]any{"found": run.found(), "repaired": run.found() - run.remain()}})
+}
+
+// syncRun returns a run, or errNotFound.
+func (st *store) syncRun(ctx context.Context, id syncID) (run syncRun, err error) {
+	var report []byte
+	err = st.pool.QueryRow(ctx, `select sync_id, dry_run, status, started_at, ended_at, checked, total, differences, detail from sync_runs where sync_id = $1`, id).
+		Scan(&run.ID, &run.DryRun, &run.Status, &run.StartedAt, &run.EndedAt, &run.Checked, &run.Total, &report, &run.Detail)
+	if err == nil {
+		err = json.Unmarshal(report, &run.Differences)
+	}
+	return run, storeError(err)
+}
