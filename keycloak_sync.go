@@ -49,6 +49,10 @@ const eventsInterval = 5 * time.Second
 // eventsPage is how many events are asked for at once.
 const eventsPage = 100
 
+// userEventTypes are those that change what is kept here.
+var userEventTypes = []string{"REGISTER", "UPDATE_PROFILE", "UPDATE_EMAIL", "VERIFY_EMAIL", "EXECUTE_ACTIONS", "DELETE_ACCOUNT",
+	"USER_DISABLED_BY_PERMANENT_LOCKOUT", "IDENTITY_PROVIDER_FIRST_LOGIN"}
+
 // userEvents returns what has happened to users since a time, the earliest first, by
 // themselves or by administrators other than this service.
 func (k *keycloak) userEvents(ctx context.Context, since int64) ([]userEvent, error) {
@@ -58,8 +62,7 @@ func (k *keycloak) userEvents(ctx context.Context, since int64) ([]userEvent, er
 		query url.Values
 	}{
 		{"admin-events", url.Values{"resourceTypes": {"USER"}}},
-		{"events", url.Values{"type": {"REGISTER", "UPDATE_PROFILE", "UPDATE_EMAIL", "VERIFY_EMAIL", "DELETE_ACCOUNT",
-			"USER_DISABLED_BY_PERMANENT_LOCKOUT", "EXECUTE_ACTIONS", "IDENTITY_PROVIDER_FIRST_LOGIN"}}},
+		{"events", url.Values{"type": userEventTypes}},
 	} {
 		for first := 0; ; first += eventsPage {
 			var page []struct {

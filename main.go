@@ -7,6 +7,7 @@
 //	auth-service grant-admin EMAIL    make a user an administrator
 //	auth-service audit verify [HASH]  check the seals of the record, and that HASH is one of them
 //	auth-service sync [-dry-run]      bring both stores into step; exit 3 if they differ then
+//	auth-service doctor               say what is wrong with this deployment; -h for its options
 //	auth-service healthcheck  exit 0 if the service on this machine is alive
 //	auth-service version
 //
@@ -69,6 +70,9 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	if command == "version" {
 		_, err := fmt.Fprintln(stdout, version())
 		return err
+	}
+	if command == "doctor" {
+		return runDoctor(ctx, args[1:], getenv, stdout)
 	}
 	cfg, err := loadConfig(getenv)
 	if err != nil {

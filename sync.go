@@ -455,7 +455,7 @@ func (s *server) syncDaily(ctx context.Context) error {
 }
 
 type startSyncIn struct {
-	DryRun bool `json:"dry_run,omitempty" description:"Only report."`
+	DryRun bool `json:"dry_run,omitempty" example:"true" description:"Only report."`
 }
 
 // location is where its progress is.
