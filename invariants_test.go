@@ -212,7 +212,7 @@ func (w *world) admin(method, path string, body, result any) {
 	w.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 	defer cancel()
-	token, err := services.AdminToken(ctx)
+	token, err := adminToken(ctx)
 	if err != nil {
 		w.Fatal(err)
 	}
@@ -241,6 +241,27 @@ func (w *world) admin(method, path string, body, result any) {
 	if err != nil {
 		w.Fatalf("Keycloak: %s %s: %v", method, path, err)
 	}
+}
+
+// administration keeps the administrator's token for half of its minute: each sign-in costs
+// Keycloak a password hash.
+var administration struct {
+	sync.Mutex
+	token string
+	until time.Time
+}
+
+func adminToken(ctx context.Context) (string, error) {
+	administration.Lock()
+	defer administration.Unlock()
+	var err error
+	if time.Now().After(administration.until) {
+		administration.until = time.Now().Add(30 * time.Second)
+		if administration.token, err = services.AdminToken(ctx); err != nil {
+			administration.until = time.Time{}
+		}
+	}
+	return administration.token, err
 }
 
 // leaks looks for the secrets that the tests have used in every log line and every
