@@ -68,7 +68,7 @@ func runDoctor(ctx context.Context, args []string, getenv func(string) string, o
 	flags := flag.NewFlagSet("auth-service doctor", flag.ContinueOnError)
 	flags.SetOutput(out)
 	asJSON := flags.Bool("json", false, "report in JSON")
-	adminUser := flags.String("admin-user", "", "the `name` of an administrator in Keycloak's realm master, who sees all")
+	adminUser := flags.String("admin-user", "", "the `name` of an administrator of Keycloak's realm master")
 	passwordFile := flags.String("admin-password-file", "", "the `file` with the administrator's password")
 	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
 		return nil
@@ -231,8 +231,8 @@ func (d *doctor) checkKeycloak(ctx context.Context) bool {
 		"Set KEYCLOAK_PUBLIC_URL to what Keycloak calls itself, or Keycloak's hostname to that.")
 	token, err := kc.serviceToken(ctx)
 	if !d.see("Keycloak: service account", err == nil, fmt.Sprint(err),
-		"Check KEYCLOAK_BACKEND_CLIENT_ID and KEYCLOAK_BACKEND_CLIENT_SECRET; is the realm enabled, and that client with "+
-			"\"Service account roles\"?") {
+		"Check KEYCLOAK_BACKEND_CLIENT_ID and KEYCLOAK_BACKEND_CLIENT_SECRET, that the realm and that client are enabled, "+
+			"and its \"Service account roles\" on.") {
 		d.unknown("the service account can't sign in", "", ofToken...)
 		return true
 	}
@@ -244,15 +244,15 @@ func (d *doctor) checkKeycloak(ctx context.Context) bool {
 	d.see("Keycloak: algorithm", slices.Contains(tokenAlgorithms, header.Algorithm),
 		"the realm signs tokens with "+string(header.Algorithm),
 		"Realm settings → Tokens: set \"Default Signature Algorithm\" to RS256, PS256, ES256 or EdDSA.")
-	d.checkClock("Keycloak: clock", d.s.now().Sub(time.Unix(claims.IssuedAt, 0))) // a moment ago; Keycloak sends no Date
+	d.checkClock("Keycloak: clock", d.s.now().Sub(time.Unix(claims.IssuedAt, 0))) // Keycloak sends no Date
 
 	needed := []string{"manage-users", "view-events", "view-users"}
 	has := slices.DeleteFunc(claims.Access["realm-management"].Roles, func(role string) bool {
 		return role == "query-groups" || role == "query-users" // they are part of view-users
 	})
 	slices.Sort(has)
-	d.see("Keycloak: service account's roles", slices.Equal(has, needed), "they are "+strings.Join(has, ", "), "Clients → "+
-		cfg.BackendClientID+" → Service account roles: exactly "+strings.Join(needed, ", ")+" of realm-management.")
+	d.see("Keycloak: service account's roles", slices.Equal(has, needed), "they are "+strings.Join(has, ", "),
+		"Clients → "+cfg.BackendClientID+" → Service account roles: exactly "+strings.Join(needed, ", ")+" of realm-management.")
 	return true
 }
 

@@ -2,15 +2,20 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
+	"io"
 	"maps"
+	"net/url"
 	"os"
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 )
@@ -382,3 +387,327 @@ func (w *world) everything() map[string]any {
 	return all
 }
 
+// What the doctor says when a server, a password, an address or a clock is wrong.
+func TestDoctorFaults(t *testing.T) {
+	w := newWorld(t, map[string]string{"JOB_INTERVAL": "0s"})
+	all, hidden := realmSettings()
+	admin := asAdmin(t, services.AdminUser, services.AdminPassword)
+	ofPostgreSQL := []string{"PostgreSQL: version", "PostgreSQL: clock", "PostgreSQL: schema", "PostgreSQL: rights", "PostgreSQL: record"}
+	ofToken := []string{"Keycloak: algorithm", "Keycloak: clock", "Keycloak: service account's roles"}
+	ofKeycloak := append([]string{"Keycloak: issuer", "Keycloak: service account"}, ofToken...)
+	database := func(change func(*url.URL)) map[string]string {
+		u, err := url.Parse(w.env["DATABASE_URL"])
+		if err != nil {
+			t.Fatal(err)
+		}
+		change(u)
+		return map[string]string{"DATABASE_URL": u.String()}
+	}
+	old := w.db + "_old"
+	if _, err := services.CreateDatabase(t.Context(), old); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := services.DropDatabase(context.Background(), old); err != nil {
+			t.Error(err)
+		}
+	})
+
+	for _, c := range []struct {
+		fault          string
+		settings       map[string]string
+		args           []string
+		wrong, unknown []string
+	}{
+		{"Keycloak is down", map[string]string{"KEYCLOAK_URL": "http://127.0.0.1:1"}, admin,
+			[]string{"Keycloak: reachable"}, slices.Concat(ofKeycloak, all)},
+		{"wrong realm", map[string]string{"KEYCLOAK_REALM": "nowhere"}, admin, []string{"Keycloak: reachable"}, slices.Concat(ofKeycloak, all)},
+		{"wrong secret", map[string]string{"KEYCLOAK_BACKEND_CLIENT_SECRET": "s3cret"}, nil,
+			[]string{"Keycloak: service account"}, slices.Concat(ofToken, all)},
+		{"wrong secret, as an administrator", map[string]string{"KEYCLOAK_BACKEND_CLIENT_SECRET": "s3cret"}, admin,
+			[]string{"Keycloak: service account"}, ofToken},
+		{"wrong backend client", map[string]string{"KEYCLOAK_BACKEND_CLIENT_ID": "nobody"}, admin, []string{"Keycloak: service account"}, ofToken},
+		{"wrong client", map[string]string{"KEYCLOAK_AUTH_CLIENT_ID": "nobody"}, admin,
+			[]string{"client"}, slices.DeleteFunc(slices.Clone(hidden), func(name string) bool { return !strings.HasPrefix(name, "client: ") })},
+		{"wrong issuer", map[string]string{"KEYCLOAK_PUBLIC_URL": "https://id.example"}, admin, []string{"Keycloak: issuer"}, nil},
+		{"another PUBLIC_URL", map[string]string{"PUBLIC_URL": "https://people.example"}, admin,
+			[]string{"client: redirect to /auth/callback", "client: redirect to /account/ready"}, nil},
+		{"wrong administrator", nil, asAdmin(t, services.AdminUser, "s3cret"), []string{"administrator"}, hidden},
+		{"PostgreSQL is down", database(func(u *url.URL) { u.Host = "127.0.0.1:1" }), admin, []string{"PostgreSQL: reachable"}, ofPostgreSQL},
+		{"wrong password of PostgreSQL", database(func(u *url.URL) { u.User = url.UserPassword(u.User.Username(), "s3cret") }), admin,
+			[]string{"PostgreSQL: reachable"}, ofPostgreSQL},
+		{"no such database", database(func(u *url.URL) { u.Path = "/nowhere" }), admin, []string{"PostgreSQL: reachable"}, ofPostgreSQL},
+		{"an empty database", database(func(u *url.URL) { u.Path = "/" + old }), admin,
+			[]string{"PostgreSQL: schema"}, []string{"PostgreSQL: rights", "PostgreSQL: record"}},
+		{"several", map[string]string{"KEYCLOAK_PUBLIC_URL": "https://id.example", "DATABASE_URL": "host=127.0.0.1 port=1 password=s3cret"}, admin,
+			[]string{"PostgreSQL: reachable", "Keycloak: issuer"}, ofPostgreSQL},
+		{"no variables", map[string]string{"DATABASE_URL": "", "KEYCLOAK_BACKEND_CLIENT_SECRET": "", "SERVER_PORT": "70000"}, nil,
+			[]string{"variables", "variables", "variables"}, nil},
+		{"a secret in an unreadable address", map[string]string{"DATABASE_URL": "postgres://auth:s3cret@db:port/auth"}, nil, []string{"variables"}, nil},
+	} {
+		w.Run(c.fault, func() {
+			findings := w.doctor(c.settings, c.args...)
+			if diff := cmp.Diff(c.wrong, named(findings, "wrong")) + cmp.Diff(c.unknown, named(findings, "unknown")); diff != "" {
+				w.Errorf("(-want +got):\n%s\n%+v", diff, findings)
+			}
+		})
+	}
+
+	w.Run("old schema", func() {
+		w.exec(`update schema_version set sha256 = 'of last year'`)
+		defer w.exec(`update schema_version set sha256 = $1`, digest(schemaSQL))
+		if wrong := named(w.doctor(nil), "wrong"); !slices.Equal(wrong, []string{"PostgreSQL: schema"}) {
+			w.Error(wrong)
+		}
+	})
+	w.Run("clocks", func() { // it is ours that is moved, which is the same to both
+		cfg, err := loadConfig(func(name string) string { return w.env[name] })
+		if err != nil {
+			w.Fatal(err)
+		}
+		for ahead, want := range map[time.Duration][]string{
+			time.Minute: {"PostgreSQL: clock", "Keycloak: clock"}, -time.Minute: {"PostgreSQL: clock", "Keycloak: clock"}, 5 * time.Second: nil,
+		} {
+			s, err := newServer(w.Context(), cfg, newLogger(io.Discard, cfg))
+			if err != nil {
+				w.Fatal(err)
+			}
+			s.now = func() time.Time { return time.Now().Add(ahead) }
+			d := &doctor{s: s}
+			d.check(w.Context(), "", "")
+			s.store.pool.Close()
+			if wrong := named(d.findings, "wrong"); !slices.Equal(wrong, want) {
+				w.Errorf("%v ahead: %v", ahead, wrong)
+			}
+		}
+	})
+	w.Run("arguments", func() {
+		out := new(bytes.Buffer)
+		doctor := func(args ...string) error {
+			out.Reset()
+			return run(w.Context(), append([]string{"doctor"}, args...), environment(nil), out, out)
+		}
+		for _, args := range [][]string{{"-colour"}, {"now"}, {"-admin-user", "a"}, {"-admin-password-file", "a"},
+			{"-admin-user", "a", "-admin-password-file", "/does/not/exist"}, {"-admin-user", "a", "-admin-password", "s3cret"}} {
+			if err := doctor(args...); err == nil || errors.Is(err, errUnwell) || strings.Contains(err.Error()+out.String(), "s3cret") {
+				w.Errorf("%v: %v, %s", args, err, out)
+			}
+		}
+		if err := doctor("-h"); err != nil || !strings.Contains(out.String(), "-admin-password-file") {
+			w.Errorf("-h: %v, %s", err, out)
+		}
+	})
+}
+
+// A role with the rights that schema.sql gives to auth_service, and each of them taken away.
+func TestDoctorRights(t *testing.T) {
+	w := newWorld(t, map[string]string{"JOB_INTERVAL": "0s"})
+	role := w.db + "_role"
+	w.exec(`create role ` + role + ` login password 's3cret-role'`)
+	t.Cleanup(func() {
+		ctx := context.Background()
+		_, err := w.pool.Exec(ctx, `drop owned by `+role)
+		_, err2 := w.pool.Exec(ctx, `drop role `+role)
+		if err := errors.Join(err, err2); err != nil {
+			t.Error(err)
+		}
+	})
+	found := func() map[string]finding {
+		u, err := url.Parse(w.env["DATABASE_URL"])
+		if err != nil {
+			t.Fatal(err)
+		}
+		u.User = url.UserPassword(role, "s3cret-role")
+		findings := map[string]finding{}
+		for _, f := range w.doctor(map[string]string{"DATABASE_URL": u.String()}) {
+			if strings.HasPrefix(f.Name, "PostgreSQL: ") && f.Status != "ok" {
+				findings[f.Name] = f
+			}
+		}
+		return findings
+	}
+	lacking := func(what string) map[string]finding {
+		return map[string]finding{"PostgreSQL: rights": {"PostgreSQL: rights", "wrong", "the role lacks " + what, roleAdvice}}
+	}
+
+	_, grants, _ := strings.Cut(schemaSQL, "where rolname = 'auth_service'")
+	grants, _, _ = strings.Cut(strings.TrimPrefix(grants, ") then"), "end if")
+	w.exec(strings.ReplaceAll(grants, "auth_service", role))
+	if got := found(); len(got) > 0 {
+		t.Errorf("with the grants of schema.sql: %v", got)
+	}
+	for table, actions := range rights {
+		for action := range strings.SplitSeq(actions, ", ") {
+			w.exec(`revoke ` + action + ` on ` + table + ` from ` + role)
+			want := lacking(action + " on " + table)
+			if table == "schema_version" {
+				want["PostgreSQL: schema"] = finding{"PostgreSQL: schema", "unknown", "could not check: the role may not read schema_version", roleAdvice}
+			}
+			if diff := cmp.Diff(want, found()); diff != "" {
+				t.Errorf("without %s on %s (-want +got):\n%s", action, table, diff)
+			}
+			w.exec(`grant ` + action + ` on ` + table + ` to ` + role)
+		}
+	}
+	w.exec(`revoke usage on sequence audit_numbers from ` + role)
+	w.exec(`revoke delete on withdrawals from ` + role)
+	if diff := cmp.Diff(lacking("delete on withdrawals, usage on audit_numbers"), found()); diff != "" {
+		t.Error(diff)
+	}
+	w.exec(strings.ReplaceAll(grants, "auth_service", role))
+	w.exec(`grant delete on audit_log to ` + role)
+	if got := found(); len(got) != 1 || got["PostgreSQL: record"].Status != "advice" {
+		t.Errorf("with a right too many: %v", got)
+	}
+	w.exec(`revoke delete on audit_log from ` + role)
+}
+
+// The rights are those that the program's statements need.
+func TestRightsFitStatements(t *testing.T) {
+	statement := regexp.MustCompile(`(insert) into (\w+)|(delete) from (\w+)|(update) (\w+)(?: as)?(?: \w+)?\s+set\b`)
+	sources, err := filepath.Glob("*.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, source := range sources {
+		text, err := os.ReadFile(source)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if strings.HasSuffix(source, "_test.go") {
+			continue
+		}
+		for _, m := range statement.FindAllStringSubmatch(string(text), -1) {
+			parts := slices.DeleteFunc(m[1:], func(s string) bool { return s == "" })
+			if source == "store.go" && parts[1] == "schema_version" {
+				continue // that is the owner's to write
+			}
+			if needed, ok := rights[parts[1]]; !ok || !strings.Contains(needed, parts[0]) {
+				t.Errorf("%s: %q, and rights has %q", source, m[0], needed)
+			}
+		}
+	}
+}
+
+// Whatever keycloak/realm.json says is either a matter of taste or has a rule: without it, or
+// turned around, the doctor objects.
+func TestRealmRulesAreComplete(t *testing.T) {
+	file, err := os.ReadFile("keycloak/realm.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	const ours = "clients.0."
+	taste := []string{"realm", "displayName", "enabled", // the service account could not sign in
+		"resetPasswordAllowed", "rememberMe", "supportedLocales", "defaultLocale", "passwordPolicy", "permanentLockout",
+		"failureFactor", "waitIncrementSeconds", "maxFailureWaitSeconds", "maxDeltaTimeSeconds", "quickLoginCheckMilliSeconds",
+		"ssoSessionIdleTimeout", "ssoSessionMaxLifespan", "actionTokenGeneratedByAdminLifespan", "actionTokenGeneratedByUserLifespan",
+		"eventsExpiration", "eventsListeners", "attributes.adminEventsExpiration", // what expires before sync has read it, its daily pass finds
+		"smtpServer.port", "smtpServer.fromDisplayName", "smtpServer.ssl", "smtpServer.starttls", "smtpServer.auth",
+		ours + "clientId", ours + "name", ours + "description", ours + "protocol", ours + "serviceAccountsEnabled", ours + "baseUrl",
+		ours + "webOrigins", ours + "optionalClientScopes", ours + "redirectUris.2", ours + "attributes.post.logout.redirect.uris",
+		ours + "attributes.oauth2.device.authorization.grant.enabled", ours + "attributes.oidc.ciba.grant.enabled",
+		ours + "defaultClientScopes.1", ours + "defaultClientScopes.2", ours + "defaultClientScopes.3", ours + "defaultClientScopes.4"}
+	elsewhere := []string{"clients.1", "users"} // the service account, seen by its token
+	tasteOfMapper := []string{"name", "protocol", "id.token.claim", "userinfo.token.claim", "introspection.token.claim"}
+
+	load := func() (rep, profile map[string]any) {
+		text := bytes.ReplaceAll(file, []byte("${APP_ORIGIN:http://localhost:3000}"), []byte("https://app.example"))
+		text = regexp.MustCompile(`\$\{[A-Z_]+:([^}]*)\}`).ReplaceAll(text, []byte("$1"))
+		if err := json.Unmarshal(text, &rep); err != nil {
+			t.Fatal(err)
+		}
+		provider := rep["components"].(map[string]any)["org.keycloak.userprofile.UserProfileProvider"].([]any)[0].(map[string]any)
+		config := provider["config"].(map[string]any)["kc.user.profile.config"].([]any)[0].(string)
+		if err := json.Unmarshal([]byte(config), &profile); err != nil {
+			t.Fatal(err)
+		}
+		delete(rep, "components")
+		rep["id"] = "imported"
+		rep["clients"].([]any)[0].(map[string]any)["enabled"] = true // Keycloak's default, like all event types
+		return rep, profile
+	}
+	objections := func(rep, profile map[string]any) (names []string) {
+		v := realmView{cfg: config{PublicURL: "http://localhost:3000", AuthClientID: "auth-client"}}
+		for into, from := range map[any]any{&v.Realm: rep, &v.Events: rep, &v.Profile: profile, &v.Clients: rep["clients"]} {
+			text, err := json.Marshal(from)
+			if err == nil {
+				err = json.Unmarshal(text, into)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		if v.Events.EnabledEventTypes == nil {
+			v.Events.EnabledEventTypes = userEventTypes
+		}
+		v.Client = v.Clients[0]
+		for _, part := range realmParts {
+			for i, rule := range part.rules {
+				if part.name != "email theme" && part.name != "required actions" && !rule.fine(v) {
+					names = append(names, part.names()[i])
+				}
+			}
+		}
+		return names
+	}
+	rep, profile := load()
+	if wrong := objections(rep, profile); len(wrong) > 0 {
+		t.Fatalf("keycloak/realm.json: %v", wrong)
+	}
+
+	var walk func(path string, v any, set func(any))
+	walk = func(path string, v any, set func(any)) {
+		if slices.Contains(taste, path) || slices.Contains(elsewhere, path) || path == "id" {
+			return
+		}
+		if strings.Contains(path, ".protocolMappers.") &&
+			slices.ContainsFunc(tasteOfMapper, func(s string) bool { return strings.HasSuffix(path, "."+s) }) {
+			return
+		}
+		switch v := v.(type) {
+		case map[string]any:
+			for name := range v {
+				walk(strings.TrimPrefix(path+"."+name, "."), v[name], func(to any) { v[name] = to })
+			}
+			return
+		case []any:
+			for i := range v {
+				walk(path+"."+strconv.Itoa(i), v[i], func(to any) { v[i] = to })
+			}
+			return
+		case bool:
+			set(!v)
+		case string:
+			set(map[string]string{"external": "none", "true": "false", "false": "true"}[v]) // else: empty
+		case float64:
+			set(v * 1000)
+		}
+		if len(objections(rep, profile)) == 0 {
+			t.Errorf("no rule objects to another %s, and it is no matter of taste", path)
+		}
+		set(v)
+	}
+	walk("", rep, nil)
+	for i, a := range profile["attributes"].([]any) {
+		attributes := profile["attributes"].([]any)
+		profile["attributes"] = slices.Delete(slices.Clone(attributes), i, i+1)
+		if len(objections(rep, profile)) == 0 {
+			t.Errorf("no rule misses the attribute %s", a.(map[string]any)["name"])
+		}
+		profile["attributes"] = attributes
+	}
+}
+
+func TestDoctorMissesTheTheme(t *testing.T) {
+	i := slices.IndexFunc(realmParts, func(p realmPart) bool { return p.name == "email theme" })
+	for themes, want := range map[string]bool{`{}`: false, `{"email":[{"name":"base"}],"login":[{"name":"auth-service"}]}`: false,
+		`{"email":[{"name":"base"},{"name":"auth-service","locales":["en"]}]}`: true} {
+		var v realmView
+		if err := json.Unmarshal([]byte(`{"themes":`+themes+`}`), &v.Server); err != nil {
+			t.Fatal(err)
+		}
+		if got := realmParts[i].rules[0].fine(v); got != want {
+			t.Errorf("%s: %v", themes, got)
+		}
+	}
+}
