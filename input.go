@@ -30,6 +30,9 @@ func (s *server) decode(w http.ResponseWriter, r *http.Request, params nethttp.R
 		if err := params.Decode(r, in, nil); err != nil {
 			return parameterError(err)
 		}
+		if wrong := unknownParameters(r, in); len(wrong) > 0 {
+			return invalid(wrong...)
+		}
 	}
 	if takesCookie, err := s.decodeCookie(r, in); err != nil || takesCookie && r.ContentLength == 0 {
 		return err // there or not, the cookie is all there is
@@ -77,6 +80,30 @@ func parameterError(err error) error {
 		}
 	}
 	return invalid(wrong...).because(err)
+}
+
+// unknownParameters are those of the query that a list does not have, or that are there
+// twice: a filter with a typo would show more than was asked for.
+func unknownParameters(r *http.Request, in any) (wrong []fieldError) {
+	known := map[string]bool{}
+	for name, f := range inputFields(in) {
+		if f.tag.Get("query") != "" {
+			known[name] = true
+		}
+	}
+	for name, values := range r.URL.Query() {
+		switch {
+		case len(known) == 0: // takes none
+		case !known[name] && len(name) > 50:
+			wrong = append(wrong, fieldError{"", "has a parameter that is not known"})
+		case !known[name]:
+			wrong = append(wrong, fieldError{name, "is not known"})
+		case len(values) > 1:
+			wrong = append(wrong, fieldError{name, "is there twice"})
+		}
+	}
+	slices.SortFunc(wrong, func(a, b fieldError) int { return strings.Compare(a.Field, b.Field) })
+	return wrong
 }
 
 // decodeCookie gives the refresh token of the browser's cookie to an input that takes
@@ -180,6 +207,9 @@ func checkFields(in any, known []fieldError) []fieldError {
 		}
 		if f.value.Kind() == reflect.Pointer && !f.value.IsNil() {
 			f.value = f.value.Elem()
+			if f.value.Kind() == reflect.String && f.value.String() == "" && f.tag.Get("enum") != "" { // not absent, but cleared
+				wrong = append(wrong, fieldError{name, "must be one of " + strings.ReplaceAll(f.tag.Get("enum"), ",", ", ")})
+			}
 		}
 		if f.value.Kind() != reflect.String || slices.ContainsFunc(known, func(k fieldError) bool { return k.Field == name }) {
 			continue
