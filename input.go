@@ -50,10 +50,13 @@ func (s *server) decode(w http.ResponseWriter, r *http.Request, params nethttp.R
 			return err
 		}
 	}
-	if wrong = append(wrong, checkFields(in, wrong)...); len(wrong) > 0 {
-		if r.PathValue(wrong[0].Field) != "" {
+	checked := checkFields(in, wrong)
+	for _, f := range checked {
+		if r.PathValue(f.Field) != "" {
 			return problemNotFound // an id that nothing can have
 		}
+	}
+	if wrong = append(wrong, checked...); len(wrong) > 0 {
 		return invalid(wrong...)
 	}
 	return nil
@@ -154,7 +157,8 @@ func decodeJSON(body []byte, in any) ([]fieldError, error) {
 			return nil, notJSON
 		}
 		name := key.(string)
-		f, known := fields[name]
+		f := fields[name]
+		known := f.tag.Get("json") != "" // what path and query say is not the body's to change
 		switch {
 		case !known && len(name) > 50:
 			wrong = append(wrong, fieldError{"", "has a field that is not known"})
@@ -205,16 +209,19 @@ func checkFields(in any, known []fieldError) []fieldError {
 				wrong = append(wrong, fieldError{name, fmt.Sprintf("must be from %d to %d", least, most)})
 			}
 		}
+		cleared := false // not absent, but empty, where that is no choice
 		if f.value.Kind() == reflect.Pointer && !f.value.IsNil() {
 			f.value = f.value.Elem()
-			if f.value.Kind() == reflect.String && f.value.String() == "" && f.tag.Get("enum") != "" { // not absent, but cleared
-				wrong = append(wrong, fieldError{name, "must be one of " + strings.ReplaceAll(f.tag.Get("enum"), ",", ", ")})
-			}
+			cleared = f.value.Kind() == reflect.String && f.value.String() == "" && f.tag.Get("enum") != ""
 		}
 		if f.value.Kind() != reflect.String || slices.ContainsFunc(known, func(k fieldError) bool { return k.Field == name }) {
 			continue
 		}
-		if detail := checkString(f.value.String(), f.tag); detail != "" {
+		detail := checkString(f.value.String(), f.tag)
+		if cleared {
+			detail = oneOf(f.tag)
+		}
+		if detail != "" {
 			wrong = append(wrong, fieldError{name, detail})
 		}
 	}
@@ -244,7 +251,7 @@ func checkString(value string, tag reflect.StructTag) string {
 		return "has a character that is not allowed"
 	}
 	if enum := strings.Split(tag.Get("enum"), ","); enum[0] != "" && !slices.Contains(enum, value) {
-		return "must be one of " + strings.Join(enum, ", ")
+		return oneOf(tag)
 	}
 	if pattern := tag.Get("pattern"); pattern != "" && !regexp.MustCompile(pattern).MatchString(value) {
 		if detail := tag.Get("mismatch"); detail != "" {
@@ -253,6 +260,10 @@ func checkString(value string, tag reflect.StructTag) string {
 		return "has a character that is not allowed"
 	}
 	return ""
+}
+
+func oneOf(tag reflect.StructTag) string {
+	return "must be one of " + strings.ReplaceAll(tag.Get("enum"), ",", ", ")
 }
 
 // pageIn asks for a page of a list (keyset paging).
