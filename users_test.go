@@ -531,4 +531,22 @@ func TestChangesAtOnce(t *testing.T) {
 	if got := fmt.Sprint(claims["roles"], claims["network_id"], claims["station_id"]); got != fmt.Sprint([]string{u.Role}, u.NetworkID, u.StationID) {
 		t.Errorf("claims %s of %+v", got, u)
 	}
+
+	// While Keycloak is away a change counts here already, and reaches it later.
+	gone := admin.hires("user", "", "")
+	w.kc.close()
+	w.wants(w.do(change(body{"role": "partner", "network_id": "N9"})), 200, "")
+	w.wants(admin.asks("DELETE", usersPath+"/"+string(gone.ID), nil), 204, "")
+	w.eventually("the token is dead", time.Second, func() bool { return gone.asks("GET", usersPath+"/me", nil).Status == 401 })
+	if err := w.kc.open(); err != nil {
+		t.Fatal(err)
+	}
+	w.usersDue()
+	w.sessionsDue()
+	w.check()
+	if claims = unpacked(w.signsIn(c.Email).text("access_token"), 1); fmt.Sprint(claims["roles"], claims["network_id"]) != "[partner]N9" {
+		t.Errorf("claims: %v", claims)
+	}
+	w.ended("user deleted", gone.signIn)
+	w.wants(w.login(gone.Email, password), 403, "account-disabled")
 }
