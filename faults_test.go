@@ -351,6 +351,7 @@ func (w *world) settle() {
 			w.exec(`update user_registrations set due_at = now() where due_at > now() and lease_owner is null
 				and due_at < now() + interval '1 hour'`)
 			w.exec(`update sessions set due_at = now() where due_at > now() and ended_at is not null`)
+			w.exec(`update users set due_at = now() where due_at > now() and lease_owner is null`)
 		}
 	}
 	w.Fatalf("not repaired: %s", strings.Join(wrong, "\n"))

@@ -30,6 +30,9 @@ func (s *server) decode(w http.ResponseWriter, r *http.Request, params nethttp.R
 		if err := params.Decode(r, in, nil); err != nil {
 			return parameterError(err)
 		}
+		if wrong := unknownParameters(r, in); len(wrong) > 0 {
+			return invalid(wrong...)
+		}
 	}
 	if takesCookie, err := s.decodeCookie(r, in); err != nil || takesCookie && r.ContentLength == 0 {
 		return err // there or not, the cookie is all there is
@@ -47,10 +50,13 @@ func (s *server) decode(w http.ResponseWriter, r *http.Request, params nethttp.R
 			return err
 		}
 	}
-	if wrong = append(wrong, checkFields(in, wrong)...); len(wrong) > 0 {
-		if r.PathValue(wrong[0].Field) != "" {
+	checked := checkFields(in, wrong)
+	for _, f := range checked {
+		if r.PathValue(f.Field) != "" {
 			return problemNotFound // an id that nothing can have
 		}
+	}
+	if wrong = append(wrong, checked...); len(wrong) > 0 {
 		return invalid(wrong...)
 	}
 	return nil
@@ -77,6 +83,30 @@ func parameterError(err error) error {
 		}
 	}
 	return invalid(wrong...).because(err)
+}
+
+// unknownParameters are those of the query that a list does not have, or that are there
+// twice: a filter with a typo would show more than was asked for.
+func unknownParameters(r *http.Request, in any) (wrong []fieldError) {
+	known := map[string]bool{}
+	for name, f := range inputFields(in) {
+		if f.tag.Get("query") != "" {
+			known[name] = true
+		}
+	}
+	for name, values := range r.URL.Query() {
+		switch {
+		case len(known) == 0: // takes none
+		case !known[name] && len(name) > 50:
+			wrong = append(wrong, fieldError{"", "has a parameter that is not known"})
+		case !known[name]:
+			wrong = append(wrong, fieldError{name, "is not known"})
+		case len(values) > 1:
+			wrong = append(wrong, fieldError{name, "is there twice"})
+		}
+	}
+	slices.SortFunc(wrong, func(a, b fieldError) int { return strings.Compare(a.Field, b.Field) })
+	return wrong
 }
 
 // decodeCookie gives the refresh token of the browser's cookie to an input that takes
@@ -127,7 +157,8 @@ func decodeJSON(body []byte, in any) ([]fieldError, error) {
 			return nil, notJSON
 		}
 		name := key.(string)
-		f, known := fields[name]
+		f := fields[name]
+		known := f.tag.Get("json") != "" // what path and query say is not the body's to change
 		switch {
 		case !known && len(name) > 50:
 			wrong = append(wrong, fieldError{"", "has a field that is not known"})
@@ -178,13 +209,19 @@ func checkFields(in any, known []fieldError) []fieldError {
 				wrong = append(wrong, fieldError{name, fmt.Sprintf("must be from %d to %d", least, most)})
 			}
 		}
+		cleared := false // not absent, but empty, where that is no choice
 		if f.value.Kind() == reflect.Pointer && !f.value.IsNil() {
 			f.value = f.value.Elem()
+			cleared = f.value.Kind() == reflect.String && f.value.String() == "" && f.tag.Get("enum") != ""
 		}
 		if f.value.Kind() != reflect.String || slices.ContainsFunc(known, func(k fieldError) bool { return k.Field == name }) {
 			continue
 		}
-		if detail := checkString(f.value.String(), f.tag); detail != "" {
+		detail := checkString(f.value.String(), f.tag)
+		if cleared {
+			detail = oneOf(f.tag)
+		}
+		if detail != "" {
 			wrong = append(wrong, fieldError{name, detail})
 		}
 	}
@@ -214,7 +251,7 @@ func checkString(value string, tag reflect.StructTag) string {
 		return "has a character that is not allowed"
 	}
 	if enum := strings.Split(tag.Get("enum"), ","); enum[0] != "" && !slices.Contains(enum, value) {
-		return "must be one of " + strings.Join(enum, ", ")
+		return oneOf(tag)
 	}
 	if pattern := tag.Get("pattern"); pattern != "" && !regexp.MustCompile(pattern).MatchString(value) {
 		if detail := tag.Get("mismatch"); detail != "" {
@@ -223,6 +260,10 @@ func checkString(value string, tag reflect.StructTag) string {
 		return "has a character that is not allowed"
 	}
 	return ""
+}
+
+func oneOf(tag reflect.StructTag) string {
+	return "must be one of " + strings.ReplaceAll(tag.Get("enum"), ",", ", ")
 }
 
 // pageIn asks for a page of a list (keyset paging).
