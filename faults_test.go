@@ -240,6 +240,7 @@ type pipe struct {
 	mu           sync.Mutex
 	listener     net.Listener
 	conns        []net.Conn
+	hole         sync.RWMutex // nothing passes while it is locked
 }
 
 func newPipe(target string) (*pipe, error) {
@@ -274,9 +275,29 @@ func (p *pipe) carry(conn net.Conn) {
 	p.mu.Lock()
 	p.conns = append(p.conns, conn, server)
 	p.mu.Unlock()
-	go func() { io.Copy(server, conn); server.Close() }()
-	io.Copy(conn, server)
+	go func() { io.Copy(valve{server, &p.hole}, conn); server.Close() }()
+	io.Copy(valve{conn, &p.hole}, server)
 	conn.Close()
+}
+
+// valve is a connection to which nothing passes while the hole is locked.
+type valve struct {
+	net.Conn
+	hole *sync.RWMutex
+}
+
+func (v valve) Write(b []byte) (int, error) {
+	v.hole.RLock()
+	defer v.hole.RUnlock()
+	return v.Conn.Write(b)
+}
+
+// swallow makes the pipe a black hole: connections stand and new ones are accepted, and
+// nothing comes through, until the returned function is called. What was sent meanwhile
+// arrives then.
+func (p *pipe) swallow() (end func()) {
+	p.hole.Lock()
+	return p.hole.Unlock
 }
 
 // close refuses connections and cuts those that there are.
@@ -720,10 +741,10 @@ func (w *world) startBlind() (end func()) {
 	go func() {
 		ended <- run(ctx, nil, func(name string) string { return w.env[name] }, io.Discard, io.MultiWriter(logs, w.logs))
 	}()
-	former := w.url
+	url, management := w.url, w.management
 	w.url = w.listening(logs)
 	return func() {
-		w.url = former
+		w.url, w.management = url, management
 		cancel()
 		if err := <-ended; err != nil {
 			w.Error(err)
@@ -734,11 +755,12 @@ func (w *world) startBlind() (end func()) {
 // listening waits until an instance says where it listens.
 func (w *world) listening(logs *buffer) (url string) {
 	w.Helper()
-	var line struct{ Address string }
+	var line struct{ Address, Management string }
 	if err := logs.waitFor(30*time.Second, func(text string) bool {
 		return json.Unmarshal([]byte(regexp.MustCompile(`(?m)^.*"msg":"listening".*$`).FindString(text)), &line) == nil
 	}); err != nil {
 		w.Fatalf("the service did not start: %v\n%s", err, logs)
 	}
+	w.management = line.Management
 	return "http://" + line.Address
 }

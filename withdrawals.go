@@ -174,7 +174,7 @@ func (s *server) listen(ctx context.Context) error {
 // again must answer at once.
 func (s *server) loadWithdrawals(ctx context.Context, q querier) error {
 	w, start, patience := &s.tokens.withdrawn, time.Now(), withdrawPoll
-	since := min(time.Since(w.lastRead())+withdrawalLag, tokenLife)
+	since := min(time.Since(w.lastRead()), tokenLife) + withdrawalLag // never read is more than two centuries ago
 	if since > 2*withdrawalLag {
 		patience = 5 * time.Second
 	}
