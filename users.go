@@ -316,7 +316,10 @@ func (s *server) settleLeased(ctx context.Context, c caller, u owedUser) (user, 
 	if settled, err := s.store.userSettled(ctx, u); settled || err != nil { // U3
 		return u.user, err
 	}
-	return s.settleUser(ctx, c, u.ID) // changed meanwhile by another
+	if err := s.store.releaseUser(ctx, u, s.now()); err != nil { // changed meanwhile by another, who waits for us
+		return u.user, err
+	}
+	return s.settleUser(ctx, c, u.ID)
 }
 
 // settleUsers settles the users whose change has not reached Keycloak.

@@ -10,8 +10,6 @@ import (
 	"time"
 )
 
-const usersPath = "/api/v1/users"
-
 // administrator is an account that grant-admin has made one.
 func (w *world) administrator() (email string) {
 	w.Helper()
@@ -25,7 +23,7 @@ func (w *world) administrator() (email string) {
 
 // managing is a request about users in the name of whoever signed in.
 func managing(by answer, method, path string, in any) call {
-	r := authorized(by.text("access_token"), method, usersPath+path)
+	r := authorized(by.text("access_token"), method, "/api/v1/users"+path)
 	r.json = in
 	return r
 }
