@@ -242,11 +242,12 @@ type pipe struct {
 	mu           sync.Mutex
 	listener     net.Listener
 	conns        []net.Conn
-	hole         sync.RWMutex // nothing passes while it is locked
+	hole         *sync.RWMutex // of the connections that are made now: nothing passes while it is locked
+	holes        []*sync.RWMutex
 }
 
 func newPipe(target string) (*pipe, error) {
-	p := &pipe{addr: "127.0.0.1:0", target: target}
+	p := &pipe{addr: "127.0.0.1:0", target: target, hole: new(sync.RWMutex)}
 	return p, p.open()
 }
 
@@ -276,9 +277,10 @@ func (p *pipe) carry(conn net.Conn) {
 	}
 	p.mu.Lock()
 	p.conns = append(p.conns, conn, server)
+	hole := p.hole
 	p.mu.Unlock()
-	go func() { io.Copy(valve{server, &p.hole}, conn); server.Close() }()
-	io.Copy(valve{conn, &p.hole}, server)
+	go func() { io.Copy(valve{server, hole}, conn); server.Close() }()
+	io.Copy(valve{conn, hole}, server)
 	conn.Close()
 }
 
@@ -295,11 +297,18 @@ func (v valve) Write(b []byte) (int, error) {
 }
 
 // swallow makes the pipe a black hole: connections stand and new ones are accepted, and
-// nothing comes through, until the returned function is called. What was sent meanwhile
-// arrives then.
+// nothing comes through. When end is called new ones are good; nobody hears of the others
+// again.
 func (p *pipe) swallow() (end func()) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	p.hole.Lock()
-	return p.hole.Unlock
+	p.holes = append(p.holes, p.hole)
+	return func() {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.hole = new(sync.RWMutex)
+	}
 }
 
 // close refuses connections and cuts those that there are.
@@ -310,7 +319,10 @@ func (p *pipe) close() error {
 	for _, conn := range p.conns {
 		conn.Close()
 	}
-	p.conns = nil
+	for _, hole := range p.holes {
+		hole.Unlock()
+	}
+	p.conns, p.holes = nil, nil
 	return err
 }
 

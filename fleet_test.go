@@ -184,15 +184,15 @@ func TestFleet(t *testing.T) {
 			}
 		}
 	})
-
-	w.Run("a withdrawal is known at once", func() { w.knownWithinASecond(instances, admin) })
 }
 
-// knownWithinASecond measures how long after its answer a change is known to all instances,
-// also when they have just lost every connection to PostgreSQL.
-func (w *world) knownWithinASecond(instances []*world, admin answer) {
-	w.Helper()
-	// What each does before, and the request that withdraws the tokens of a sign-in.
+// TestFleetWithdrawals measures how long after its answer a change is known to all three,
+// also when they have just lost every connection to PostgreSQL. It fails beyond a second.
+func TestFleetWithdrawals(t *testing.T) {
+	w := newWorld(t, map[string]string{"JOB_INTERVAL": "0"}) // no job finds the broken connections first
+	instances := w.fleet()
+	admin := w.signsIn(w.administrator())
+	// What is done before, and the request that withdraws the tokens of a sign-in.
 	causes := map[string]func(id string, a answer) (call, []answer){
 		"deleted": func(id string, a answer) (call, []answer) { return managing(admin, "DELETE", "/"+id, nil), []answer{a} },
 		"demoted": func(id string, a answer) (call, []answer) {
@@ -291,6 +291,9 @@ func (w *world) knownWithinASecond(instances []*world, admin answer) {
 	for range 2 {
 		channelsUp()
 		round("connections cut", func() {
+			for _, v := range instances { // so that there are many, and none has been idle
+				w.at([]string{v.url}, slices.Repeat([]call{authorized(admin.text("access_token"), "GET", mePath)}, 32)...)
+			}
 			w.exec(`select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database() and application_name = 'auth-service'`)
 		})
 	}
