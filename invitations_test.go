@@ -57,12 +57,6 @@ func (p *person) choosesPassword(link string) {
 	p.Fatalf("the link leads to %v", a)
 }
 
-// usersDue stands in for waiting until the loop looks at users.
-func (w *world) usersDue() {
-	w.Helper()
-	w.exec(`update users set due_at = now() where due_at > now() and lease_owner is null`)
-}
-
 // invitationSettled waits until the loop has done all for a user.
 func (w *world) invitationSettled(id userID) {
 	w.Helper()

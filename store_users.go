@@ -161,7 +161,7 @@ func (st *store) changeUser(ctx context.Context, c caller, id userID, action str
 			}
 		}
 		if len(changed) > 0 {
-			if err := withdraw(ctx, tx, withdrawal{UserID: id, Role: u.Role, NetworkID: u.NetworkID, StationID: u.StationID, Active: u.IsActive}); err != nil {
+			if err := withdraw(ctx, tx, u.withdrawal()); err != nil {
 				return err
 			}
 		}
@@ -265,6 +265,12 @@ func (st *store) userSettled(ctx context.Context, u owedUser) (bool, error) {
 func (st *store) releaseUser(ctx context.Context, u owedUser, due time.Time) error {
 	_, err := st.pool.Exec(ctx, `update users set lease_owner = null, due_at = $3 where user_id = $1 and lease_owner = $2`, u.ID, u.Lease, due)
 	return storeError(err)
+}
+
+// keepWithdrawn renews the withdrawal of tokens that say something else than u, since
+// Keycloak goes on issuing them.
+func (st *store) keepWithdrawn(ctx context.Context, u user) error {
+	return st.tx(ctx, func(tx pgx.Tx) error { return withdraw(ctx, tx, u.withdrawal()) })
 }
 
 // confirmUser makes an invited user verified: Keycloak lets in only whose address is.
