@@ -210,7 +210,7 @@ func checkString(value string, tag reflect.StructTag) string {
 		return fmt.Sprintf("must have at most %d characters", most)
 	case tag.Get("format") == "email" && !validEmail(value):
 		return "is not a valid e-mail address"
-	case tag.Get("format") != "password" && strings.ContainsFunc(value, invisible):
+	case tag.Get("format") != "password" && (!utf8.ValidString(value) || strings.ContainsFunc(value, invisible)):
 		return "has a character that is not allowed"
 	}
 	if enum := strings.Split(tag.Get("enum"), ","); enum[0] != "" && !slices.Contains(enum, value) {
