@@ -1,0 +1,570 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"maps"
+	"os"
+	"regexp"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+	gonanoid "github.com/matoous/go-nanoid/v2"
+)
+
+// list is the lines of a query that has one column, or the error that it ends with.
+func (r *record) list(sql string, args ...any) string {
+	r.Helper()
+	rows, _ := r.pool.Query(r.Context(), sql, args...)
+	lines, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	r.must(err)
+	return strings.Join(lines, "\n")
+}
+
+// refuses fails unless every statement is refused with words like these.
+func refuses(t *testing.T, pool *pgxpool.Pool, words string, statements ...string) {
+	t.Helper()
+	for _, sql := range statements {
+		if _, err := pool.Exec(t.Context(), sql); err == nil || !regexp.MustCompile(words).MatchString(err.Error()) {
+			t.Errorf("%s: %v", sql, err)
+		}
+	}
+}
+
+// Nobody changes what is on record by mistake, not even the owner of the tables.
+func TestAppendOnly(t *testing.T) {
+	r := newRecord(t)
+	now := time.Now()
+	later := now.AddDate(1, 0, 0)
+	r.exec(`select audit_log_month($1)`, later)
+	r.write(3, now)
+	r.write(1, later)
+	r.seal(now.Add(time.Hour))
+	before := r.list(`select a::text from audit_log a union all select s::text from audit_seals s`)
+	tables := []string{"audit_log", now.UTC().Format("audit_log_2006_01"), later.UTC().Format("audit_log_2006_01"), "audit_seals"}
+	for _, table := range tables {
+		column := "reason"
+		if table == "audit_seals" {
+			column = "hash"
+		}
+		refuses(t, r.pool, "audit_log is append-only",
+			"update "+table+" set "+column+" = ''",
+			"update "+table+" set "+column+" = "+column,
+			"delete from "+table,
+			"truncate "+table,
+			"with gone as (delete from "+table+" returning 1) select count(*) from gone",
+			"merge into "+table+" using (select 1) x on true when matched then delete")
+	}
+	refuses(t, r.pool, "audit_log is append-only", "truncate audit_log cascade", "truncate users, audit_log cascade",
+		"update only "+tables[1]+" set at = at + interval '40 days'",
+		"insert into "+tables[1]+" select * from "+tables[1]+" on conflict (audit_id, at) do update set reason = 'x'")
+	if after := r.list(`select a::text from audit_log a union all select s::text from audit_seals s`); after != before || r.value(`select count(*)::text from audit_log`) != "4" {
+		t.Error(cmp.Diff(before, after))
+	}
+	r.write(1, now) // more may come
+	r.fits()
+}
+
+// Months begin and end in UTC, and have a partition before they begin.
+func TestMonths(t *testing.T) {
+	r := newRecord(t)
+	months := func() string {
+		return r.list(`select relname from pg_inherits join pg_class on pg_class.oid = inhrelid where inhparent = 'audit_log'::regclass order by 1`)
+	}
+	var want []string
+	for n := range monthsAhead + 1 {
+		now := time.Now().UTC()
+		want = append(want, time.Date(now.Year(), now.Month()+time.Month(n), 1, 0, 0, 0, 0, time.UTC).Format("audit_log_2006_01"))
+	}
+	if got := months(); got != strings.Join(want, "\n") {
+		t.Errorf("%v", got)
+	}
+	// Wherever whoever makes them thinks to be.
+	r.inOneSession(`set timezone = 'Pacific/Kiritimati'; select audit_log_month('2035-12-31T23:59:59.999999Z')`)
+	r.inOneSession(`set timezone = 'America/Los_Angeles'; select audit_log_month('2036-01-01T00:00:00Z')`)
+	var all sync.WaitGroup
+	for range 8 { // instances at once
+		all.Go(func() {
+			if err := r.store.makeMonths(t.Context(), time.Date(2036, 2, 29, 12, 0, 0, 0, time.UTC)); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	all.Wait()
+	want = append(want, "audit_log_2035_12", "audit_log_2036_01", "audit_log_2036_02", "audit_log_2036_03", "audit_log_2036_04", "audit_log_2036_05")
+	if got := months(); got != strings.Join(want, "\n") {
+		t.Errorf("%v", got)
+	}
+	east := time.FixedZone("east", 14*3600)
+	for at, partition := range map[time.Time]string{
+		time.Date(2035, 12, 1, 0, 0, 0, 0, time.UTC):                         "audit_log_2035_12",
+		time.Date(2035, 12, 31, 23, 59, 59, 999999000, time.UTC):             "audit_log_2035_12",
+		time.Date(2036, 1, 1, 0, 0, 0, 0, time.UTC):                          "audit_log_2036_01",
+		time.Date(2036, 1, 1, 13, 59, 59, 0, east):                           "audit_log_2035_12",
+		time.Date(2036, 3, 1, 14, 0, 0, 0, east):                             "audit_log_2036_03",
+		time.Date(2036, 2, 29, 23, 59, 59, 0, time.UTC):                      "audit_log_2036_02",
+		time.Date(2036, 5, 31, 23, 59, 59, 999999000, time.UTC):              "audit_log_2036_05",
+		time.Date(2036, 2, 29, 19, 0, 0, 0, time.FixedZone("west", -5*3600)): "audit_log_2036_03",
+	} {
+		r.write(1, at)
+		if got := r.value(`select tableoid::regclass::text from audit_log order by number desc limit 1`); got != partition {
+			t.Errorf("%v is in %s, not in %s", at, got, partition)
+		}
+	}
+	// Without its month an entry can't be written, nor can what it records happen.
+	if err := r.store.audit(t.Context(), caller{Actor: "test"}, time.Date(2036, 6, 1, 0, 0, 0, 0, time.UTC), entry{Action: "test"}); err == nil {
+		t.Error("an entry has no partition and is written")
+	}
+}
+
+// What is too old goes, a month at once, by the README's statement.
+func TestRetention(t *testing.T) {
+	r := newRecord(t)
+	january := time.Date(2026, 1, 31, 23, 0, 0, 0, time.UTC)
+	for n := range 4 {
+		r.exec(`select audit_log_month($1::timestamptz)`, time.Date(2026, time.Month(1+n), 1, 0, 0, 0, 0, time.UTC))
+	}
+	for n := range 4 { // one seal has entries of two months
+		r.write(3, january.Add(time.Duration(n)*20*time.Minute))
+	}
+	r.write(2, january.AddDate(0, 1, 20))
+	r.seal(january.AddDate(1, 0, 0))
+	drop := regexp.MustCompile("(?m)^drop table audit_log_2026_01;$").FindString(readme(t))
+	if drop == "" {
+		t.Fatal("the README does not say how")
+	}
+	if got := r.fits(); !strings.HasPrefix(got, "14 entries in 1 seals fit") || strings.Contains(got, "removed") {
+		t.Error(got)
+	}
+	hash := r.value(`select hash from audit_seals`)
+	r.exec(drop)
+	if got := r.fits(hash); !strings.HasPrefix(got, "5 entries in 1 seals fit") || !strings.Contains(got, "\n9 entries from before February 2026 were removed with their month.\n") {
+		t.Error(got)
+	}
+	missing := r.value(`select audit_id from audit_log order by number offset 3 limit 1`)
+	r.exec(`drop table audit_log_2026_03`) // not the oldest
+	if got := r.value(`select min(relname) from pg_class where relname like 'audit_log_2026_0%' and relkind = 'r'`); got != "audit_log_2026_02" {
+		t.Fatal(got)
+	}
+	r.exec(`set session_replication_role = default`)
+	if out, err := r.command("audit", "verify"); err == nil || !strings.Contains(err.Error(), " is missing") || strings.Contains(err.Error(), missing+" was") {
+		t.Errorf("a month in between: %v %s", err, out)
+	}
+}
+
+func readme(t testing.TB) string {
+	t.Helper()
+	text, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
+
+// formerAudit is the record of versions before partitions.
+const formerAudit = `
+	create table audit_log (
+		audit_id   varchar(32) primary key,
+		at         timestamptz not null,
+		actor      varchar(100) not null,
+		action     varchar(50) not null,
+		target     varchar(100) not null,
+		outcome    varchar(10) not null,
+		reason     varchar(100) not null default '',
+		ip_address varchar(50) not null default '',
+		user_agent text not null default '',
+		request_id varchar(64) not null default '',
+		details    jsonb not null default '{}',
+		constraint valid_outcome check (outcome in ('ok', 'refused', 'failed'))
+	);
+	create index audit_by_time on audit_log (at, audit_id);
+	create index audit_by_target on audit_log (target, at);
+	create index audit_by_actor on audit_log (actor, at);
+	create function audit_log_is_append_only() returns trigger language plpgsql as $$
+	begin
+		raise exception 'audit_log is append-only';
+	end $$;
+	create trigger audit_log_append_only before update or delete or truncate on audit_log
+		for each statement execute function audit_log_is_append_only();
+	create table schema_version (only_row boolean primary key default true check (only_row), sha256 varchar(64) not null, applied_at timestamptz not null);
+	insert into schema_version (sha256, applied_at) values ('an older one', now());`
+
+// A record of versions before partitions is kept, in its order, however long it takes.
+func TestAuditMigration(t *testing.T) {
+	r := emptyRecord(t)
+	r.exec(formerAudit)
+	const rows = 2000
+	// A statement may take longer than one of the service may.
+	r.exec(`create function takes_long() returns event_trigger language plpgsql as $$ begin perform pg_sleep(5.2); end $$;
+		create event trigger takes_long on ddl_command_end when tag in ('CREATE SEQUENCE') execute function takes_long()`)
+	// The later ones come first, as rows may lie anywhere in a table.
+	r.inOneSession(fmt.Sprintf(`insert into audit_log select 'AUD-' || lpad(i::text, 16, '0'), timestamptz '2025-12-31T21:00:00Z' + i * interval '1 hour',
+		'USR-' || i, 'login', 'USR-' || i, (array['ok', 'refused', 'failed'])[1 + i %% 3], 'reason', '192.0.2.7', 'agent', 'request-' || i, jsonb_build_object('n', i)
+		from generate_series(%d, 1, -1) i`, rows))
+	columns := strings.ReplaceAll(auditColumns, "network_id, ", "")
+	digest := `select count(*) || ' ' || md5(string_agg(concat_ws('|', ` + columns + `), ';' order by at)) from audit_log`
+	before := r.value(digest)
+	if out, err := r.command("migrate"); err != nil {
+		t.Fatalf("%v %s", err, out)
+	}
+	r.exec(`drop event trigger takes_long; drop function takes_long`)
+	for range 2 {
+		if after := r.value(digest); after != before {
+			t.Errorf("%s before, %s after", before, after)
+		}
+		if got := r.value(`select count(*)::text from (select row_number() over (order by at) = row_number() over (order by number) as same from audit_log) o where same`); got != fmt.Sprint(rows) {
+			t.Errorf("%s are where they were", got)
+		}
+		fresh := newRecord(t)
+		const shape = `select regexp_replace(indexdef, 'USING', 'using') from pg_indexes where tablename = 'audit_log'
+			union all select tgname::text from pg_trigger where tgrelid = 'audit_log'::regclass
+			union all select column_name || ' ' || data_type || coalesce(column_default, '') from information_schema.columns where table_name = 'audit_log' order by 1`
+		if diff := cmp.Diff(fresh.list(shape), r.list(shape)); diff != "" {
+			t.Errorf("-a new record +a migrated one\n%s", diff)
+		}
+		if got := r.list(`select relname from pg_class where relname like '%before%'`); got != "" {
+			t.Errorf("%s is left", got)
+		}
+		if out, err := r.command("migrate"); err != nil { // again
+			t.Fatalf("%v %s", err, out)
+		}
+	}
+	if got := r.value(`select string_agg(distinct tableoid::regclass::text, ' ') from audit_log where at < '2026-02-02'`); got != "audit_log_2025_12 audit_log_2026_01 audit_log_2026_02" {
+		t.Error(got)
+	}
+	refuses(t, r.pool, "audit_log is append-only", "delete from audit_log where at < '2026-01-01'", "truncate audit_log_2025_12")
+	r.write(1, time.Now())
+	if got := r.value(`select (max(number) - count(*))::text from audit_log`); got != "0" {
+		t.Errorf("numbers: %s more than entries", got)
+	}
+}
+
+// countedExactly fails unless refusals are on record one by one up to the bounds of each
+// minute, and all others as numbers.
+func (r *record) countedExactly(total int) {
+	r.Helper()
+	if got := r.list(`select concat_ws(' ', date_trunc('minute', at), action, reason, actor, ip_address, count(*)) from audit_log
+		where outcome = 'refused' and not details ? 'count' group by date_trunc('minute', at), action, reason, actor, ip_address having count(*) > $1`, refusalsOfOne); got != "" {
+		r.Errorf("too many of one:\n%s", got)
+	}
+	if got := r.list(`select concat_ws(' ', date_trunc('minute', at), action, reason, count(*)) from audit_log
+		where outcome = 'refused' and not details ? 'count' group by date_trunc('minute', at), action, reason having count(*) > $1`, refusalsOfAll); got != "" {
+		r.Errorf("too many of all:\n%s", got)
+	}
+	if got := r.value(`select sum(coalesce((details->>'count')::int, 1))::text from audit_log where outcome = 'refused'`); got != fmt.Sprint(total) {
+		r.Errorf("%s refusals are on record, not %d:\n%s", got, total, r.list(`select concat_ws(' ', action, reason, actor, ip_address, details, count(*)) from audit_log
+			group by action, reason, actor, ip_address, details`))
+	}
+	if got := r.value(`select count(*)::text from audit_floods`); got != "0" {
+		r.Errorf("%s counters are left", got)
+	}
+}
+
+// A flood of refusals does not become one of entries, and none is forgotten.
+func TestFloods(t *testing.T) {
+	// at once, by several instances, as one refusal each
+	flood := func(r *record, at time.Time, refusals ...caller) {
+		r.Helper()
+		var all sync.WaitGroup
+		work := make(chan caller)
+		for range 8 {
+			all.Go(func() {
+				for c := range work {
+					if err := r.store.auditRefusal(t.Context(), c, at, entry{Action: "login", Target: "USR-0123456789abcdef", Reason: "invalid-credentials"}); err != nil {
+						t.Error(err)
+					}
+				}
+			})
+		}
+		for _, c := range refusals {
+			work <- c
+		}
+		close(work)
+		all.Wait()
+	}
+	from := func(n int, actor string, address ...string) (list []caller) {
+		for range n {
+			for _, a := range address {
+				list = append(list, caller{Actor: actor, Address: a, UserAgent: "flood", RequestID: "request-1"})
+			}
+		}
+		return list
+	}
+	var many []string
+	for i := range 60 {
+		many = append(many, fmt.Sprintf("198.51.100.%d", i))
+	}
+	noon := time.Date(time.Now().Year(), time.Now().Month(), 1, 12, 0, 30, 0, time.UTC)
+	const oneByOne = `select count(*)::text from audit_log where not details ? 'count'`
+	const counts = `select concat_ws(' ', actor, ip_address, details->>'count', details->>'minute', action, outcome, reason, target) from audit_log where details ? 'count' order by 1`
+	minute := noon.Truncate(time.Minute).Format(time.RFC3339)
+	for _, c := range []struct {
+		name     string
+		refusals []caller
+		oneByOne string
+		counts   string
+	}{
+		{"just as many as are recorded", from(refusalsOfOne, "anonymous", "192.0.2.1"), "10", ""},
+		{"one more", from(refusalsOfOne+1, "anonymous", "192.0.2.1"), "10", "anonymous 192.0.2.1 1 " + minute},
+		{"from two addresses", from(20, "anonymous", "192.0.2.1", "192.0.2.2"), "20", "anonymous 192.0.2.1 10 " + minute + "\nanonymous 192.0.2.2 10 " + minute},
+		{"from one network", from(20, "anonymous", "2001:db8::1", "2001:db8::ffff:2", "2001:db8:0:0:1::3"), "10", "anonymous 2001:db8::/64 50 " + minute},
+		{"of two users", append(from(15, "USR-a", "192.0.2.1"), from(15, "anonymous", "192.0.2.1")...), "20", "USR-a 192.0.2.1 5 " + minute + "\nanonymous 192.0.2.1 5 " + minute},
+		{"from nowhere", from(15, "anonymous", ""), "10", "anonymous invalid IP 5 " + minute},
+		{"from many addresses", from(6, "anonymous", many...), "300", "anonymous 60 " + minute},
+	} {
+		r := newRecord(t)
+		r.TB = t
+		flood(r, noon, c.refusals...)
+		if got := r.value(oneByOne); got != c.oneByOne {
+			t.Errorf("%s: %s are recorded one by one, not %s", c.name, got, c.oneByOne)
+		}
+		r.must(r.store.endFloods(t.Context(), noon.Add(time.Minute))) // instances' clocks differ: not yet
+		if got := r.list(counts); got != "" {
+			t.Errorf("%s: too soon: %s", c.name, got)
+		}
+		r.must(r.store.endFloods(t.Context(), noon.Add(2*time.Minute)))
+		r.must(r.store.endFloods(t.Context(), noon.Add(2*time.Minute))) // once
+		if got := strings.ReplaceAll(r.list(counts), " login refused invalid-credentials ", ""); strings.Join(strings.Fields(got), " ") != strings.Join(strings.Fields(c.counts), " ") {
+			t.Errorf("%s:\n%s\nwant\n%s", c.name, got, c.counts)
+		}
+		r.countedExactly(len(c.refusals))
+	}
+
+	t.Run("one after the other", func(t *testing.T) { // the next minute begins anew, and a late one is not lost
+		r := newRecord(t)
+		flood(r, noon, from(15, "anonymous", "192.0.2.1")...)
+		flood(r, noon.Add(time.Minute), from(15, "anonymous", "192.0.2.1")...)
+		r.must(r.store.endFloods(t.Context(), noon.Add(2*time.Minute)))
+		flood(r, noon, from(15, "anonymous", "192.0.2.1")...)
+		r.must(r.store.endFloods(t.Context(), noon.Add(3*time.Minute)))
+		if got := r.value(oneByOne); got != "30" {
+			t.Errorf("%s are recorded one by one", got)
+		}
+		if got := r.value(`select string_agg(details->>'count', ' ') from audit_log where details ? 'count'`); got != "5 5 5" {
+			t.Errorf("counts: %s", got)
+		}
+	})
+	t.Run("of everybody, when an instance dies, and others go on at once", func(t *testing.T) {
+		r := newRecord(t)
+		many = many[:50]
+		flood(r, noon, from(12, "anonymous", many...)...) // 500 within the bound of one, of which 300 within that of all
+		r.exec(`insert into audit_floods select $1, 'login', 'invalid-credentials', 'anonymous', '203.0.113.' || i, 11 from generate_series(1, 2 * $2::int) i`,
+			noon.Truncate(time.Minute), floodBatch)
+		err := r.store.endFloods(t.Context(), noon.AddDate(50, 0, 0)) // dies: there is no such month
+		if err == nil || r.value(`select count(*)::text from audit_log where details ? 'count'`) != "0" ||
+			r.value(`select count(*)::text from audit_floods`) != fmt.Sprint(len(many)+1+2*floodBatch) {
+			t.Errorf("%v; something of it is left", err)
+		}
+		var all sync.WaitGroup
+		for range 4 {
+			all.Go(func() {
+				if err := r.store.endFloods(t.Context(), noon.Add(2*time.Minute)); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		all.Wait()
+		r.countedExactly(12*len(many) + 2*floodBatch)
+		if got := r.value(`select details->>'count' from audit_log where details ? 'count' and ip_address = ''`); got != "200" {
+			t.Errorf("of everybody: %s", got)
+		}
+	})
+}
+
+// A thousand requests from one address that all fail.
+func TestFloodOfLogins(t *testing.T) {
+	w := newWorld(t, map[string]string{"JOB_INTERVAL": "0"})
+	v, _ := w.another(nil)
+	r := &record{TB: t, pool: w.pool}
+	const n = 1000
+	instances, from := []string{w.url, v.url}, newAddress()
+	answers := map[string]int{}
+	for range n / 10 {
+		var calls []call
+		for range 10 {
+			calls = append(calls, call{method: "POST", path: loginPath, json: body{"email": newEmail(), "password": "a wrong password"}, from: from})
+		}
+		for what, m := range tally(w.at(instances, calls...)) {
+			answers[what] += m
+		}
+	}
+	if answers["401 invalid-credentials"] <= refusalsOfOne || answers["429 too-many-requests"] < n/2 || answers["401 invalid-credentials"]+answers["429 too-many-requests"] != n {
+		t.Errorf("answers: %v", answers)
+	}
+	s := idle(t, slog.New(slog.DiscardHandler), map[string]string{"DATABASE_URL": w.env["DATABASE_URL"]})
+	r.must(s.store.endFloods(t.Context(), time.Now().Add(2*time.Minute)))
+	r.countedExactly(n)
+	if got := r.value(`select (count(*) <= 3 * 2 * ($1 + 1))::text from audit_log where outcome = 'refused'`, refusalsOfOne); got != "true" { // of two kinds, in three minutes at most
+		t.Error("there are more entries than that")
+	}
+}
+
+// TestProductionRoles sets PostgreSQL up as the README says, and runs the service by the
+// role that is meant for it. Roles are of all databases, and schema.sql names one: for this
+// test, which is not parallel, both names are others.
+func TestProductionRoles(t *testing.T) {
+	_, section, _ := strings.Cut(readme(t), "### Production roles in PostgreSQL")
+	block := regexp.MustCompile("(?s)```sql\n(.*?)```").FindStringSubmatch(section)
+	if block == nil {
+		t.Fatal("the README has no SQL")
+	}
+	id := gonanoid.MustGenerate("abcdefghijklmnopqrstuvwxyz", 10)
+	owner, service, db := "test_owner_"+id, "test_service_"+id, "test_"+id
+	former := schemaSQL
+	schemaSQL = strings.ReplaceAll(schemaSQL, "auth_service", service)
+	super, err := pgxpool.New(t.Context(), services.DatabaseURL("postgres"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { // the last: the world needs its database until it has ended
+		schemaSQL = former
+		if err := services.DropDatabase(context.Background(), db); err != nil {
+			t.Error(err)
+		}
+		if _, err := super.Exec(context.Background(), "drop role "+service+"; drop role "+owner); err != nil {
+			t.Error(err)
+		}
+		super.Close()
+	})
+	passwords := map[string]string{}
+	for statement := range strings.SplitSeq(strings.TrimSpace(block[1]), ";\n") {
+		if m := regexp.MustCompile(`create role (\w+) login password '(.*)'`).FindStringSubmatch(statement); m != nil {
+			passwords[m[1]] = m[2]
+		}
+		statement = strings.NewReplacer("auth_owner", owner, "auth_service", service, "database auth", "database "+db).Replace(statement)
+		if _, err := super.Exec(t.Context(), statement); err != nil {
+			t.Fatalf("%s: %v", statement, err)
+		}
+	}
+	urlAs := func(role, name string) string {
+		return regexp.MustCompile(`//.*@`).ReplaceAllString(services.DatabaseURL(db), "//"+role+":"+passwords[name]+"@")
+	}
+	ownerURL, serviceURL := urlAs(owner, "auth_owner"), urlAs(service, "auth_service")
+	command := func(url string, args ...string) error {
+		return run(t.Context(), args, environment(map[string]string{"DATABASE_URL": url}), io.Discard, io.Discard)
+	}
+	open := func(url string) *pgxpool.Pool {
+		pool, err := pgxpool.New(t.Context(), url)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(pool.Close)
+		return pool
+	}
+	asOwner, asService := open(ownerURL), open(serviceURL)
+
+	// The service can't make or change the schema, and says who can.
+	cannot := func(when string) {
+		t.Helper()
+		for _, args := range [][]string{{"migrate"}, {"jobs"}} {
+			if err := command(serviceURL, args...); err == nil || !strings.Contains(err.Error(), `run "auth-service migrate" as the owner`) {
+				t.Errorf("%s: %v: %v", when, args, err)
+			}
+		}
+	}
+	change := func(sql string) {
+		t.Helper()
+		if _, err := asOwner.Exec(t.Context(), sql); err != nil {
+			t.Fatal(err)
+		}
+	}
+	migrate := func() {
+		t.Helper()
+		if err := command(ownerURL, "migrate"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	cannot("no schema")
+	migrate()
+	change(`update schema_version set sha256 = 'an older one'`)
+	cannot("an older schema")
+	migrate()
+	change(`revoke all on all tables in schema public from ` + service)
+	if err := command(serviceURL, "jobs"); err == nil || !strings.Contains(err.Error(), `run "auth-service migrate" as the owner`) {
+		t.Errorf("a role that has come later: %v", err)
+	}
+	migrate()
+
+	// The whole way, with all jobs.
+	w := newWorld(t, map[string]string{"DATABASE_URL": serviceURL})
+	w.pool.Close()
+	w.pool = open(services.DatabaseURL(db))
+	root, ada := newEmail(), newEmail()
+	w.account(root)
+	if out, err := w.operate("grant-admin", root); err != nil {
+		t.Fatalf("%v %s", err, out)
+	}
+	admin := w.signsIn(root)
+	w.account(ada)
+	w.signsIn(ada)
+	user := "/api/v1/users/" + w.value(`select user_id from users where email = $1`, ada)
+	patch := authorized(admin.text("access_token"), "PATCH", user)
+	patch.json = body{"role": "operator", "network_id": "NET-1", "station_id": "STA-1"}
+	w.wants(w.do(patch), 200, "")
+	w.wants(w.as(admin, "DELETE", user), 204, "")
+	w.wants(w.as(admin, "POST", user+"/restore"), 200, "")
+	w.wants(w.login(ada, "a wrong password"), 401, "invalid-credentials")
+	if a := w.as(admin, "GET", "/api/v1/audit?target="+strings.TrimPrefix(user, "/api/v1/users/")); a.Status != 200 || len(a.JSON["items"].([]any)) != 7 {
+		t.Errorf("user.create, login, user.update, session.end, user.delete, user.restore and a refusal: %v", a)
+	}
+	w.settle()
+	s := idle(t, slog.New(slog.DiscardHandler), map[string]string{"DATABASE_URL": serviceURL})
+	s.now = func() time.Time { return time.Now().AddDate(0, 2, 0) } // the first of what no migration has made
+	for _, err := range []error{s.sealAudit(t.Context()), s.store.makeMonths(t.Context(), s.now()), s.store.endFloods(t.Context(), s.now()), command(serviceURL, "audit", "verify")} {
+		if err != nil {
+			t.Error(err)
+		}
+	}
+	month := time.Now().UTC().AddDate(0, 0, 1-time.Now().UTC().Day()).AddDate(0, monthsAhead+2, 0).Format("audit_log_2006_01")
+	if got := w.value(`select tableowner from pg_tables where tablename = $1`, month); got != owner {
+		t.Errorf("%s is %s's", month, got)
+	}
+	if seals := w.value(`select count(*)::text from audit_seals`); seals != "1" {
+		t.Errorf("%s seals", seals)
+	}
+
+	// What is on record stays.
+	now := time.Now().UTC().Format("audit_log_2006_01")
+	const columns = `audit_id, at, actor, action, target, outcome`
+	before := w.value(`select count(*)::text from audit_log`)
+	refuses(t, asService, `SQLSTATE (42501|25006)`,
+		"update audit_log set reason = 'x'", "delete from audit_log", "truncate audit_log", "update audit_seals set hash = 'x'", "delete from audit_seals", "truncate audit_seals",
+		"update "+now+" set reason = 'x'", "delete from "+now, "truncate "+now, "insert into "+now+" ("+columns+") values ('AUD-x', now(), 'a', 'b', 'c', 'ok')",
+		"insert into audit_log (number, "+columns+") values (1, 'AUD-x', now(), 'a', 'b', 'c', 'ok')",
+		"insert into audit_log ("+columns+") select "+columns+" from audit_log on conflict (audit_id, at) do update set reason = 'x'",
+		"merge into audit_log using (select 1) x on true when matched then delete",
+		"alter table audit_log add column x int", "alter table audit_log drop constraint valid_outcome", "alter table audit_log owner to "+service,
+		"alter table audit_log disable trigger all", "alter table "+now+" disable trigger audit_log_keeps_rows", "alter table audit_seals disable trigger all",
+		"drop trigger audit_log_keeps_rows on audit_log", "drop trigger audit_seals_keep_rows on audit_seals",
+		"alter table audit_log detach partition "+now, "create table mine partition of audit_log for values from ('1999-01-01') to ('1999-02-01')",
+		"drop table audit_log", "drop table "+now, "drop table audit_seals", "drop function audit_log_is_append_only cascade", "drop sequence audit_numbers cascade",
+		"create or replace function audit_log_is_append_only() returns trigger language plpgsql as $$ begin return old; end $$",
+		"create or replace function audit_log_month(at timestamptz) returns void language sql as $$ $$",
+		"create table mine (x int)", "create temporary table mine (x int)", "create schema mine", "create rule mine as on insert to audit_log do instead nothing",
+		"alter sequence audit_numbers restart", "select setval('audit_numbers', 1)", "set session_replication_role = replica", "set role "+owner,
+		"begin; lock table audit_log in access exclusive mode", "update schema_version set sha256 = 'x'")
+	if after := w.value(`select count(*)::text from audit_log`); after != before {
+		t.Errorf("%s entries, then %s", before, after)
+	}
+	refuses(t, asOwner, "audit_log is append-only", "update audit_log set reason = 'x'", "delete from "+month+"; delete from audit_log", "truncate "+month)
+	if _, err := asService.Exec(t.Context(), "insert into audit_log ("+columns+") values ('AUD-0123456789abcdef', now(), 'a', 'b', 'c', 'ok')"); err != nil { // and may grow
+		t.Error(err)
+	}
+}
+
+// operate runs a subcommand as an operator does, beside the service.
+func (w *world) operate(args ...string) (string, error) {
+	var out bytes.Buffer
+	env := maps.Clone(w.env)
+	env["USER"] = "tester"
+	err := run(w.Context(), args, func(name string) string { return env[name] }, &out, w.logs)
+	return out.String(), err
+}
