@@ -7,8 +7,10 @@ import (
 	"io"
 	"log/slog"
 	"maps"
+	"net/url"
 	"os"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -496,7 +498,9 @@ func TestProductionRoles(t *testing.T) {
 	// The whole way, with all jobs.
 	w := newWorld(t, map[string]string{"DATABASE_URL": serviceURL})
 	w.pool.Close()
-	w.pool = open(services.DatabaseURL(db))
+	if w.pool, err = pgxpool.New(t.Context(), services.DatabaseURL(db)); err != nil {
+		t.Fatal(err)
+	}
 	root, ada := newEmail(), newEmail()
 	w.account(root)
 	if out, err := w.operate("grant-admin", root); err != nil {
@@ -567,4 +571,209 @@ func (w *world) operate(args ...string) (string, error) {
 	env["USER"] = "tester"
 	err := run(w.Context(), args, func(name string) string { return env[name] }, &out, w.logs)
 	return out.String(), err
+}
+
+// patched changes a user by another's token.
+func (w *world) patched(by answer, email string, change body) answer {
+	w.Helper()
+	r := authorized(by.text("access_token"), "PATCH", "/api/v1/users/"+w.idOf(email))
+	r.json = change
+	return w.do(r)
+}
+
+func (w *world) idOf(email string) string {
+	w.Helper()
+	return w.value(`select user_id from users where email = lower($1)`, email)
+}
+
+// appointed signs a new account in whom an administrator has given a role and a scope.
+func (w *world) appointed(by answer, role, network, station string) (email string, a answer) {
+	w.Helper()
+	email = newEmail()
+	w.account(email)
+	w.wants(w.patched(by, email, body{"role": role, "network_id": network, "station_id": station}), 200, "")
+	return email, w.signsIn(email)
+}
+
+const auditPath = "/api/v1/audit"
+
+// trail is the ids of the entries on a page, and the cursor of the next one.
+func (w *world) trail(who answer, query url.Values) (ids []string, next string) {
+	w.Helper()
+	a := w.as(who, "GET", auditPath+"?"+query.Encode())
+	w.wants(a, 200, "")
+	for _, item := range a.JSON["items"].([]any) {
+		ids = append(ids, item.(body)["audit_id"].(string))
+	}
+	return ids, a.text("next_cursor")
+}
+
+func TestAuditTrail(t *testing.T) {
+	w := newWorld(t, map[string]string{"JOB_INTERVAL": "0"}) // nothing is recorded but what is asked for here
+	root := newEmail()
+	w.account(root)
+	if out, err := w.operate("grant-admin", root); err != nil {
+		t.Fatalf("%v %s", err, out)
+	}
+	admin := w.signsIn(root)
+	_, partner := w.appointed(admin, "partner", "NET-1", "")
+	_, other := w.appointed(admin, "partner", "NET-2", "")
+	_, aimless := w.appointed(admin, "partner", "", "STA-1")
+	_, operator := w.appointed(admin, "operator", "NET-1", "STA-1")
+	_, local := w.appointed(admin, "admin", "NET-1", "")
+	stray, user := w.appointed(admin, "user", "", "")
+	ada, adas := w.appointed(admin, "user", "NET-1", "STA-1")
+
+	for name, c := range map[string]struct {
+		who    answer
+		status int
+		slug   string
+	}{
+		"admin": {admin, 200, ""}, "an admin with a network": {local, 200, ""}, "partner": {partner, 200, ""}, "nobody": {answer{}, 401, "unauthorized"},
+		"partner without a network": {aimless, 403, "forbidden"}, "operator": {operator, 403, "forbidden"}, "user": {adas, 403, "forbidden"},
+	} {
+		t.Log(name)
+		r := authorized(c.who.text("access_token"), "GET", auditPath)
+		if c.who.JSON == nil {
+			r.auth = nil
+		}
+		w.wants(w.do(r), c.status, c.slug)
+	}
+
+	// Who sees an entry: the network of whom it is about, or else of who has done it.
+	type deed struct {
+		name string
+		done answer
+		seen string // by which partners
+	}
+	deeds := []deed{
+		{"of its own user", w.patched(admin, ada, body{"first_name": "Ada"}), "NET-1"},
+		{"by itself", w.patched(partner, ada, body{"last_name": "L."}), "NET-1"},
+		{"of somebody in no network, by somebody in one", w.patched(local, stray, body{"first_name": "S."}), ""},
+		{"moved: of the network that it left", w.patched(admin, ada, body{"network_id": "NET-2"}), "NET-1"},
+		{"moved from none: of the one that it is in", w.patched(admin, stray, body{"network_id": "NET-2"}), "NET-2"},
+		{"moved to none", w.patched(admin, stray, body{"network_id": ""}), "NET-2"},
+		{"of another's by now", w.patched(admin, ada, body{"first_name": "Ada A."}), "NET-2"},
+		{"refused: of who was refused", w.patched(partner, ada, body{"first_name": "A."}), "NET-1"},
+		{"refused, who is in no network", w.patched(user, ada, body{"first_name": "A."}), ""},
+		{"refused, who is known by the name only", w.login(ada, "a wrong password"), "NET-2"},
+		{"refused, who is not known", w.login(newEmail(), "a wrong password"), ""},
+		{"about nobody", w.as(operator, "GET", auditPath), "NET-1"},
+		{"a sign-in", w.signsIn(ada), "NET-2"},
+	}
+	for _, d := range deeds {
+		id := d.done.Header.Get("X-Request-Id")
+		entry := w.value(`select audit_id from audit_log where request_id = $1`, id)
+		if got := w.value(`select network_id from audit_log where request_id = $1`, id); got != d.seen {
+			t.Errorf("%s is of %q, not %q", d.name, got, d.seen)
+		}
+		for network, who := range map[string]answer{"": admin, "NET-1": partner, "NET-2": other} {
+			ids, _ := w.trail(who, url.Values{"limit": {"200"}})
+			if sees := slices.Contains(ids, entry); sees != (network == "" || network == d.seen) {
+				t.Errorf("%s: the partner of %q sees it: %v", d.name, network, sees)
+			}
+		}
+	}
+	a := w.as(admin, "GET", auditPath+"?limit=1&target="+w.idOf(stray)+"&action=user.update")
+	entry := a.JSON["items"].([]any)[0].(body)
+	want := body{"audit_id": entry["audit_id"], "at": entry["at"], "actor": w.idOf(root), "action": "user.update", "target": w.idOf(stray), "outcome": "ok", "reason": "",
+		"network_id": "NET-2", "ip_address": entry["ip_address"], "user_agent": "Go-http-client/1.1", "request_id": deeds[5].done.Header.Get("X-Request-Id"),
+		"details": body{"network_id": body{"before": "NET-2", "after": ""}}}
+	if diff := cmp.Diff(want, entry); diff != "" || !strings.HasSuffix(entry["at"].(string), "Z") {
+		t.Error(diff)
+	}
+
+	// Every filter, alone and with the others, means what it says.
+	ofTime := func(offset int) string {
+		return w.value(`select to_char(at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') from audit_log order by at offset $1 limit 1`, offset)
+	}
+	early, late := ofTime(15), ofTime(40)
+	moved, err := time.Parse(time.RFC3339Nano, early)
+	if err != nil {
+		t.Fatal(err)
+	}
+	elsewhere := moved.In(time.FixedZone("", -5*3600)).Format(time.RFC3339Nano)
+	seen := map[int]int{}
+	for _, actor := range []string{"", w.idOf(root), "anonymous", "operator:tester", "USR-nobody"} {
+		for _, target := range []string{"", w.idOf(ada)} {
+			for _, action := range []string{"", "user.update", "login"} {
+				for _, outcome := range []string{"", "ok", "refused", "failed"} {
+					for _, times := range [][2]string{{"", ""}, {early, ""}, {"", late}, {early, late}, {elsewhere, late}, {late, early}} {
+						query := url.Values{"limit": {"200"}}
+						for name, value := range map[string]string{"actor": actor, "target": target, "action": action, "outcome": outcome, "from": times[0], "to": times[1]} {
+							if value != "" {
+								query.Set(name, value)
+							}
+						}
+						who, network := admin, ""
+						if len(seen)%2 == 1 {
+							who, network = partner, "NET-1"
+						}
+						ids, _ := w.trail(who, query)
+						want := (&record{TB: t, pool: w.pool}).list(`select audit_id from audit_log where $1 in ('', actor) and $2 in ('', target) and $3 in ('', action) and $4 in ('', outcome)
+							and at >= coalesce(nullif($5, '')::timestamptz, '-infinity') and at < coalesce(nullif($6, '')::timestamptz, 'infinity') and $7 in ('', network_id)
+							order by at desc, audit_id desc`, actor, target, action, outcome, times[0], times[1], network)
+						if strings.Join(ids, "\n") != want {
+							t.Errorf("%s of %q: %v, want\n%s", query.Encode(), network, ids, want)
+						}
+						seen[len(ids)]++
+					}
+				}
+			}
+		}
+	}
+	if len(seen) < 10 || seen[0] == 0 {
+		t.Errorf("the filters leave %v", seen)
+	}
+	for query, field := range map[string]string{
+		"from=yesterday": "from", "from=2026-13-01T00:00:00Z": "from", "to=2026-01-01": "to", "to=1700000000": "to", "to=2026-01-01T00:00:00": "to",
+		"outcome=perhaps": "outcome", "outcome=OK": "outcome", "limit=0": "limit", "limit=201": "limit", "limit=-1": "limit", "limit=many": "limit", "cursor=x": "cursor",
+		"cursor=" + cursorText("1 x"): "cursor", "actor=%ff": "actor", "target=a%00b": "target", "action=" + strings.Repeat("x", 51): "action", "actor=" + strings.Repeat("x", 101): "actor",
+	} {
+		t.Log(query)
+		w.names(w.as(admin, "GET", auditPath+"?"+query), field)
+	}
+	for _, query := range []string{"limit=0&outcome=perhaps&from=x&to=y", "to=y&limit=many&outcome=perhaps&from=x"} { // all at once
+		got := ""
+		for _, e := range w.as(admin, "GET", auditPath+"?"+query).JSON["errors"].([]any) {
+			got += e.(body)["field"].(string) + " "
+		}
+		if got != "from limit outcome to " {
+			t.Errorf("%s names %s", query, got)
+		}
+	}
+
+	// Page after page, while more is recorded, and though some are of one moment.
+	page := url.Values{"action": {"test.paging"}}
+	more := func(n int) {
+		w.exec(`insert into audit_log (audit_id, at, actor, action, target, outcome, network_id)
+			select 'AUD-' || substr(md5(random()::text), 1, 16), date_trunc('second', now()) + i / 4 * interval '1 microsecond', 'test', 'test.paging', '', 'ok', 'NET-' || 1 + i % 2
+			from generate_series(1, $1::int) i`, n)
+	}
+	more(450)
+	for limit, pages := range map[string]int{"200": 3, "50": 9, "7": 65, "": 9} {
+		for network, who := range map[string]answer{"": admin, "NET-1": partner} {
+			want := strings.Split((&record{TB: t, pool: w.pool}).list(`select audit_id from audit_log where action = 'test.paging' and $1 in ('', network_id)
+				order by at desc, audit_id desc`, network), "\n")
+			if page.Del("limit"); limit != "" {
+				page.Set("limit", limit)
+			}
+			page.Del("cursor")
+			var got []string
+			n := 0
+			for ; n == 0 || page.Get("cursor") != ""; n++ {
+				ids, next := w.trail(who, page)
+				got = append(got, ids...)
+				page.Set("cursor", next)
+				w.exec(`insert into audit_log (audit_id, at, actor, action, target, outcome, network_id) values ('AUD-' || substr(md5(random()::text), 1, 16),
+					now() + interval '1 second', 'test', 'test.paging', '', 'ok', 'NET-1')`)
+			}
+			if !slices.Equal(got, want) {
+				t.Errorf("limit %s: %d entries on %d pages, not %d", limit, len(got), n, len(want))
+			}
+			if network == "" && n < pages {
+				t.Errorf("limit %s: %d pages", limit, n)
+			}
+		}
+	}
 }

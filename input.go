@@ -26,15 +26,17 @@ import (
 // decode reads path, query and body into in, and checks it. Every wrong field is
 // named, all at once.
 func (s *server) decode(w http.ResponseWriter, r *http.Request, params nethttp.RequestDecoder, in any) error {
+	var wrong []fieldError
 	if params != nil {
 		if err := params.Decode(r, in, nil); err != nil {
-			return parameterError(err)
+			if wrong = unreadable(err); len(wrong) == 0 {
+				return invalid().because(err)
+			}
 		}
 	}
 	if takesCookie, err := s.decodeCookie(r, in); err != nil || takesCookie && r.ContentLength == 0 {
 		return err // there or not, the cookie is all there is
 	}
-	var wrong []fieldError
 	if hasBody(r.Method, in) {
 		if mediaType, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || mediaType != "application/json" {
 			return problemUnsupportedMediaType
@@ -43,11 +45,14 @@ func (s *server) decode(w http.ResponseWriter, r *http.Request, params nethttp.R
 		if err != nil {
 			return bodyError(err)
 		}
-		if wrong, err = decodeJSON(body, in); err != nil {
+		unknown, err := decodeJSON(body, in)
+		if err != nil {
 			return err
 		}
+		wrong = append(wrong, unknown...)
 	}
 	if wrong = append(wrong, checkFields(in, wrong)...); len(wrong) > 0 {
+		slices.SortFunc(wrong, func(a, b fieldError) int { return strings.Compare(a.Field, b.Field) })
 		if r.PathValue(wrong[0].Field) != "" {
 			return problemNotFound // an id that nothing can have
 		}
@@ -66,9 +71,8 @@ func hasBody(method string, in any) bool {
 	return false
 }
 
-// parameterError names the parameters that could not be read.
-func parameterError(err error) error {
-	var wrong []fieldError
+// unreadable names the parameters that could not be read.
+func unreadable(err error) (wrong []fieldError) {
 	var request rest.RequestErrors
 	if errors.As(err, &request) {
 		for name := range request {
@@ -76,7 +80,7 @@ func parameterError(err error) error {
 			wrong = append(wrong, fieldError{name, "is not valid"})
 		}
 	}
-	return invalid(wrong...).because(err)
+	return wrong
 }
 
 // decodeCookie gives the refresh token of the browser's cookie to an input that takes
@@ -166,11 +170,13 @@ func inputFields(in any) map[string]inputField {
 	return fields
 }
 
-// checkFields applies the rules of the tags to the strings of in, except to fields that
-// are known to be wrong, and returns what is wrong, by field name.
+// checkFields applies the rules of the tags to in, except to fields that are known to be wrong, and returns what is wrong, by field name.
 func checkFields(in any, known []fieldError) []fieldError {
 	var wrong []fieldError
 	for name, f := range inputFields(in) {
+		if slices.ContainsFunc(known, func(k fieldError) bool { return k.Field == name }) {
+			continue
+		}
 		if f.value.CanInt() && f.tag.Get("maximum") != "" {
 			least, _ := strconv.ParseInt(f.tag.Get("minimum"), 10, 64)
 			most, _ := strconv.ParseInt(f.tag.Get("maximum"), 10, 64)
@@ -181,7 +187,7 @@ func checkFields(in any, known []fieldError) []fieldError {
 		if f.value.Kind() == reflect.Pointer && !f.value.IsNil() {
 			f.value = f.value.Elem()
 		}
-		if f.value.Kind() != reflect.String || slices.ContainsFunc(known, func(k fieldError) bool { return k.Field == name }) {
+		if f.value.Kind() != reflect.String {
 			continue
 		}
 		if detail := checkString(f.value.String(), f.tag); detail != "" {
