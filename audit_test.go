@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"maps"
+	"net/netip"
 	"net/url"
 	"os"
 	"regexp"
@@ -776,4 +777,304 @@ func TestAuditTrail(t *testing.T) {
 			}
 		}
 	}
+}
+
+// TestAuditEntries does one of everything, and looks at what is on record of it: exactly
+// that, and from whom it came.
+func TestAuditEntries(t *testing.T) {
+	w := newWorld(t, map[string]string{"RESEND_LIMIT": "3", "CORS_ALLOWED_ORIGINS": app})
+	id := strings.ToLower(gonanoid.MustGenerate("abcdefghijklmnopqrstuvwxyz", 8))
+	mail := func(name string) string { return name + "@" + id + ".test" }
+	// Ids are told by the names of those whose they are.
+	names := map[string]string{}
+	learn := func() {
+		rows, _ := w.pool.Query(t.Context(), `select user_id, split_part(email, '@', 1) from users union all
+			select registration_id, 'reg:' || split_part(email, '@', 1) from user_registrations`)
+		var known, name string
+		if _, err := pgx.ForEachRow(rows, []any{&known, &name}, func() error { names[known] = name; return nil }); err != nil {
+			t.Fatal(err)
+		}
+	}
+	told := func(lines string) string {
+		learn()
+		return regexp.MustCompile(`(USR|REG|SES)-[\w-]{16}`).ReplaceAllStringFunc(lines, func(id string) string {
+			return map[bool]string{true: names[id], false: id[:3]}[names[id] != ""]
+		})
+	}
+	const line = `concat_ws(' ', action, actor, '>', nullif(target, ''), outcome, nullif(reason, ''), nullif('@' || network_id, '@'), nullif(details::text, '{}'))`
+	entries := func(condition string, args ...any) string {
+		return told((&record{TB: t, pool: w.pool}).list(`select `+line+` from audit_log where `+condition+` order by number`, args...))
+	}
+	lines := 0
+	// exact fails unless these entries, and no others, are on record of a request.
+	exact := func(what, condition string, arg any, want []string) {
+		t.Helper()
+		if diff := cmp.Diff(strings.Join(want, "\n"), entries(condition, arg)); diff != "" {
+			t.Errorf("%s: -want +on record\n%s", what, diff)
+		}
+		lines += len(want)
+	}
+	links := map[string]link{}
+	tokens := map[string]answer{}
+	const wrong = "a wrong password"
+	user := func(name string) string { return "/api/v1/users/" + w.idOf(mail(name)) }
+	as := func(name, method, path string, json any) func() call {
+		return func() call {
+			r := authorized(tokens[name].text("access_token"), method, strings.ReplaceAll(path, "{ada}", user("ada")))
+			r.json = json
+			return r
+		}
+	}
+	posts := func(path string, b body) func() call {
+		return func() call { return call{method: "POST", path: path, json: b} }
+	}
+	registers := func(name string) func() call {
+		return posts(registerPath, body{"email": mail(name), "password": password})
+	}
+	logsIn := func(name, password string) func() call {
+		return posts(loginPath, body{"email": mail(name), "password": password})
+	}
+	cooled := func(name string) { w.minuteLater(mail(name)) }
+	keycloak := func(name string, change body) {
+		w.admin("PUT", "/users/"+w.value(`select keycloak_id from users where email = $1`, mail(name)), change, nil)
+	}
+	const began, created, mailed = "registration.begin anonymous > reg:%s ok", `user.create anonymous > %s ok {"role": "user", "source": "web", "registration_id": "reg:%[1]s"}`, "registration.mail anonymous > reg:%s ok"
+	of := func(name string, formats ...string) (want []string) {
+		for _, f := range formats {
+			want = append(want, fmt.Sprintf(f, name))
+		}
+		return want
+	}
+	verified := func(name string) string {
+		return `registration.verified anonymous > reg:` + name + ` ok {"user_id": "` + name + `"}`
+	}
+	full := func(budget budget) func(r *call) { // the budget of the caller's address is used up
+		return func(r *call) {
+			r.from = newAddress()
+			w.exec(`insert into rate_limits (key, hits, resets_at) values ($1, $2, now() + interval '1 minute')`,
+				"address:"+budget.Name+":"+network(netip.MustParseAddr(r.from)), budget.N)
+		}
+	}
+	nothing := func() {}
+	step := func(name string, before func(), do func() call, status int, want ...string) {
+		t.Helper()
+		before()
+		learn()
+		r := do()
+		request := "request-" + gonanoid.MustGenerate("abcdefghijklmnopqrstuvwxyz", 10)
+		header := map[string]string{"X-Request-Id": request, "User-Agent": "agent of " + name}
+		maps.Copy(header, r.header)
+		if r.header = header; r.from == "" {
+			r.from = newAddress()
+		}
+		a := w.do(r)
+		if a.Status != status {
+			t.Fatalf("%s: %v\n%s", name, a, regexp.MustCompile("(?m)^.*"+request+".*$").FindAllString(w.logs.String(), -1))
+		}
+		if a.text("access_token") != "" && a.text("session_id") != "" {
+			tokens[name] = a
+		}
+		if strings.HasSuffix(r.path, "/forgot") && len(want) > 0 { // it is answered before it is done
+			w.eventually("it is on record", 10*time.Second, func() bool { return entries(`request_id = $1`, request) != "" })
+		}
+		exact(name, `request_id = $1`, request, want)
+		if got := w.value(`select count(*)::text from audit_log where request_id = $1 and (ip_address, user_agent) <> ($2, $3)`, request, r.from, header["User-Agent"]); got != "0" {
+			t.Errorf("%s: address or user agent is another: %s", name, w.value(`select concat_ws(' ', ip_address, user_agent) from audit_log where request_id = $1 limit 1`, request))
+		}
+	}
+	limited := func(spend func(*call), do func() call) func() call {
+		return func() call { r := do(); spend(&r); return r }
+	}
+
+	// Registration.
+	step("register", nothing, registers("ada"), 201, of("ada", began, created, mailed)...)
+	replaced := []string{`registration.cancelled anonymous > reg:ada ok replaced {"user_id": "ada"}`, "registration.begin anonymous > reg:ada ok",
+		`user.remove anonymous > ada ok {"registration_id": "reg:ada"}`}
+	step("replace", func() { cooled("ada") }, registers("ada"), 201, append(replaced, of("ada", created, mailed)...)...)
+	resend := posts(resendPath, body{"email": mail("ada")})
+	step("resend, too soon", nothing, resend, 429, "resend anonymous > reg:ada refused resend-too-soon")
+	step("resend", func() { cooled("ada") }, resend, 200, "registration.resend anonymous > reg:ada ok", "registration.mail anonymous > reg:ada ok")
+	step("resend again", func() { cooled("ada") }, resend, 200, "registration.resend anonymous > reg:ada ok", "registration.mail anonymous > reg:ada ok")
+	step("resend, too often", func() { cooled("ada") }, resend, 429, "resend anonymous > reg:ada refused resend-limit")
+	step("resend, unknown", nothing, posts(resendPath, body{"email": mail("nobody")}), 404, "resend anonymous > refused registration-not-found")
+	links["ada"] = w.lastMail(mail("ada"))
+	guess := posts(verifyPath, body{"email": mail("ada"), "code": other(w.readMail(mail("ada"), 4).Code)})
+	step("verify, wrong code", nothing, guess, 400, "verify anonymous > reg:ada refused invalid-code")
+	step("verify, too many codes", func() { w.exec(`update user_registrations set code_attempts = $1`, codeAttempts) }, guess, 429, "verify anonymous > reg:ada refused too-many-attempts")
+	step("verify, unknown address", nothing, posts(verifyPath, body{"email": mail("nobody"), "code": "123456"}), 400, "verify anonymous > refused invalid-code")
+	step("verify, unknown token", nothing, posts(verifyPath, body{"token": "x"}), 400, "verify anonymous > refused invalid-token")
+	step("verify, not well-formed", nothing, posts(verifyPath, body{"token": 1}), 400)
+	step("sign-in, not verified", nothing, logsIn("ada", password), 403, "login anonymous > reg:ada refused account-not-verified")
+	step("verify", nothing, func() call { return verifying(links["ada"]) }, 200, verified("ada"))
+	step("verify again", nothing, func() call { return verifying(links["ada"]) }, 200)
+	step("resend, verified", nothing, resend, 409, "resend anonymous > reg:ada refused already-verified")
+	step("cancel, verified", nothing, func() call { return cancelling(links["ada"]) }, 409, "cancel anonymous > reg:ada refused already-verified")
+	step("register, known", nothing, registers("ada"), 409, "register anonymous > refused user-exists")
+	step("register, known, by the form", nothing, func() call {
+		return call{method: "POST", path: "/account/register", form: url.Values{"email": {mail("ada")}, "password": {password}}, header: map[string]string{"Sec-Fetch-Site": "same-origin"}}
+	}, 409, "register anonymous > refused user-exists")
+	step("register, by another site's form", nothing, func() call {
+		return call{method: "POST", path: "/account/register", form: url.Values{"email": {mail("eve")}}, header: map[string]string{"Sec-Fetch-Site": "cross-site"}}
+	}, 403, "register anonymous > refused forbidden")
+	step("register, no JSON", nothing, func() call { return call{method: "POST", path: registerPath, body: "{}"} }, 415, "register anonymous > refused unsupported-media-type")
+	step("register, too large", nothing, posts(registerPath, body{"email": strings.Repeat("x", maxBody)}), 413, "register anonymous > refused payload-too-large")
+	step("register, known to Keycloak", func() {
+		w.admin("POST", "/users", body{"username": mail("kim"), "enabled": true, "email": mail("kim"), "emailVerified": true,
+			"credentials": []body{{"type": "password", "value": password}}}, nil)
+	}, registers("kim"), 409, "registration.begin anonymous > reg:kim ok", `registration.cancelled anonymous > reg:kim ok user-exists {"user_id": "USR"}`, "register anonymous > refused user-exists")
+	step("sign-in, known to Keycloak only", nothing, logsIn("kim", password), 403, "login anonymous > refused account-setup-required")
+	step("register, refused by Keycloak", nothing, posts(registerPath, body{"email": mail("lee"), "password": "short"}), 400,
+		"registration.begin anonymous > reg:lee ok", `registration.cancelled anonymous > reg:lee ok invalid-request {"user_id": "USR"}`)
+	step("register", nothing, registers("bob"), 201, of("bob", began, created, mailed)...)
+	step("cancel, unknown", nothing, posts(cancelPath, body{"token": "x"}), 400, "cancel anonymous > refused invalid-token")
+	links["bob"] = w.readMail(mail("bob"), 1)
+	cancel := func() call { return cancelling(links["bob"]) }
+	step("cancel", nothing, cancel, 200, `registration.cancelled anonymous > reg:bob ok not_me {"user_id": "bob"}`, `user.remove anonymous > bob ok {"registration_id": "reg:bob"}`)
+	step("cancel again", nothing, cancel, 200)
+	step("verify, cancelled", nothing, func() call { return verifying(links["bob"]) }, 410, "verify anonymous > reg:bob refused verification-cancelled")
+	step("register", nothing, registers("cay"), 201, of("cay", began, created, mailed)...)
+	links["cay"] = w.readMail(mail("cay"), 1)
+	reg := w.value(`select registration_id from user_registrations where email = $1`, mail("cay"))
+	w.expire(mail("cay"))
+	w.exec(`update user_registrations set due_at = now() where registration_id = $1`, reg)
+	w.eventually("expired", 20*time.Second, func() bool { return strings.Contains(entries(`details->>'registration_id' = $1`, reg), "user.remove") })
+	exact("expired", `target = $1 and actor like 'system:%' and (ip_address, user_agent, request_id) = ('', '', '')`, reg,
+		[]string{`registration.expired system:repair > reg:cay ok expired {"user_id": "cay"}`})
+	exact("expired", `details->>'registration_id' = $1 and actor like 'system:%'`, reg, []string{`user.remove system:repair > cay ok {"registration_id": "reg:cay"}`})
+	step("verify, expired", nothing, func() call { return verifying(links["cay"]) }, 410, "verify anonymous > reg:cay refused verification-expired")
+	step("register, limited", nothing, limited(full(onRegister), registers("zoe")), 429, "register anonymous > refused too-many-requests")
+	step("status, limited: a GET", nothing, limited(full(onStatus), func() call { return call{path: "/api/v1/registrations/" + reg} }), 429,
+		"registrationStatus anonymous > refused too-many-requests")
+	step("status", nothing, func() call { return call{path: "/api/v1/registrations/" + reg} }, 200)
+	step("status, unknown: a GET", nothing, func() call { return call{path: "/api/v1/registrations/" + string(newRegistrationID())} }, 404)
+
+	// Signing in.
+	in := `login ada > ada ok {"session_id": "SES"}`
+	step("ada", nothing, logsIn("ada", password), 200, in)
+	step("sign-in, unknown", nothing, logsIn("nobody", wrong), 401, "login anonymous > refused invalid-credentials")
+	step("sign-in, wrong password", nothing, logsIn("ada", wrong), 401, "login anonymous > ada refused invalid-credentials")
+	step("sign-in, new password wanted", func() { keycloak("ada", body{"requiredActions": []string{"UPDATE_PASSWORD"}}) }, logsIn("ada", password), 403,
+		"login anonymous > ada refused account-setup-required")
+	step("sign-in, disabled in Keycloak", func() { keycloak("ada", body{"requiredActions": []string{}, "enabled": false}) }, logsIn("ada", password), 403,
+		"login anonymous > ada refused account-disabled")
+	step("sign-in, disabled here", func() {
+		keycloak("ada", body{"enabled": true})
+		w.exec(`update users set is_active = false, deleted_at = now() where email = $1`, mail("ada"))
+	}, logsIn("ada", password), 403, "login anonymous > ada refused account-disabled")
+	step("me, disabled: a GET", nothing, as("ada", "GET", "/api/v1/auth/me", nil), 403, "me ada > refused account-disabled")
+	w.exec(`update users set is_active = true, deleted_at = null where email = $1`, mail("ada"))
+	step("sign-in, too often for the account", func() {
+		w.exec(`update rate_limits set hits = 20, resets_at = now() + interval '1 minute' where key = $1`, loginLimit(mail("ada")).Key)
+	}, logsIn("ada", password), 429, "login anonymous > refused too-many-requests")
+	w.exec(`update rate_limits set resets_at = now() where key = $1`, loginLimit(mail("ada")).Key)
+	step("sign-in, too often from there", nothing, limited(full(onLogin), logsIn("ada", password)), 429, "login anonymous > refused too-many-requests")
+	step("code flow, forged", nothing, func() call { return call{path: "/auth/callback?state=x&code=y"} }, 400, "login anonymous > refused sign-in-incomplete")
+	step("code flow, too often: a GET", nothing, limited(full(onSignIn), func() call { return call{path: "/auth/login"} }), 429, "signInPage anonymous > refused too-many-requests")
+
+	// Sessions.
+	former := tokens["ada"]
+	step("refresh", nothing, func() call { return refreshing(former.text("refresh_token")) }, 200)
+	step("refresh, reused", func() { w.graceEnds(former) }, func() call { return refreshing(former.text("refresh_token")) }, 401,
+		`session.end anonymous > ada ok token-reused {"sessions": ["SES"]}`, "refresh anonymous > ada refused token-reused")
+	step("refresh, ended", nothing, func() call { return refreshing(former.text("refresh_token")) }, 401, "refresh anonymous > refused invalid-token")
+	step("refresh, another site", nothing, func() call {
+		return call{method: "POST", path: refreshPath, header: map[string]string{"Origin": "https://evil.example", "Sec-Fetch-Site": "cross-site", "Cookie": "refresh_token=x"}}
+	}, 403, "refresh anonymous > refused forbidden")
+	step("ada", nothing, logsIn("ada", password), 200, in)
+	out := func() call { return loggingOut(tokens["ada"].text("refresh_token")) }
+	step("logout", nothing, out, 204, `logout ada > ada ok logout {"sessions": ["SES"]}`)
+	step("logout again", nothing, out, 204)
+	step("sessions, withdrawn token: a GET", func() {
+		w.eventually("withdrawn", 5*time.Second, func() bool { return w.as(tokens["ada"], "GET", sessionsPath).Status == 401 })
+	}, as("ada", "GET", sessionsPath, nil), 401)
+	step("sessions, withdrawn token", nothing, as("ada", "DELETE", sessionsPath, nil), 401, "endSessions anonymous > refused unauthorized")
+	step("ada", nothing, logsIn("ada", password), 200, in)
+	step("own session, another's", nothing, as("ada", "DELETE", sessionsPath+"/SES-0123456789abcdef", nil), 404, "endSession ada > refused not-found")
+	step("own session", nothing, func() call { return as("ada", "DELETE", sessionsPath+"/"+tokens["ada"].text("session_id"), nil)() }, 204,
+		`session.end ada > ada ok own {"sessions": ["SES"]}`)
+	step("ada", nothing, logsIn("ada", password), 200, in)
+	step("ada", nothing, logsIn("ada", password), 200, in)
+	step("own sessions", nothing, as("ada", "DELETE", sessionsPath, nil), 204, `session.end ada > ada ok own {"sessions": ["SES", "SES"]}`)
+	step("ada", nothing, logsIn("ada", password), 200, in)
+	w.admin("DELETE", "/sessions/"+w.sid(tokens["ada"]), nil, nil)
+	w.sessionsDue()
+	session := tokens["ada"].text("session_id")
+	w.eventually("ended in Keycloak", 20*time.Second, func() bool { return entries(`details->'sessions' ? $1`, session) != "" })
+	exact("ended in Keycloak", `details->'sessions' ? $1`, session, []string{`session.end system:sessions > ada ok keycloak {"sessions": ["SES"]}`})
+	step("forgot password", nothing, func() call { return forgetting(mail("ada")) }, 202, "password.forgot anonymous > ada ok")
+	step("forgot password, too soon", nothing, func() call { return forgetting(mail("ada")) }, 202, "forgotPassword anonymous > refused too-many-requests")
+	step("forgot password, unknown", nothing, func() call { return forgetting(mail("nobody")) }, 202)
+
+	// Users.
+	step("register", nothing, registers("root"), 201, of("root", began, created, mailed)...)
+	links["root"] = w.readMail(mail("root"), 1)
+	step("verify", nothing, func() call { return verifying(links["root"]) }, 200, verified("root"))
+	for range 2 { // the second time changes nothing
+		if said, err := w.operate("grant-admin", mail("root")); err != nil {
+			t.Fatalf("%v %s", err, said)
+		}
+	}
+	if _, err := w.operate("grant-admin", mail("nobody")); err == nil {
+		t.Error("nobody is an administrator")
+	}
+	exact("grant-admin", `actor = $1 and (ip_address, user_agent, request_id) = ('', '', '')`, "operator:tester",
+		[]string{`user.grant_admin operator:tester > root ok {"role": {"after": "admin", "before": "user"}}`})
+	step("root", nothing, logsIn("root", password), 200, `login root > root ok {"session_id": "SES"}`)
+	invite := body{"email": mail("ina"), "username": "ina-" + id, "role": "operator", "network_id": "NET-1", "station_id": "STA-1"}
+	step("create", nothing, as("root", "POST", "/api/v1/users", invite), 201,
+		`user.create root > ina ok @NET-1 {"role": "operator", "source": "internal", "network_id": "NET-1", "station_id": "STA-1"}`, "user.invite root > ina ok @NET-1")
+	step("create, known", nothing, as("root", "POST", "/api/v1/users", invite), 409, "createUser root > refused user-exists")
+	step("create, refused by Keycloak", nothing, as("root", "POST", "/api/v1/users", body{"email": mail("kim"), "network_id": "NET-1"}), 409,
+		`user.create root > USR ok @NET-1 {"role": "user", "source": "internal", "network_id": "NET-1", "station_id": ""}`, "user.remove root > USR ok keycloak @NET-1", "createUser root > refused user-exists")
+	step("create, no token", nothing, posts("/api/v1/users", invite), 401, "createUser anonymous > refused unauthorized")
+	step("ina", func() {
+		keycloak("ina", body{"emailVerified": true, "requiredActions": []string{}, "credentials": []body{{"type": "password", "value": password}}})
+	}, logsIn("ina", password), 200, "user.verified anonymous > ina ok @NET-1", `login ina > ina ok @NET-1 {"session_id": "SES"}`)
+	step("patch", nothing, as("root", "PATCH", "{ada}", body{"role": "partner", "network_id": "NET-1", "first_name": "Ada", "phone": "+4930123456"}), 200,
+		`user.update root > ada ok @NET-1 {"role": {"after": "partner", "before": "user"}, "phone": "changed", "first_name": "changed", "network_id": {"after": "NET-1", "before": ""}}`)
+	step("patch, the same", nothing, as("root", "PATCH", "{ada}", body{"role": "partner"}), 200)
+	step("ada", nothing, logsIn("ada", password), 200, `login ada > ada ok @NET-1 {"session_id": "SES"}`)
+	step("patch, own role", nothing, as("ada", "PATCH", "{ada}", body{"role": "admin"}), 403, "patchUser ada > ada refused forbidden @NET-1")
+	step("patch, too high", nothing, func() call { return as("ada", "PATCH", user("ina"), body{"role": "partner"})() }, 403, "patchUser ada > ina refused forbidden @NET-1")
+	step("patch, unseen", nothing, func() call { return as("ada", "PATCH", user("root"), body{"first_name": "R."})() }, 404, "patchUser ada > root refused user-not-found @NET-1")
+	step("read, unseen: a GET", nothing, func() call { return as("ada", "GET", user("root"), nil)() }, 404, "user ada > root refused user-not-found @NET-1")
+	step("read, unknown: a GET", nothing, as("ada", "GET", "/api/v1/users/USR-0123456789abcdef", nil), 404)
+	step("read, seen", nothing, func() call { return as("ada", "GET", user("ina"), nil)() }, 200)
+	step("create, too high", nothing, as("ada", "POST", "/api/v1/users", body{"email": mail("zoe"), "role": "admin"}), 403, "createUser ada > refused forbidden @NET-1")
+	step("trail, not allowed: a GET", nothing, as("ina", "GET", auditPath, nil), 403, "auditTrail ina > refused forbidden @NET-1")
+	step("trail", nothing, as("ada", "GET", auditPath, nil), 200)
+	step("users, limited: a GET", nothing, limited(full(onUsers), as("root", "GET", "/api/v1/users", nil)), 429, "users anonymous > refused too-many-requests")
+	step("managed session", nothing, func() call {
+		return as("root", "DELETE", user("ada")+"/sessions/"+tokens["ada"].text("session_id"), nil)()
+	}, 204, `session.end root > ada ok managed @NET-1 {"sessions": ["SES"]}`)
+	step("managed session, ended", nothing, func() call {
+		return as("root", "DELETE", user("ada")+"/sessions/"+tokens["ada"].text("session_id"), nil)()
+	}, 404, "endUserSession root > refused not-found")
+	step("ada", nothing, logsIn("ada", password), 200, `login ada > ada ok @NET-1 {"session_id": "SES"}`)
+	step("managed sessions", nothing, as("root", "DELETE", "{ada}/sessions", nil), 204, `session.end root > ada ok managed @NET-1 {"sessions": ["SES"]}`)
+	step("managed sessions, none", nothing, as("root", "DELETE", "{ada}/sessions", nil), 204)
+	step("ada", nothing, logsIn("ada", password), 200, `login ada > ada ok @NET-1 {"session_id": "SES"}`)
+	step("patch, moved", nothing, as("root", "PATCH", "{ada}", body{"network_id": "NET-2", "station_id": "STA-2"}), 200,
+		`user.update root > ada ok @NET-1 {"network_id": {"after": "NET-2", "before": "NET-1"}, "station_id": {"after": "STA-2", "before": ""}}`)
+	step("delete", nothing, as("root", "DELETE", "{ada}", nil), 204, `session.end root > ada ok user deleted @NET-2 {"sessions": ["SES"]}`,
+		`user.delete root > ada ok @NET-2 {"is_active": {"after": false, "before": true}}`)
+	step("delete again", nothing, as("root", "DELETE", "{ada}", nil), 204)
+	step("restore", nothing, as("root", "POST", "{ada}/restore", nil), 200, `user.restore root > ada ok @NET-2 {"is_active": {"after": true, "before": false}}`)
+	step("delete, oneself", nothing, func() call { return as("root", "DELETE", user("root"), nil)() }, 403, "deleteUser root > root refused forbidden")
+	step("patch", nothing, as("root", "PATCH", "{ada}", body{"role": "admin"}), 200, `user.update root > ada ok @NET-2 {"role": {"after": "admin", "before": "partner"}}`)
+	step("ada", nothing, logsIn("ada", password), 200, `login ada > ada ok @NET-2 {"session_id": "SES"}`)
+	step("delete, an administrator", nothing, func() call { return as("ada", "DELETE", user("root"), nil)() }, 204, `session.end ada > root ok user deleted {"sessions": ["SES"]}`,
+		`user.delete ada > root ok {"is_active": {"after": false, "before": true}}`)
+	step("restore an administrator", nothing, func() call { return as("ada", "POST", user("root")+"/restore", nil)() }, 200,
+		`user.restore ada > root ok {"is_active": {"after": true, "before": false}}`)
+	step("delete, who is not there", nothing, as("ada", "DELETE", "/api/v1/users/USR-0123456789abcdef", nil), 404, "deleteUser ada > refused user-not-found @NET-2")
+
+	if said, err := w.operate("audit", "verify"); err != nil {
+		t.Errorf("%v %s", err, said)
+	}
+	exact("audit verify", `action = $1`, "audit.verify", []string{`audit.verify operator:tester > ok ` + w.value(`select details::text from audit_log where action = 'audit.verify'`)})
+	if got := w.value(`select count(*)::text from audit_log`); got != fmt.Sprint(lines) { // and nothing else has happened
+		t.Errorf("%s entries, %d were looked at", got, lines)
+	}
+	w.straysDie()
 }

@@ -25,7 +25,6 @@ const maxBody = 16 << 10
 const (
 	validatePath = "/api/v1/auth/validate"
 	envoyPath    = "/api/v1/auth/ext-authz/" // not below the other: validate/?role= must not be one without demands
-	callbackPath = "/auth/callback"
 )
 
 // access says who may call a route. The zero value is not allowed to start.
@@ -136,7 +135,7 @@ func (s *server) routes() []route {
 		{envoyPath + "{path...}", "", public, unlimited, "validateEnvoy", "", plain(s.validateEnvoy)},
 
 		{"GET /auth/login", "", public, onSignIn, "signInPage", "", page(s.signInPage)},
-		{"GET " + callbackPath, "", public, onSignIn, "login", "", page(s.callbackPage)},
+		{"GET /auth/callback", "", public, onSignIn, "login", "", page(s.callbackPage)},
 		{"GET /account/signed-in", "", public, unlimited, "signedInPage", "", page(s.signedInPage)},
 
 		{"GET /{$}", "", public, unlimited, "home", "", page(s.homePage)},
@@ -247,7 +246,7 @@ func (s *server) limited(rt route, next http.Handler) http.Handler {
 // whatever was not allowed, and of what would have changed something every refusal.
 func (s *server) refuse(w http.ResponseWriter, r *http.Request, rt route, err error) {
 	p := asProblem(err)
-	reads := (r.Method == http.MethodGet || r.Method == http.MethodHead) && r.URL.Path != callbackPath // which signs in
+	reads := (r.Method == http.MethodGet || r.Method == http.MethodHead) && rt.Name != "login" // the callback signs in
 	told := p.Status == http.StatusForbidden || p.Status == http.StatusTooManyRequests || p.target != ""
 	if p.Status < 500 && p.slug() != problemInvalidRequest.slug() && (told || !reads) {
 		s.recordRefusal(r.Context(), s.caller(r), rt.Name, p)
