@@ -154,11 +154,7 @@ func TestRetention(t *testing.T) {
 	}
 	missing := r.value(`select audit_id from audit_log order by number offset 3 limit 1`)
 	r.exec(`drop table audit_log_2026_03`) // not the oldest
-	if got := r.value(`select min(relname) from pg_class where relname like 'audit_log_2026_0%' and relkind = 'r'`); got != "audit_log_2026_02" {
-		t.Fatal(got)
-	}
-	r.exec(`set session_replication_role = default`)
-	if out, err := r.command("audit", "verify"); err == nil || !strings.Contains(err.Error(), " is missing") || strings.Contains(err.Error(), missing+" was") {
+	if out, err := r.command("audit", "verify"); err == nil || err.Error() != missing+" is missing" {
 		t.Errorf("a month in between: %v %s", err, out)
 	}
 }
