@@ -26,18 +26,18 @@ import (
 // decode reads path, query and body into in, and checks it. Every wrong field is
 // named, all at once.
 func (s *server) decode(w http.ResponseWriter, r *http.Request, params nethttp.RequestDecoder, in any) error {
+	var wrong []fieldError
 	if params != nil {
 		if err := params.Decode(r, in, nil); err != nil {
-			return parameterError(err)
+			if wrong = unreadable(err); len(wrong) == 0 {
+				return invalid().because(err)
+			}
 		}
-		if wrong := unknownParameters(r, in); len(wrong) > 0 {
-			return invalid(wrong...)
-		}
+		wrong = append(wrong, unknownParameters(r, in)...)
 	}
 	if takesCookie, err := s.decodeCookie(r, in); err != nil || takesCookie && r.ContentLength == 0 {
 		return err // there or not, the cookie is all there is
 	}
-	var wrong []fieldError
 	if hasBody(r.Method, in) {
 		if mediaType, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || mediaType != "application/json" {
 			return problemUnsupportedMediaType
@@ -46,9 +46,11 @@ func (s *server) decode(w http.ResponseWriter, r *http.Request, params nethttp.R
 		if err != nil {
 			return bodyError(err)
 		}
-		if wrong, err = decodeJSON(body, in); err != nil {
+		unknown, err := decodeJSON(body, in)
+		if err != nil {
 			return err
 		}
+		wrong = append(wrong, unknown...)
 	}
 	checked := checkFields(in, wrong)
 	for _, f := range checked {
@@ -57,6 +59,7 @@ func (s *server) decode(w http.ResponseWriter, r *http.Request, params nethttp.R
 		}
 	}
 	if wrong = append(wrong, checked...); len(wrong) > 0 {
+		slices.SortFunc(wrong, func(a, b fieldError) int { return strings.Compare(a.Field, b.Field) })
 		return invalid(wrong...)
 	}
 	return nil
@@ -72,9 +75,8 @@ func hasBody(method string, in any) bool {
 	return false
 }
 
-// parameterError names the parameters that could not be read.
-func parameterError(err error) error {
-	var wrong []fieldError
+// unreadable names the parameters that could not be read.
+func unreadable(err error) (wrong []fieldError) {
 	var request rest.RequestErrors
 	if errors.As(err, &request) {
 		for name := range request {
@@ -82,7 +84,7 @@ func parameterError(err error) error {
 			wrong = append(wrong, fieldError{name, "is not valid"})
 		}
 	}
-	return invalid(wrong...).because(err)
+	return wrong
 }
 
 // unknownParameters are those of the query that a list does not have, or that are there
@@ -105,7 +107,6 @@ func unknownParameters(r *http.Request, in any) (wrong []fieldError) {
 			wrong = append(wrong, fieldError{name, "is there twice"})
 		}
 	}
-	slices.SortFunc(wrong, func(a, b fieldError) int { return strings.Compare(a.Field, b.Field) })
 	return wrong
 }
 
@@ -197,11 +198,13 @@ func inputFields(in any) map[string]inputField {
 	return fields
 }
 
-// checkFields applies the rules of the tags to the strings of in, except to fields that
-// are known to be wrong, and returns what is wrong, by field name.
+// checkFields applies the rules of the tags to in, except to fields that are known to be wrong, and returns what is wrong, by field name.
 func checkFields(in any, known []fieldError) []fieldError {
 	var wrong []fieldError
 	for name, f := range inputFields(in) {
+		if slices.ContainsFunc(known, func(k fieldError) bool { return k.Field == name }) {
+			continue
+		}
 		if f.value.CanInt() && f.tag.Get("maximum") != "" {
 			least, _ := strconv.ParseInt(f.tag.Get("minimum"), 10, 64)
 			most, _ := strconv.ParseInt(f.tag.Get("maximum"), 10, 64)
@@ -214,7 +217,7 @@ func checkFields(in any, known []fieldError) []fieldError {
 			f.value = f.value.Elem()
 			cleared = f.value.Kind() == reflect.String && f.value.String() == "" && f.tag.Get("enum") != ""
 		}
-		if f.value.Kind() != reflect.String || slices.ContainsFunc(known, func(k fieldError) bool { return k.Field == name }) {
+		if f.value.Kind() != reflect.String {
 			continue
 		}
 		detail := checkString(f.value.String(), f.tag)
@@ -247,7 +250,7 @@ func checkString(value string, tag reflect.StructTag) string {
 		return fmt.Sprintf("must have at most %d characters", most)
 	case tag.Get("format") == "email" && !validEmail(value):
 		return "is not a valid e-mail address"
-	case tag.Get("format") != "password" && strings.ContainsFunc(value, invisible):
+	case tag.Get("format") != "password" && (!utf8.ValidString(value) || strings.ContainsFunc(value, invisible)):
 		return "has a character that is not allowed"
 	}
 	if enum := strings.Split(tag.Get("enum"), ","); enum[0] != "" && !slices.Contains(enum, value) {

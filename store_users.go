@@ -54,6 +54,14 @@ func (st *store) userByKeycloakID(ctx context.Context, id string) (user, error) 
 	return one[user](ctx, st.pool, `select `+userColumns+` from users where keycloak_id = $1`, id)
 }
 
+// accountByLogin returns the id of the live user that an e-mail address or a username
+// belongs to, or "".
+func (st *store) accountByLogin(ctx context.Context, login string) (string, error) {
+	id, err := one[struct{ ID string }](ctx, st.pool, `
+		select coalesce(min(user_id), '') from users where deleted_at is null and (lower(email) = lower($1) or lower(username) = lower($1))`, login)
+	return id.ID, err
+}
+
 // users returns whom p may see, filtered, the latest first.
 func (st *store) users(ctx context.Context, p principal, in usersIn, before cursor) ([]user, error) {
 	var f filter
@@ -120,7 +128,7 @@ func (st *store) dropUser(ctx context.Context, c caller, u user, now time.Time) 
 		if err != nil || tag.RowsAffected() == 0 {
 			return err
 		}
-		return writeAudit(ctx, tx, c, now, entry{Action: "user.remove", Target: string(u.ID), Reason: "keycloak"})
+		return writeAudit(ctx, tx, c, now, entry{Action: "user.remove", Target: string(u.ID), Reason: "keycloak", Network: u.NetworkID})
 	})
 }
 
