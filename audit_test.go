@@ -1034,7 +1034,7 @@ func TestAuditEntries(t *testing.T) {
 	step("patch, too high", nothing, func() call { return as("ada", "PATCH", user("ina"), body{"role": "partner"})() }, 403, "patchUser ada > ina refused forbidden @NET-1")
 	step("patch, unseen", nothing, func() call { return as("ada", "PATCH", user("root"), body{"first_name": "R."})() }, 404, "patchUser ada > root refused user-not-found @NET-1")
 	step("read, unseen: a GET", nothing, func() call { return as("ada", "GET", user("root"), nil)() }, 404, "user ada > root refused user-not-found @NET-1")
-	step("read, unknown: a GET", nothing, as("ada", "GET", "/api/v1/users/USR-0123456789abcdef", nil), 404)
+	step("read, unknown: a GET", nothing, as("ada", "GET", "/api/v1/users/USR-0123456789abcdef", nil), 404, "user ada > USR refused user-not-found @NET-1")
 	step("read, seen", nothing, func() call { return as("ada", "GET", user("ina"), nil)() }, 200)
 	step("create, too high", nothing, as("ada", "POST", "/api/v1/users", body{"email": mail("zoe"), "role": "admin"}), 403, "createUser ada > refused forbidden @NET-1")
 	step("trail, not allowed: a GET", nothing, as("ina", "GET", auditPath, nil), 403, "auditTrail ina > refused forbidden @NET-1")
@@ -1063,7 +1063,7 @@ func TestAuditEntries(t *testing.T) {
 		`user.delete ada > root ok {"is_active": {"after": false, "before": true}}`)
 	step("restore an administrator", nothing, func() call { return as("ada", "POST", user("root")+"/restore", nil)() }, 200,
 		`user.restore ada > root ok {"is_active": {"after": true, "before": false}}`)
-	step("delete, who is not there", nothing, as("ada", "DELETE", "/api/v1/users/USR-0123456789abcdef", nil), 404, "deleteUser ada > refused user-not-found @NET-2")
+	step("delete, who is not there", nothing, as("ada", "DELETE", "/api/v1/users/USR-0123456789abcdef", nil), 404, "deleteUser ada > USR refused user-not-found @NET-2")
 
 	if said, err := w.operate("audit", "verify"); err != nil {
 		t.Errorf("%v %s", err, said)
