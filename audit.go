@@ -30,7 +30,7 @@ func writeAudit(ctx context.Context, q querier, c caller, now time.Time, e entry
 	}
 	_, err := q.Exec(ctx, `
 		insert into audit_log (audit_id, at, actor, action, target, outcome, reason, network_id, ip_address, user_agent, request_id, details)
-		values ($1, $2, $3::text, $4, $5::text, $6, $7, coalesce(nullif($8::text, ''), nullif((select network_id from users where user_id = $5::text), ''),
+		values ($1, $2, $3::text, $4, $5::text, $6, $7, coalesce(nullif($8::text, ''), (select network_id from users where user_id = $5::text),
 			(select network_id from users where user_id = $3::text), ''), $9, $10, $11, $12)`,
 		newAuditID(), now, c.Actor, e.Action, e.Target, cmp.Or(e.Outcome, "ok"), e.Reason, e.Network, c.Address, c.UserAgent, c.RequestID, e.Details)
 	return storeError(err)
@@ -64,7 +64,7 @@ func (st *store) auditRefusal(ctx context.Context, c caller, now time.Time, e en
 			select date_trunc('minute', at), action, reason, '', '', 1 from refusal, of_one where hits <= $11
 			on conflict (minute, action, reason, actor, network) do update set hits = f.hits + 1 returning hits)
 		insert into audit_log (audit_id, at, actor, action, target, outcome, reason, network_id, ip_address, user_agent, request_id)
-		select audit_id, at, actor, action, target, 'refused', reason, coalesce(nullif((select network_id from users where user_id = actor), ''),
+		select audit_id, at, actor, action, target, 'refused', reason, coalesce((select network_id from users where user_id = actor),
 			(select network_id from users where user_id = target), ''), $7, $8, $9
 		from refusal, of_all where hits <= $12`,
 		newAuditID(), now, c.Actor, e.Action, e.Target, e.Reason, c.Address, c.UserAgent, c.RequestID,
@@ -72,37 +72,50 @@ func (st *store) auditRefusal(ctx context.Context, c caller, now time.Time, e en
 	return storeError(err)
 }
 
-// endFloods records how many refusals of the minutes before were only counted.
+// endFloods records how many refusals of the minutes before were only counted. Instances
+// share the work.
 func (st *store) endFloods(ctx context.Context, now time.Time) error {
+	for ended := floodBatch; ended == floodBatch; {
+		if err := st.tx(ctx, func(tx pgx.Tx) (err error) {
+			ended, err = endSomeFloods(ctx, tx, now)
+			return err
+		}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+const floodBatch = 1000 // counters in a transaction
+
+func endSomeFloods(ctx context.Context, tx pgx.Tx, now time.Time) (ended int, err error) {
 	type flood struct {
 		Minute                         time.Time
 		Action, Reason, Actor, Network string
 		Hits                           int
 	}
-	return st.tx(ctx, func(tx pgx.Tx) error {
-		rows, _ := tx.Query(ctx, `
-			delete from audit_floods where (minute, action, reason, actor, network) in (
-				select minute, action, reason, actor, network from audit_floods where minute < $1 limit 1000 for update skip locked)
-			returning minute, action, reason, actor, network, hits`, now.Truncate(time.Minute).Add(-time.Minute)) // instances' clocks differ
-		floods, err := pgx.CollectRows(rows, pgx.RowToStructByPos[flood])
-		if err != nil {
-			return err
+	rows, _ := tx.Query(ctx, `
+		delete from audit_floods where (minute, action, reason, actor, network) in (
+			select minute, action, reason, actor, network from audit_floods where minute < $1 limit $2 for update skip locked)
+		returning minute, action, reason, actor, network, hits`, now.Truncate(time.Minute).Add(-time.Minute), floodBatch) // instances' clocks differ
+	floods, err := pgx.CollectRows(rows, pgx.RowToStructByPos[flood])
+	if err != nil {
+		return 0, err
+	}
+	for _, f := range floods {
+		counted := f.Hits - refusalsOfOne
+		if f.Actor == "" {
+			counted = f.Hits - refusalsOfAll
 		}
-		for _, f := range floods {
-			counted := f.Hits - refusalsOfOne
-			if f.Actor == "" {
-				counted = f.Hits - refusalsOfAll
-			}
-			if counted <= 0 {
-				continue
-			}
-			if err := writeAudit(ctx, tx, caller{Actor: cmp.Or(f.Actor, "anonymous"), Address: f.Network}, now, entry{Action: f.Action, Outcome: "refused",
-				Reason: f.Reason, Details: map[string]any{"count": counted, "minute": f.Minute}}); err != nil {
-				return err
-			}
+		if counted <= 0 {
+			continue
 		}
-		return nil
-	})
+		if err := writeAudit(ctx, tx, caller{Actor: cmp.Or(f.Actor, "anonymous"), Address: f.Network}, now, entry{Action: f.Action, Outcome: "refused",
+			Reason: f.Reason, Details: map[string]any{"count": counted, "minute": f.Minute}}); err != nil {
+			return 0, err
+		}
+	}
+	return len(floods), nil
 }
 
 // monthsAhead have their partition already: an instance that runs no jobs makes them when

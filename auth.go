@@ -164,11 +164,15 @@ func (s *server) accountOf(ctx context.Context, c caller, subject string) (user,
 // confirmation is disabled in Keycloak, whatever the password, and only not fully
 // set up while its mail is being sent.
 func (s *server) loginError(ctx context.Context, name string, err error) error {
-	switch {
-	case errors.Is(err, errInvalidCredentials):
-		return problemInvalidCredentials
-	case !errors.Is(err, errAccountDisabled) && !errors.Is(err, errSetupRequired):
+	wrong := errors.Is(err, errInvalidCredentials)
+	if !wrong && !errors.Is(err, errAccountDisabled) && !errors.Is(err, errSetupRequired) {
 		return err
+	}
+	account, lookup := s.store.accountByLogin(ctx, name) // whether there is one or not: that takes as long
+	if lookup != nil {
+		return lookup
+	} else if wrong {
+		return problemInvalidCredentials.about(account)
 	}
 	reg, lookup := s.store.registrationByLogin(ctx, name)
 	if lookup == nil {
@@ -177,7 +181,7 @@ func (s *server) loginError(ctx context.Context, name string, err error) error {
 		return lookup
 	}
 	if errors.Is(err, errAccountDisabled) {
-		return problemAccountDisabled
+		return problemAccountDisabled.about(account)
 	}
 	u, lookup := s.kc.userByLogin(ctx, name)
 	if lookup != nil {

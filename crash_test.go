@@ -20,7 +20,8 @@ type process struct {
 	ended chan error
 }
 
-// spawn starts the binary with the world's environment and settings of its own.
+// spawn starts the binary with the world's environment and settings of its own, and
+// returns when it takes tokens.
 func (w *world) spawn(binary string, settings map[string]string) *process {
 	w.Helper()
 	p := &process{Cmd: exec.Command(binary), ended: make(chan error, 1)}
@@ -37,6 +38,9 @@ func (w *world) spawn(binary string, settings map[string]string) *process {
 	go func() { p.ended <- p.Wait() }()
 	w.Cleanup(func() { p.Process.Kill() }) // has ended, unless the test has failed
 	p.url = w.listening(logs)
+	if err := logs.waitFor(30*time.Second, func(text string) bool { return strings.Contains(text, "the withdrawals are read") }); err != nil {
+		w.Fatal(err)
+	}
 	return p
 }
 
@@ -59,6 +63,7 @@ func (w *world) leasesEnd() {
 	w.Helper()
 	w.exec(`update user_registrations set due_at = now() where lease_owner is not null`)
 	w.exec(`update refresh_tokens set leased_until = now() where leased_until is not null`)
+	w.exec(`update users set due_at = now() where due_at is not null`)
 }
 
 // latest is the id and state of an address's latest registration.
@@ -77,7 +82,8 @@ func (w *world) repairs(email string) []string {
 	rows, _ := w.pool.Query(w.Context(), `
 		select trim(action || ' ' || reason) from audit_log where actor = 'system:repair' and (target in
 			(select registration_id from user_registrations where lower(email) = lower($1)) or details->>'registration_id' in
-			(select registration_id from user_registrations where lower(email) = lower($1))) order by at, audit_id`, email)
+			(select registration_id from user_registrations where lower(email) = lower($1)))
+			or actor = 'system:users' and target in (select user_id from users where lower(email) = lower($1)) order by at, audit_id`, email)
 	actions, err := pgx.CollectRows(rows, pgx.RowTo[string])
 	if err != nil {
 		w.Fatal(err)
@@ -116,7 +122,56 @@ func TestCrash(t *testing.T) {
 		return l
 	}
 
+	boss := w.administrator()
+	manager := func(w *world, _, _ string) link { return link{Key: w.signsIn(boss).text("access_token")} }
+	managed := func(method string, in any) func(string, string, link) call {
+		return func(email, _ string, l link) call {
+			if method == "POST" {
+				return managing(answer{JSON: body{"access_token": l.Key}}, method, "", body{"email": email, "role": "operator", "network_id": "N1"})
+			}
+			return managing(answer{JSON: body{"access_token": l.Key}}, method, "/"+l.Code, in)
+		}
+	}
+	invite, assign, remove := managed("POST", nil), managed("PATCH", body{"role": "partner", "network_id": "N2"}), managed("DELETE", nil)
+	invited := func(w *world, email, _ string) link {
+		admin := w.signsIn(boss)
+		return link{Key: admin.text("access_token"), Code: w.invited(admin, email)}
+	}
+	joined := func(w *world, email, _ string) link {
+		admin := w.signsIn(boss)
+		a := w.joined(admin, email)
+		return link{Key: admin.text("access_token"), Code: w.userOf(email), Token: a.text("refresh_token"), URL: a.text("session_id")}
+	}
+	undone := func(at string, before func(*world, string, string) link, do func(string, string, link) call) func(*world, string, string) link {
+		return func(w *world, email, password string) link { // while Keycloak is away
+			l := before(w, email, password)
+			w.kc.on("^"+at+" ", lost)
+			defer w.kc.on("^"+at+" ", 0)
+			if a := w.do(do(email, password, l)); a.Status/100 != 2 {
+				w.Fatal(a)
+			}
+			return l
+		}
+	}
+
 	// What must have become of it.
+	isInvited := func(mails int) func(*world, string, string, link) {
+		return func(w *world, email, _ string, _ link) {
+			w.agree(w.userOf(email))
+			w.invitations(email, mails)
+		}
+	}
+	isPartner := func(w *world, email, _ string, l link) {
+		w.agree(l.Code)
+		if got := w.value(`select role || network_id from users where user_id = $1`, l.Code); got != "partnerN2" {
+			w.Errorf("it is a %s", got)
+		}
+	}
+	isGone := func(w *world, email, password string, l link) {
+		w.agree(l.Code)
+		w.ended("user deleted", answer{JSON: body{"session_id": l.URL, "refresh_token": l.Token}})
+		w.wants(w.do(signingIn(email, password)), 403, "account-disabled")
+	}
 	goesOn := func(w *world, _, _ string, l link) {
 		a := w.do(refreshing(l.Token)) // the client tries again
 		w.wants(a, 200, "")
@@ -210,6 +265,24 @@ func TestCrash(t *testing.T) {
 		{"S2", with, session, logout, "end_session", true, "", "", isOver},
 		{"S1, in the loop", with, leaving, nil, "end_session", false, "", "", isOver},
 		{"S2, in the loop", with, leaving, nil, "end_session", true, "", "", isOver},
+		{"I1", with, manager, invite, "find_user", false, "", "user.invite", isInvited(1)},
+		{"I1, looked for", with, manager, invite, "create_user", false, "", "user.invite", isInvited(1)},
+		{"I2", with, manager, invite, "create_user", true, "", "user.invite", isInvited(1)},
+		{"I2, at our row", with, manager, invite, "create_user", true, "users", "user.invite", isInvited(1)},
+		{"I3", with, manager, invite, "send_mail", false, "", "user.invite", isInvited(1)},
+		{"I4", with, manager, invite, "send_mail", true, "", "user.invite", isInvited(2)}, // nobody can know that it was sent
+		{"I4, at the audit trail", with, manager, invite, "send_mail", true, "audit_log", "user.invite", isInvited(2)},
+		{"I3, in the loop", with, undone("send_mail", manager, invite), nil, "send_mail", false, "", "user.invite", isInvited(1)},
+		{"I4, in the loop", with, undone("send_mail", manager, invite), nil, "send_mail", true, "", "user.invite", isInvited(2)},
+		{"U1", with, invited, assign, "get_user", false, "", "", isPartner},
+		{"U2", with, invited, assign, "assign_user", false, "", "", isPartner},
+		{"U3", with, invited, assign, "assign_user", true, "", "", isPartner},
+		{"U3, at our row", with, invited, assign, "assign_user", true, "users", "", isPartner},
+		{"U2, in the loop", with, undone("assign_user", invited, assign), nil, "assign_user", false, "", "", isPartner},
+		{"U1, deleted", with, joined, remove, "end_session", false, "", "", isGone},
+		{"U1, deleted, signed out", with, joined, remove, "end_session", true, "", "", isGone},
+		{"U2, deleted", with, joined, remove, "assign_user", false, "", "", isGone},
+		{"U3, deleted", with, joined, remove, "assign_user", true, "", "", isGone},
 	} {
 		t.Run(c.window, func(t *testing.T) {
 			w := *w
@@ -247,6 +320,7 @@ func (w *world) dieAt(binary, at string, after bool, lock string, r call) {
 	if r.path == "" {
 		interval = "50ms"
 		w.exec(`update user_registrations set due_at = expires_at where status = 'pending'`)
+		w.usersDue()
 	}
 	p := w.spawn(binary, map[string]string{"JOB_INTERVAL": interval})
 	answered := make(chan answer, 1)

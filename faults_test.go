@@ -224,10 +224,12 @@ func callName(r *http.Request, body string) string {
 		return "other"
 	case r.Method != "PUT":
 		return map[string]string{"GET": "get_user", "DELETE": "delete_user"}[r.Method]
-	case has(`"emailVerified":true`):
+	case has(`"emailVerified":true`) && has(attrRegistrationID): // or a change of who once registered
 		return "activate_user"
-	case has(`"attributes"`):
+	case has(attrCode):
 		return "set_code"
+	case has(`"attributes"`):
+		return "assign_user"
 	case has(`"enabled":true`):
 		return "enable_user"
 	}
@@ -240,10 +242,12 @@ type pipe struct {
 	mu           sync.Mutex
 	listener     net.Listener
 	conns        []net.Conn
+	hole         *sync.RWMutex // of the connections that are made now: nothing passes while it is locked
+	holes        []*sync.RWMutex
 }
 
 func newPipe(target string) (*pipe, error) {
-	p := &pipe{addr: "127.0.0.1:0", target: target}
+	p := &pipe{addr: "127.0.0.1:0", target: target, hole: new(sync.RWMutex)}
 	return p, p.open()
 }
 
@@ -273,10 +277,38 @@ func (p *pipe) carry(conn net.Conn) {
 	}
 	p.mu.Lock()
 	p.conns = append(p.conns, conn, server)
+	hole := p.hole
 	p.mu.Unlock()
-	go func() { io.Copy(server, conn); server.Close() }()
-	io.Copy(conn, server)
+	go func() { io.Copy(valve{server, hole}, conn); server.Close() }()
+	io.Copy(valve{conn, hole}, server)
 	conn.Close()
+}
+
+// valve is a connection to which nothing passes while the hole is locked.
+type valve struct {
+	net.Conn
+	hole *sync.RWMutex
+}
+
+func (v valve) Write(b []byte) (int, error) {
+	v.hole.RLock()
+	defer v.hole.RUnlock()
+	return v.Conn.Write(b)
+}
+
+// swallow makes the pipe a black hole: connections stand and new ones are accepted, and
+// nothing comes through. When end is called new ones are good; nobody hears of the others
+// again.
+func (p *pipe) swallow() (end func()) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.hole.Lock()
+	p.holes = append(p.holes, p.hole)
+	return func() {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.hole = new(sync.RWMutex)
+	}
 }
 
 // close refuses connections and cuts those that there are.
@@ -287,7 +319,10 @@ func (p *pipe) close() error {
 	for _, conn := range p.conns {
 		conn.Close()
 	}
-	p.conns = nil
+	for _, hole := range p.holes {
+		hole.Unlock()
+	}
+	p.conns, p.holes = nil, nil
 	return err
 }
 
@@ -338,16 +373,17 @@ func (w *world) settle() {
 	var wrong []string
 	for end := time.Now().Add(30 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
 		wrong = w.violations()
-		var queued, busy int
+		var queued, busy, owed int
 		if err := w.pool.QueryRow(w.Context(), `select count(*) filter (where status = 'pending' and mail_state = 'queued'),
-			count(*) filter (where lease_owner is not null or due_at <= now()) from user_registrations`).Scan(&queued, &busy); err != nil {
+			count(*) filter (where lease_owner is not null or due_at <= now()), (select count(due_at) from users) from user_registrations`).Scan(&queued, &busy, &owed); err != nil {
 			w.Fatal(err)
 		}
-		if len(wrong) == 0 && queued == 0 && busy == 0 {
+		if len(wrong) == 0 && queued == 0 && busy == 0 && owed == 0 {
 			return
 		}
-		wrong = append(wrong, fmt.Sprintf("%d mails are queued, %d registrations due or leased", queued, busy))
-		if len(wrong) > 1 || queued > 0 {
+		wrong = append(wrong, fmt.Sprintf("%d mails are queued, %d registrations due or leased, %d users not settled", queued, busy, owed))
+		if len(wrong) > 1 || queued > 0 || owed > 0 {
+			w.usersDue()
 			w.exec(`update user_registrations set due_at = now() where due_at > now() and lease_owner is null
 				and due_at < now() + interval '1 hour'`)
 			w.exec(`update sessions set due_at = now() where due_at > now() and ended_at is not null`)
@@ -397,6 +433,20 @@ func TestFaults(t *testing.T) {
 				w.Errorf("%s sessions live, not %s", got, live)
 			}
 		}
+	}
+	boss := w.administrator()
+	manager := func(w *world, _, _ string) link {
+		w.exec(`delete from rate_limits where key = $1`, loginLimit(boss).Key)
+		return link{Key: w.signsIn(boss).text("access_token")}
+	}
+	joined := func(w *world, email, password string) link {
+		l := manager(w, "", "")
+		w.joined(answer{JSON: body{"access_token": l.Key}}, email)
+		l.Code = w.userOf(email)
+		return l
+	}
+	managed := func(l link, method, path string, in any) call {
+		return managing(answer{JSON: body{"access_token": l.Key}}, method, path, in)
 	}
 	for _, op := range []struct {
 		name     string
@@ -454,6 +504,40 @@ func TestFaults(t *testing.T) {
 		{name: "end of all sessions", calls: "service_token end_session", before: session,
 			try:     func(_, _ string, l link) call { return authorized(l.Key, "DELETE", sessionsPath) },
 			success: 204, after: sessions("0")},
+		{name: "create a user", calls: "service_token find_user create_user send_mail",
+			before: manager, try: func(email, _ string, l link) call { return managed(l, "POST", "", body{"email": email}) }, success: 201,
+			after: func(w *world, email, _ string) {
+				w.agree(w.userOf(email))
+				w.invitations(email, 1, 2) // nobody can know that the first one was sent
+			}},
+		{name: "change a user", calls: "service_token get_user assign_user", before: joined,
+			try: func(_, _ string, l link) call {
+				return managed(l, "PATCH", "/"+l.Code, body{"role": "partner", "network_id": "N2"})
+			}, success: 200,
+			after: func(w *world, email, password string) {
+				w.agree(w.userOf(email))
+				if claims := unpacked(w.signsIn(email).text("access_token"), 1); fmt.Sprintf("%v %v", claims["roles"], claims["network_id"]) != "[partner] N2" {
+					w.Errorf("the token says %v", claims)
+				}
+			}},
+		{name: "delete a user", calls: "service_token end_session get_user assign_user", before: joined, password: password,
+			try: func(_, _ string, l link) call { return managed(l, "DELETE", "/"+l.Code, nil) }, success: 204,
+			after: func(w *world, email, password string) {
+				w.agree(w.userOf(email))
+				sessions("0")(w, email, password)
+				w.wants(w.do(signingIn(email, password)), 403, "account-disabled")
+			}},
+		{name: "restore a user", calls: "get_user assign_user", password: password,
+			before: func(w *world, email, password string) link {
+				l := joined(w, email, password)
+				w.wants(w.do(managed(l, "DELETE", "/"+l.Code, nil)), 204, "")
+				return l
+			},
+			try: func(_, _ string, l link) call { return managed(l, "POST", "/"+l.Code+"/restore", nil) }, success: 200,
+			after: func(w *world, email, password string) {
+				w.agree(w.userOf(email))
+				w.wants(w.do(signingIn(email, password)), 200, "")
+			}},
 	} {
 		for name := range strings.FieldsSeq(op.calls) {
 			for _, f := range []fault{lost, applied} {
@@ -548,6 +632,85 @@ func TestLeftUndone(t *testing.T) {
 		if err := w.pool.QueryRow(w.Context(), `select hits from rate_limits where key = $1`, mailsADay(email).Key).Scan(&hits); err != nil || hits != 2 {
 			w.Errorf("%d mails were counted, not 2 (%v)", hits, err)
 		}
+	})
+
+	admin := w.signsIn(w.administrator())
+	manage := func(method, path string, in any, status int) answer {
+		w.Helper()
+		a := w.do(managing(admin, method, path, in))
+		w.wants(a, status, "")
+		return a
+	}
+	queued := func(email, call string, f fault) (path string) {
+		w.Helper()
+		during(call, f, func() {
+			a := manage("POST", "", body{"email": email, "role": "operator"}, 201)
+			if path = "/" + a.text("user_id"); a.text("invitation_email") != "queued" {
+				w.Errorf("not queued: %v", a)
+			}
+		})
+		return path
+	}
+	w.Run("a user created in Keycloak, the answer lost, and changed since", func() {
+		email := newEmail()
+		path := queued(email, "create_user", applied)
+		during("find_user", lost, func() { manage("PATCH", path, body{"role": "partner", "network_id": "N1", "first_name": "Grace"}, 200) })
+		w.settle()
+		w.agree(path[1:])
+		w.invitations(email, 1)
+	})
+	for _, f := range []struct {
+		call  string
+		fault fault
+	}{{"find_user", lost}, {"create_user", applied}} {
+		w.Run("a user deleted before we know that Keycloak has it, "+f.call, func() {
+			email := newEmail()
+			path := queued(email, f.call, f.fault)
+			during("find_user", lost, func() { manage("DELETE", path, nil, 204) })
+			w.settle()
+			w.agree(path[1:])
+			w.invitations(email, 0)
+			manage("POST", path+"/restore", nil, 200)
+			w.agree(path[1:])
+			w.invitations(email, 1)
+		})
+	}
+	w.Run("a user whom Keycloak does not want", func() {
+		here := func(email string) string { return w.value(`select count(*)::text from users where email = $1`, email) }
+		email, late := newEmail(), newEmail()
+		w.admin("POST", "/users", body{"username": "x" + email, "email": email}, nil)
+		a := w.do(managing(admin, "POST", "", body{"email": email}))
+		w.wants(a, 409, "user-exists")
+		if got := w.value(`select string_agg(concat_ws(' ', action, outcome, nullif(reason, '')), ', ' order by at, audit_id) from audit_log where request_id = $1`,
+			a.text("request_id")); here(email) != "0" || got != "user.create ok, user.remove ok keycloak, createUser refused user-exists" {
+			w.Errorf("%s rows, and on record: %s", here(email), got)
+		}
+		path := queued(late, "find_user", lost)
+		w.admin("POST", "/users", body{"username": "x" + late, "email": late}, nil)
+		w.settle()
+		if got := w.value(`select concat_ws(' ', actor, reason) from audit_log where target = $1 and action = 'user.remove'`, path[1:]); here(late) != "0" || got != "system:users keycloak" {
+			w.Errorf("%s rows, and on record: %s", here(late), got)
+		}
+		w.wants(w.do(managing(admin, "GET", path, nil)), 404, "user-not-found")
+		if n := len(w.mail.To(email)) + len(w.mail.To(late)); n > 0 {
+			w.Errorf("%d mails", n)
+		}
+	})
+	w.Run("the lease of a process that has died", func() {
+		email := newEmail()
+		path := queued(email, "send_mail", lost)
+		w.exec(`update users set lease_owner = 'dead', due_at = now() + interval '1 hour' where user_id = $1`, path[1:])
+		runs := func() (n int) {
+			fmt.Sscan(regexp.MustCompile(`(?m)^job_runs_total\{job="users",outcome="ok"\} (\d+)$`).FindStringSubmatch(string(w.management404("/metrics").Body))[1], &n)
+			return n
+		}
+		before := runs()
+		w.eventually("the loop runs", 10*time.Second, func() bool { return runs() > before+2 })
+		w.invitations(email, 0) // it may still live
+		w.exec(`update users set due_at = now() where user_id = $1`, path[1:])
+		w.settle()
+		w.agree(path[1:])
+		w.invitations(email, 1)
 	})
 }
 
@@ -720,10 +883,10 @@ func (w *world) startBlind() (end func()) {
 	go func() {
 		ended <- run(ctx, nil, func(name string) string { return w.env[name] }, io.Discard, io.MultiWriter(logs, w.logs))
 	}()
-	former := w.url
+	url, management := w.url, w.management
 	w.url = w.listening(logs)
 	return func() {
-		w.url = former
+		w.url, w.management = url, management
 		cancel()
 		if err := <-ended; err != nil {
 			w.Error(err)
@@ -734,11 +897,12 @@ func (w *world) startBlind() (end func()) {
 // listening waits until an instance says where it listens.
 func (w *world) listening(logs *buffer) (url string) {
 	w.Helper()
-	var line struct{ Address string }
+	var line struct{ Address, Management string }
 	if err := logs.waitFor(30*time.Second, func(text string) bool {
 		return json.Unmarshal([]byte(regexp.MustCompile(`(?m)^.*"msg":"listening".*$`).FindString(text)), &line) == nil
 	}); err != nil {
 		w.Fatalf("the service did not start: %v\n%s", err, logs)
 	}
+	w.management = line.Management
 	return "http://" + line.Address
 }

@@ -123,7 +123,7 @@ func (s *server) routes() []route {
 		{"POST /api/v1/users/{user_id}/restore", "", signedIn, onUsers, "restoreUser", "Restore a deleted user",
 			op("Users", 200, s.restoreUser, problemForbidden, problemAccountNotVerified, problemUserNotFound, problemUserExists, problemTooManyRequests, problemUnavailable)},
 		{"GET /api/v1/users/{user_id}/sessions", "", signedIn, onUsers, "userSessions", "Where a user is signed in",
-			op("Users", 200, s.userSessions, problemForbidden, problemUserNotFound, problemTooManyRequests, problemUnavailable)},
+			op("Users", 200, s.userSessions, problemForbidden, problemAccountNotVerified, problemUserNotFound, problemTooManyRequests, problemUnavailable)},
 		{"DELETE /api/v1/users/{user_id}/sessions/{session_id}", "", signedIn, onUsers, "endUserSession", "Sign a user out somewhere",
 			op("Users", 204, s.endUserSession, problemForbidden, problemAccountNotVerified, problemUserNotFound, problemNotFound, problemTooManyRequests, problemUnavailable)},
 		{"DELETE /api/v1/users/{user_id}/sessions", "", signedIn, onUsers, "endUserSessions", "Sign a user out everywhere",

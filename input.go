@@ -26,15 +26,18 @@ import (
 // decode reads path, query and body into in, and checks it. Every wrong field is
 // named, all at once.
 func (s *server) decode(w http.ResponseWriter, r *http.Request, params nethttp.RequestDecoder, in any) error {
+	var wrong []fieldError
 	if params != nil {
 		if err := params.Decode(r, in, nil); err != nil {
-			return parameterError(err)
+			if wrong = unreadable(err); len(wrong) == 0 {
+				return invalid().because(err)
+			}
 		}
+		wrong = append(wrong, unknownParameters(r, in)...)
 	}
 	if takesCookie, err := s.decodeCookie(r, in); err != nil || takesCookie && r.ContentLength == 0 {
 		return err // there or not, the cookie is all there is
 	}
-	var wrong []fieldError
 	if hasBody(r.Method, in) {
 		if mediaType, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || mediaType != "application/json" {
 			return problemUnsupportedMediaType
@@ -43,14 +46,20 @@ func (s *server) decode(w http.ResponseWriter, r *http.Request, params nethttp.R
 		if err != nil {
 			return bodyError(err)
 		}
-		if wrong, err = decodeJSON(body, in); err != nil {
+		unknown, err := decodeJSON(body, in)
+		if err != nil {
 			return err
 		}
+		wrong = append(wrong, unknown...)
 	}
-	if wrong = append(wrong, checkFields(in, wrong)...); len(wrong) > 0 {
-		if r.PathValue(wrong[0].Field) != "" {
+	checked := checkFields(in, wrong)
+	for _, f := range checked {
+		if r.PathValue(f.Field) != "" {
 			return problemNotFound // an id that nothing can have
 		}
+	}
+	if wrong = append(wrong, checked...); len(wrong) > 0 {
+		slices.SortFunc(wrong, func(a, b fieldError) int { return strings.Compare(a.Field, b.Field) })
 		return invalid(wrong...)
 	}
 	return nil
@@ -66,9 +75,8 @@ func hasBody(method string, in any) bool {
 	return false
 }
 
-// parameterError names the parameters that could not be read.
-func parameterError(err error) error {
-	var wrong []fieldError
+// unreadable names the parameters that could not be read.
+func unreadable(err error) (wrong []fieldError) {
 	var request rest.RequestErrors
 	if errors.As(err, &request) {
 		for name := range request {
@@ -76,7 +84,30 @@ func parameterError(err error) error {
 			wrong = append(wrong, fieldError{name, "is not valid"})
 		}
 	}
-	return invalid(wrong...).because(err)
+	return wrong
+}
+
+// unknownParameters are those of the query that a list does not have, or that are there
+// twice: a filter with a typo would show more than was asked for.
+func unknownParameters(r *http.Request, in any) (wrong []fieldError) {
+	known := map[string]bool{}
+	for name, f := range inputFields(in) {
+		if f.tag.Get("query") != "" {
+			known[name] = true
+		}
+	}
+	for name, values := range r.URL.Query() {
+		switch {
+		case len(known) == 0: // takes none
+		case !known[name] && len(name) > 50:
+			wrong = append(wrong, fieldError{"", "has a parameter that is not known"})
+		case !known[name]:
+			wrong = append(wrong, fieldError{name, "is not known"})
+		case len(values) > 1:
+			wrong = append(wrong, fieldError{name, "is there twice"})
+		}
+	}
+	return wrong
 }
 
 // decodeCookie gives the refresh token of the browser's cookie to an input that takes
@@ -127,7 +158,8 @@ func decodeJSON(body []byte, in any) ([]fieldError, error) {
 			return nil, notJSON
 		}
 		name := key.(string)
-		f, known := fields[name]
+		f := fields[name]
+		known := f.tag.Get("json") != "" // what path and query say is not the body's to change
 		switch {
 		case !known && len(name) > 50:
 			wrong = append(wrong, fieldError{"", "has a field that is not known"})
@@ -166,11 +198,13 @@ func inputFields(in any) map[string]inputField {
 	return fields
 }
 
-// checkFields applies the rules of the tags to the strings of in, except to fields that
-// are known to be wrong, and returns what is wrong, by field name.
+// checkFields applies the rules of the tags to in, except to fields that are known to be wrong, and returns what is wrong, by field name.
 func checkFields(in any, known []fieldError) []fieldError {
 	var wrong []fieldError
 	for name, f := range inputFields(in) {
+		if slices.ContainsFunc(known, func(k fieldError) bool { return k.Field == name }) {
+			continue
+		}
 		if f.value.CanInt() && f.tag.Get("maximum") != "" {
 			least, _ := strconv.ParseInt(f.tag.Get("minimum"), 10, 64)
 			most, _ := strconv.ParseInt(f.tag.Get("maximum"), 10, 64)
@@ -178,13 +212,19 @@ func checkFields(in any, known []fieldError) []fieldError {
 				wrong = append(wrong, fieldError{name, fmt.Sprintf("must be from %d to %d", least, most)})
 			}
 		}
+		cleared := false // not absent, but empty, where that is no choice
 		if f.value.Kind() == reflect.Pointer && !f.value.IsNil() {
 			f.value = f.value.Elem()
+			cleared = f.value.Kind() == reflect.String && f.value.String() == "" && f.tag.Get("enum") != ""
 		}
-		if f.value.Kind() != reflect.String || slices.ContainsFunc(known, func(k fieldError) bool { return k.Field == name }) {
+		if f.value.Kind() != reflect.String {
 			continue
 		}
-		if detail := checkString(f.value.String(), f.tag); detail != "" {
+		detail := checkString(f.value.String(), f.tag)
+		if cleared {
+			detail = oneOf(f.tag)
+		}
+		if detail != "" {
 			wrong = append(wrong, fieldError{name, detail})
 		}
 	}
@@ -210,11 +250,11 @@ func checkString(value string, tag reflect.StructTag) string {
 		return fmt.Sprintf("must have at most %d characters", most)
 	case tag.Get("format") == "email" && !validEmail(value):
 		return "is not a valid e-mail address"
-	case tag.Get("format") != "password" && strings.ContainsFunc(value, invisible):
+	case tag.Get("format") != "password" && (!utf8.ValidString(value) || strings.ContainsFunc(value, invisible)):
 		return "has a character that is not allowed"
 	}
 	if enum := strings.Split(tag.Get("enum"), ","); enum[0] != "" && !slices.Contains(enum, value) {
-		return "must be one of " + strings.Join(enum, ", ")
+		return oneOf(tag)
 	}
 	if pattern := tag.Get("pattern"); pattern != "" && !regexp.MustCompile(pattern).MatchString(value) {
 		if detail := tag.Get("mismatch"); detail != "" {
@@ -223,6 +263,10 @@ func checkString(value string, tag reflect.StructTag) string {
 		return "has a character that is not allowed"
 	}
 	return ""
+}
+
+func oneOf(tag reflect.StructTag) string {
+	return "must be one of " + strings.ReplaceAll(tag.Get("enum"), ",", ", ")
 }
 
 // pageIn asks for a page of a list (keyset paging).

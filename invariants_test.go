@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -62,14 +63,15 @@ func (w *world) violations() (wrong []string) {
 	if err != nil {
 		return []string{err.Error()}
 	}
-	users := w.keycloakUsers()
+	inKeycloak := w.keycloakList()
+	users := ofRegistrations(inKeycloak)
 	audited := func(r row, action string) {
 		if !slices.Contains(r.Actions, action) {
 			report("%s (%s) has no audit entry %s: %v", r.RegistrationID, r.Status, action, r.Actions)
 		}
 	}
 	for _, r := range regs {
-		ku, inKeycloak := users[r.RegistrationID]
+		ku, there := users[r.RegistrationID]
 		delete(users, r.RegistrationID)
 		audited(r, "registration.begin")
 		switch r.Status {
@@ -77,7 +79,7 @@ func (w *world) violations() (wrong []string) {
 			switch {
 			case r.KnownUser == "" || r.KeycloakID == "" || r.UserKeycloakID != r.KeycloakID || r.IsVerified:
 				report("%s is pending without an unverified users row: %+v", r.RegistrationID, r)
-			case !inKeycloak || ku.ID != r.KeycloakID:
+			case !there || ku.ID != r.KeycloakID:
 				report("%s is pending without its user in Keycloak", r.RegistrationID)
 			case ku.Enabled || ku.EmailVerified:
 				report("%s is pending and its user in Keycloak enabled=%v verified=%v", r.RegistrationID, ku.Enabled, ku.EmailVerified)
@@ -86,7 +88,7 @@ func (w *world) violations() (wrong []string) {
 			}
 			audited(r, "user.create")
 		case "verified":
-			if !inKeycloak || !ku.Enabled || !ku.EmailVerified || !r.IsVerified || r.KnownUser == "" || ku.ID != r.KeycloakID {
+			if !there || !ku.EmailVerified || !r.IsVerified || r.KnownUser == "" || ku.ID != r.KeycloakID {
 				report("%s is verified, but not in both stores: %+v %+v", r.RegistrationID, r, ku)
 			}
 			for _, name := range []string{attrToken, attrCode, attrURL} {
@@ -97,8 +99,8 @@ func (w *world) violations() (wrong []string) {
 			audited(r, "registration.verified")
 			audited(r, "user.create")
 		default:
-			if inKeycloak || r.KeycloakID != "" || r.KnownUser != "" {
-				report("%s is %s, but something is left: %+v, in Keycloak: %v", r.RegistrationID, r.Status, r, inKeycloak)
+			if there || r.KeycloakID != "" || r.KnownUser != "" {
+				report("%s is %s, but something is left: %+v, in Keycloak: %v", r.RegistrationID, r.Status, r, there)
 			}
 			audited(r, "registration."+r.Status)
 		}
@@ -111,7 +113,47 @@ func (w *world) violations() (wrong []string) {
 		and not exists (select from user_registrations r where r.user_id = u.user_id)`).Scan(&orphans); err != nil || orphans > 0 {
 		report("%d users without a registration %v", orphans, err)
 	}
-	return append(wrong, w.sessionViolations(ctx)...)
+	return slices.Concat(wrong, w.userViolations(ctx, inKeycloak), w.sessionViolations(ctx))
+}
+
+// userViolations lists what Keycloak has otherwise than the users table.
+func (w *world) userViolations(ctx context.Context, inKeycloak []seenUser) (wrong []string) {
+	rows, _ := w.pool.Query(ctx, `
+		select user_id, keycloak_id, role, network_id, station_id, source = 'internal' as internal, is_verified, is_active,
+			due_at is not null or lease_owner is not null as owed,
+			exists (select from audit_log where target = u.user_id and action = 'user.create' and outcome = 'ok') as audited,
+			exists (select from sessions s where s.user_id = u.user_id and ended_at is null) as signed_in
+		from users u`)
+	type row struct {
+		UserID, KeycloakID, Role, NetworkID, StationID string
+		Internal, IsVerified, IsActive                 bool
+		Owed, Audited, SignedIn                        bool
+	}
+	users, err := pgx.CollectRows(rows, pgx.RowToStructByName[row])
+	if err != nil {
+		return []string{err.Error()}
+	}
+	byID := map[string]seenUser{}
+	for _, ku := range inKeycloak {
+		byID[ku.ID] = ku
+	}
+	for _, u := range users {
+		ku, there := byID[u.KeycloakID]
+		claims := map[string][]string{attrUserID: {u.UserID}, attrRoles: {u.Role}, attrNetworkID: {cmp.Or(u.NetworkID, noScope)}, attrStationID: {cmp.Or(u.StationID, noScope)}}
+		for name, want := range claims {
+			if there && !slices.Equal(ku.Attributes[name], want) {
+				wrong = append(wrong, fmt.Sprintf("Keycloak has %s %v of %+v", name, ku.Attributes[name], u))
+			}
+		}
+		switch {
+		case u.Internal && !there, u.Internal && u.IsVerified && !ku.EmailVerified,
+			there && (u.Internal || u.IsVerified) && ku.Enabled != u.IsActive:
+			wrong = append(wrong, fmt.Sprintf("in Keycloak: %v %+v: %+v", there, ku, u))
+		case u.Owed, !u.Audited, u.SignedIn && !u.IsActive:
+			wrong = append(wrong, fmt.Sprintf("something is owed: %+v", u))
+		}
+	}
+	return wrong
 }
 
 // sessionViolations lists what is wrong with the sessions, here and in Keycloak.
@@ -192,13 +234,21 @@ type seenUser struct {
 	Attributes    map[string][]string
 }
 
-// keycloakUsers asks Keycloak itself, as its administrator, for the users of the
-// realm that came by registration.
+// keycloakList asks Keycloak itself, as its administrator, for the users of the realm.
+func (w *world) keycloakList() (list []seenUser) {
+	w.Helper()
+	w.admin("GET", "/users?briefRepresentation=false&max=1000", nil, &list)
+	return list
+}
+
+// keycloakUsers are those that came by registration, by its id.
 func (w *world) keycloakUsers() map[string]seenUser {
 	w.Helper()
+	return ofRegistrations(w.keycloakList())
+}
+
+func ofRegistrations(list []seenUser) map[string]seenUser {
 	users := map[string]seenUser{}
-	var list []seenUser
-	w.admin("GET", "/users?briefRepresentation=false&max=1000", nil, &list)
 	for _, u := range list {
 		if id := u.Attributes[attrRegistrationID]; len(id) > 0 {
 			users[id[0]] = u

@@ -291,15 +291,24 @@ func (k *keycloak) create(ctx context.Context, user gocloak.User) (id string, er
 
 // createInvited creates the enabled user of an internal account (I2), without a password:
 // nobody can sign in before the invitation is followed. A user that an earlier call has
-// created, whose answer was lost, is found by our id. Errors as of createUser.
+// created, whose answer was lost, is found by our id. Ours may have changed since, or have
+// been deleted. Errors as of createUser.
 func (k *keycloak) createInvited(ctx context.Context, u user, locale string) (string, error) {
-	if found, err := k.findUser(ctx, gocloak.GetUsersParams{Q: gocloak.StringP(attrUserID + ":" + string(u.ID))}); !errors.Is(err, errNotFound) {
-		return found.id(), err
-	}
 	attributes := attributesOf(u)
 	attributes[attrLocale] = []string{locale}
-	return k.create(ctx, gocloak.User{Username: &u.Username, Email: &u.Email, FirstName: &u.FirstName, LastName: &u.LastName,
-		Enabled: gocloak.BoolP(true), Attributes: &attributes, RequiredActions: &invitation})
+	id, err := k.create(ctx, gocloak.User{Username: &u.Username, Email: &u.Email, FirstName: &u.FirstName, LastName: &u.LastName,
+		Enabled: &u.IsActive, Attributes: &attributes, RequiredActions: &invitation})
+	if !errors.Is(err, errConflict) {
+		return id, err
+	}
+	found, lookup := k.findUser(ctx, gocloak.GetUsersParams{Q: gocloak.StringP(attrUserID + ":" + string(u.ID))})
+	if errors.Is(lookup, errNotFound) {
+		return "", err
+	} else if lookup != nil {
+		return "", lookup
+	}
+	u.KeycloakID = found.id()
+	return u.KeycloakID, k.assign(ctx, u, false)
 }
 
 // attributesOf are the attributes that become claims.

@@ -91,9 +91,9 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	case command == "" && len(args) == 0:
 		return s.serve(ctx)
 	case command == "migrate" && len(args) == 1:
-		return s.migrate(ctx)
+		return s.migrate(ctx, true)
 	case command == "jobs" && len(args) == 1:
-		if err := s.migrate(ctx); err != nil {
+		if err := s.migrate(ctx, false); err != nil {
 			return err
 		}
 		var errs []error
@@ -291,8 +291,8 @@ func eachDue[T keyed](ctx context.Context, log *slog.Logger, take func() (T, err
 }
 
 // migrate brings the schema up to date, and the record's months.
-func (s *server) migrate(ctx context.Context) error {
-	if err := s.store.migrate(ctx); err != nil {
+func (s *server) migrate(ctx context.Context, again bool) error {
+	if err := s.store.migrate(ctx, again); err != nil {
 		return err
 	}
 	return s.store.makeMonths(ctx, s.now())
@@ -301,7 +301,7 @@ func (s *server) migrate(ctx context.Context) error {
 // migrateOnce migrates as soon as PostgreSQL answers.
 func (s *server) migrateOnce() func(context.Context) error {
 	return func(ctx context.Context) error {
-		if err := s.migrate(ctx); err != nil {
+		if err := s.migrate(ctx, false); err != nil {
 			return err
 		}
 		s.log.Info("the schema is current")

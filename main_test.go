@@ -466,7 +466,8 @@ func (w *world) login(email, password string) answer {
 func (w *world) wants(a answer, status int, slug string) {
 	w.Helper()
 	if a.Status != status || a.slug() != slug {
-		w.Fatalf("got %v\nwant %d %s", a, status, slug)
+		cause := regexp.MustCompile(`.*"request failed".*` + a.Header.Get("X-Request-Id") + `.*`).FindString(w.logs.String())
+		w.Fatalf("got %v\nwant %d %s\n%s", a, status, slug, cause)
 	}
 	if slug == "" {
 		return

@@ -97,7 +97,7 @@ func (rt route) describe(oc openapi.OperationContext) error {
 		oc.AddSecurity("bearerAuth")
 		problems = append(problems, problemUnauthorized)
 	}
-	if oc.Method() == "post" {
+	if oc.Method() == "post" || oc.Method() == "patch" {
 		problems = append(problems, problemPayloadTooLarge, problemUnsupportedMediaType)
 	}
 	byStatus := map[int][]string{}

@@ -33,6 +33,7 @@ func (s *server) registerForm(ctx context.Context, c caller, r *http.Request) (v
 			LastName: in.LastName, Phone: in.Phone, Errors: byField(p)}
 		if p.Status == 409 {
 			form.Problem = p.Detail
+			s.recordRefusal(ctx, c, "register", p)
 		}
 		return view{Status: p.Status, Page: templates.Register(form)}, nil
 	} else if err != nil {

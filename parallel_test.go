@@ -43,14 +43,12 @@ func tally(answers []answer) map[string]int {
 // TestParallel has three instances that share one world.
 func TestParallel(t *testing.T) {
 	w := newWorld(t, map[string]string{"RESEND_COOLDOWN": "1ms", "RESEND_LIMIT": "100"})
-	instances := []string{w.url}
-	for range 2 {
-		url, err := w.start(t.Context())
-		if err != nil {
-			t.Fatal(err)
-		}
-		instances = append(instances, url)
+	first := w.url
+	var instances []string
+	for _, v := range w.fleet() {
+		instances = append(instances, v.url)
 	}
+	w.url = first
 
 	w.Run("two hundred guesses of a code", func() {
 		email := newEmail()

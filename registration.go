@@ -68,8 +68,8 @@ func (out registerOut) location() string {
 func (s *server) register(ctx context.Context, c caller, in registerIn) (registerOut, error) {
 	ctx, cancel := detached(ctx, flowTime)
 	defer cancel()
-	if strings.Contains(in.Username, "@") && !strings.EqualFold(in.Username, in.Email) {
-		return registerOut{}, invalid(fieldError{"username", "must not be another e-mail address"})
+	if err := ownUsername(in.profile); err != nil {
+		return registerOut{}, err
 	}
 	if err := s.store.hit(ctx, registerLimit(in.Email), s.now()); err != nil {
 		return registerOut{}, err
@@ -109,6 +109,14 @@ func (s *server) register(ctx context.Context, c caller, in registerIn) (registe
 	}
 	return registerOut{reg.ID, reg.Email, reg.Username, "pending_verification", reg.Mail, reg.ExpiresAt.UTC(),
 		s.resendAvailableAt(ctx, reg)}, nil
+}
+
+// ownUsername refuses another's address as the username: people sign in with either.
+func ownUsername(p profile) error {
+	if strings.Contains(p.Username, "@") && !strings.EqualFold(p.Username, p.Email) {
+		return invalid(fieldError{"username", "must not be another e-mail address"})
+	}
+	return nil
 }
 
 // registerError is what the person who registers is told about err.

@@ -198,8 +198,10 @@ create or replace trigger audit_log_keeps_all before truncate on audit_log
     for each statement execute function audit_log_is_append_only();
 
 -- audit_log_month makes the partition of a time's month (UTC) unless it is there. It has
--- the rights of the tables' owner.
-create or replace function audit_log_month(at timestamptz) returns void language plpgsql security definer set search_path from current as $$
+-- the rights of the tables' owner. Whoever reads the record for long (a dump) holds it up;
+-- it must not hold up those who write for as long, and is tried again.
+create or replace function audit_log_month(at timestamptz) returns void language plpgsql
+    security definer set search_path from current set lock_timeout = '1s' as $$
 declare
     month timestamp := date_trunc('month', at at time zone 'UTC');
     name  text := 'audit_log_' || to_char(month, 'YYYY_MM');
@@ -289,7 +291,9 @@ do $$ begin
         grant select on schema_version to auth_service;
         grant select, insert, update, delete on users, user_registrations, sessions, refresh_tokens, withdrawals,
             rate_limits, audit_floods, sync_place, sync_runs to auth_service;
-        grant select, insert on audit_log, audit_seals to auth_service;
+        grant select, insert on audit_seals to auth_service;
+        grant select, insert (audit_id, at, actor, action, target, outcome, reason, network_id, ip_address, user_agent,
+            request_id, details) on audit_log to auth_service; -- not number: nothing gets in front of what is sealed
         grant usage on sequence audit_numbers to auth_service;
     end if;
 end $$;

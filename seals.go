@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"strings"
 	"time"
 
@@ -124,7 +125,7 @@ func (s *server) verifyAudit(ctx context.Context, known, operator string, out io
 	report, err := s.store.verifySeals(ctx, known)
 	e := entry{Action: "audit.verify", Details: map[string]any{"entries": report.entries, "seals": report.last.ID}}
 	if m := (misfit{}); errors.As(err, &m) {
-		e.Outcome, e.Target, e.Reason = "failed", m.what, "misfit"
+		e.Outcome, e.Target, e.Reason = "failed", fmt.Sprintf("%.100s", m.what), "misfit"
 	} else if err != nil {
 		return err
 	}
@@ -158,6 +159,7 @@ func (st *store) verifySeals(ctx context.Context, known string) (r sealReport, e
 	if r.first, err = time.Parse("audit_log_2006_01", oldest); err != nil {
 		return r, misfit{"partition " + oldest, "is not one of the record"}
 	}
+	r.last.LastNumber = math.MinInt64 // what stands before the first seal does not fit either
 	for witnessed := known == ""; ; {
 		next, err := one[auditSeal](ctx, st.pool, `select seal_id, last_number, hash, manifest from audit_seals where seal_id > $1 order by seal_id limit 1`, r.last.ID)
 		if errors.Is(err, errNotFound) {
@@ -182,7 +184,9 @@ func (st *store) verifySeal(ctx context.Context, r *sealReport, next auditSeal) 
 		return misfit{fmt.Sprintf("seal %d", next.ID), "was altered, or the one before it was"}
 	}
 	batch, err := numberedEntries(ctx, st.pool, `number > $1 and number <= $2 order by number`, r.last.LastNumber, next.LastNumber)
-	if err != nil {
+	if errors.As(err, new(pgx.ScanArgError)) {
+		return misfit{fmt.Sprintf("seal %d", next.ID), "has an entry that can't be read any more"}
+	} else if err != nil {
 		return err
 	}
 	for _, line := range lines[1:] {
@@ -190,7 +194,7 @@ func (st *store) verifySeal(ctx context.Context, r *sealReport, next auditSeal) 
 		at, _, _ = strings.Cut(at, " ")
 		switch written, err := time.Parse(time.RFC3339Nano, at); {
 		case err != nil:
-			return misfit{id, "has no time in its seal"}
+			return misfit{fmt.Sprintf("seal %d", next.ID), "has a line that is none of an entry"}
 		case written.Before(r.first):
 			r.removed++
 			continue

@@ -61,8 +61,9 @@ func openStore(ctx context.Context, url secret) (*store, error) {
 }
 
 // migrate brings the schema to this version, once however many instances start
-// at the same time. A schema that is current costs one query and takes no lock.
-func (st *store) migrate(ctx context.Context) error {
+// at the same time. A schema that is current costs one query and takes no lock,
+// unless it is to be applied again, for a role that has come since.
+func (st *store) migrate(ctx context.Context, again bool) error {
 	sum := sha256.Sum256([]byte(schemaSQL))
 	want := hex.EncodeToString(sum[:])
 	current := func(q querier) (bool, error) {
@@ -74,24 +75,27 @@ func (st *store) migrate(ctx context.Context) error {
 		}
 		return have == want, err
 	}
-	if ok, err := current(st.pool); ok || err != nil {
-		return storeError(err)
+	ok, err := current(st.pool)
+	if err == nil && (!ok || again) {
+		err = pgx.BeginFunc(ctx, st.pool, func(tx pgx.Tx) error {
+			if _, err := tx.Exec(ctx, `select set_config('lock_timeout', '3s', true), set_config('statement_timeout', '0', true),
+				pg_advisory_xact_lock(7203)`); err != nil { // rows may have to be copied
+				return err
+			}
+			if _, err := tx.Exec(ctx, schemaSQL); err != nil {
+				return err
+			}
+			_, err := tx.Exec(ctx, `
+				insert into schema_version (sha256, applied_at) values ($1, now())
+				on conflict (only_row) do update set sha256 = excluded.sha256, applied_at = excluded.applied_at`, want)
+			return err
+		})
 	}
-	return st.tx(ctx, func(tx pgx.Tx) error {
-		if _, err := tx.Exec(ctx, `select set_config('lock_timeout', '3s', true), pg_advisory_xact_lock(7203)`); err != nil {
-			return err
-		}
-		var pg *pgconn.PgError
-		if _, err := tx.Exec(ctx, schemaSQL); errors.As(err, &pg) && pg.Code == "42501" { // insufficient_privilege
-			return fmt.Errorf("the schema is not this version's; run \"auth-service migrate\" as the owner of the tables: %s", pg.Message)
-		} else if err != nil {
-			return err
-		}
-		_, err := tx.Exec(ctx, `
-			insert into schema_version (sha256, applied_at) values ($1, now())
-			on conflict (only_row) do update set sha256 = excluded.sha256, applied_at = excluded.applied_at`, want)
-		return err
-	})
+	var pg *pgconn.PgError
+	if errors.As(err, &pg) && pg.Code == "42501" { // insufficient_privilege
+		return fmt.Errorf("the schema is not this version's, or not for this role; run \"auth-service migrate\" as the owner of the tables: %s", pg.Message)
+	}
+	return storeError(err)
 }
 
 func (st *store) ping(ctx context.Context) error { return storeError(st.pool.Ping(ctx)) }

@@ -13,7 +13,7 @@ import (
 // user is an account, as PostgreSQL knows it and as the API shows it.
 type user struct {
 	ID          userID     `json:"user_id" example:"USR-V1StGXR8_Z5jdHi6"`
-	KeycloakID  string     `json:"keycloak_id" example:"5f2f4c0e-8a55-4c43-9a5e-2f6d7f6f3c11"`
+	KeycloakID  string     `json:"keycloak_id" example:"5f2f4c0e-8a55-4c43-9a5e-2f6d7f6f3c11" description:"Empty while Keycloak does not have the user."`
 	Email       string     `json:"email" example:"ada@example.com"`
 	Username    string     `json:"username" example:"ada"`
 	FirstName   string     `json:"first_name" example:"Ada"`
@@ -32,7 +32,10 @@ type user struct {
 	DeletedAt   *time.Time `json:"deleted_at" nullable:"true"`
 }
 
-const userColumns = `user_id, keycloak_id, email, username, coalesce(first_name, ''), coalesce(last_name, ''), coalesce(phone, ''),
+// unborn is what the keycloak_id of a user begins with that Keycloak does not have yet.
+const unborn = "unborn:"
+
+const userColumns = `user_id, regexp_replace(keycloak_id, '^unborn:.*', ''), email, username, coalesce(first_name, ''), coalesce(last_name, ''), coalesce(phone, ''),
 	coalesce(photo, ''), is_verified, role, network_id, station_id, source, is_active, last_login_at, created_at, updated_at, deleted_at`
 
 // user returns one user, deleted or not, or errNotFound.
@@ -49,6 +52,14 @@ func (st *store) userByEmail(ctx context.Context, email string) (user, error) {
 // or errNotFound.
 func (st *store) userByKeycloakID(ctx context.Context, id string) (user, error) {
 	return one[user](ctx, st.pool, `select `+userColumns+` from users where keycloak_id = $1`, id)
+}
+
+// accountByLogin returns the id of the live user that an e-mail address or a username
+// belongs to, or "".
+func (st *store) accountByLogin(ctx context.Context, login string) (string, error) {
+	id, err := one[struct{ ID string }](ctx, st.pool, `
+		select coalesce(min(user_id), '') from users where deleted_at is null and (lower(email) = lower($1) or lower(username) = lower($1))`, login)
+	return id.ID, err
 }
 
 // users returns whom p may see, filtered, the latest first.
@@ -86,17 +97,21 @@ const userText = `lower(email || ' ' || username || ' ' || coalesce(first_name, 
 
 // addUser inserts an internal user that Keycloak does not have yet (I1). errConflict:
 // a live user has the address or username, or somebody registers with the address.
+// problemResendLimit: it gets no more mails today.
 func (st *store) addUser(ctx context.Context, c caller, u user, locale string) error {
 	return st.tx(ctx, func(tx pgx.Tx) error {
 		tag, err := tx.Exec(ctx, `
 			insert into users (user_id, keycloak_id, email, username, first_name, last_name, phone, role, network_id, station_id,
 				source, created_at, updated_at, created_by, locale, invitation_due, due_at)
-			select $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, 'internal', $11, $11, $12, $13, true, $14
-			where not exists (select from user_registrations where lower(email) = lower($3) and status = 'pending')`,
-			u.ID, u.KeycloakID, u.Email, u.Username, nullString(u.FirstName), nullString(u.LastName), nullString(u.Phone),
+			select $1, $2, $3::varchar, $4, $5, $6, $7, $8, $9, $10, 'internal', $11, $11, $12, $13, true, $14
+			where not exists (select from user_registrations where lower(email) = lower($3::varchar) and status = 'pending')`,
+			u.ID, unborn+string(u.ID), u.Email, u.Username, nullString(u.FirstName), nullString(u.LastName), nullString(u.Phone),
 			u.Role, u.NetworkID, u.StationID, u.CreatedAt, string(c.UserID), locale, u.CreatedAt.Add(time.Minute))
 		if err == nil && tag.RowsAffected() == 0 {
 			err = errConflict
+		}
+		if err == nil { // an invitation is a mail to whoever is named
+			err = hit(ctx, tx, mailsADay(u.Email), u.CreatedAt)
 		}
 		if err != nil {
 			return err
@@ -113,7 +128,7 @@ func (st *store) dropUser(ctx context.Context, c caller, u user, now time.Time) 
 		if err != nil || tag.RowsAffected() == 0 {
 			return err
 		}
-		return writeAudit(ctx, tx, c, now, entry{Action: "user.remove", Target: string(u.ID), Reason: "keycloak"})
+		return writeAudit(ctx, tx, c, now, entry{Action: "user.remove", Target: string(u.ID), Reason: "keycloak", Network: u.NetworkID})
 	})
 }
 
@@ -155,7 +170,7 @@ func (st *store) changeUser(ctx context.Context, c caller, id userID, action str
 			}
 		}
 		if len(changed) > 0 {
-			if err := withdraw(ctx, tx, withdrawal{UserID: id, Role: u.Role, NetworkID: u.NetworkID, StationID: u.StationID, Active: u.IsActive}); err != nil {
+			if err := withdraw(ctx, tx, u.withdrawal()); err != nil {
 				return err
 			}
 		}
@@ -262,6 +277,12 @@ func (st *store) userSettled(ctx context.Context, u owedUser) (bool, error) {
 func (st *store) releaseUser(ctx context.Context, u owedUser, due time.Time) error {
 	_, err := st.pool.Exec(ctx, `update users set lease_owner = null, due_at = $3 where user_id = $1 and lease_owner = $2`, u.ID, u.Lease, due)
 	return storeError(err)
+}
+
+// keepWithdrawn renews the withdrawal of tokens that say something else than u, since
+// Keycloak goes on issuing them.
+func (st *store) keepWithdrawn(ctx context.Context, u user) error {
+	return st.tx(ctx, func(tx pgx.Tx) error { return withdraw(ctx, tx, u.withdrawal()) })
 }
 
 // confirmUser makes an invited user verified: Keycloak lets in only whose address is.

@@ -459,6 +459,12 @@ func TestValidate(t *testing.T) {
 			}
 		}
 		w.admin("PUT", "/users/"+subject, u, nil)
+		role, more, _ := strings.Cut(p.roles, ",")
+		w.exec(`update users set role = $2, network_id = $3, station_id = $4 where keycloak_id = $1`, subject, role, p.network, p.station)
+		if more != "" { // as can be in a token, but not here
+			attributes["roles"] = []string{role}
+			defer w.admin("PUT", "/users/"+subject, u, nil)
+		}
 		p.token, p.subject, p.id = w.login(email, password).text("access_token"), subject, w.value(`select user_id from users where email = $1`, email)
 	}
 	table := []struct{ queries, passes string }{
@@ -598,7 +604,7 @@ func TestMe(t *testing.T) {
 	}
 	set(`is_active = false, deleted_at = now()`)
 	w.wants(me(), 403, "account-disabled")
-	set(`is_active = true, deleted_at = null`)
+	set(`is_active = true, deleted_at = null, role = 'user'`)
 	w.wants(me(), 200, "")
 }
 

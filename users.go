@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"strings"
 	"time"
 
 	"auth-service/templates"
@@ -111,7 +110,7 @@ func (s *server) target(ctx context.Context, c caller, id userID, do action) (us
 	}
 	u, err := s.store.user(ctx, id)
 	if errors.Is(err, errNotFound) {
-		return u, problemUserNotFound
+		return u, problemUserNotFound.about(string(id))
 	} else if err != nil {
 		return u, err
 	}
@@ -125,8 +124,8 @@ func (s *server) target(ctx context.Context, c caller, id userID, do action) (us
 type createUserIn struct {
 	profile
 	Role      string `json:"role,omitempty" enum:"user,admin,partner,operator" example:"operator" description:"Default: user."`
-	NetworkID string `json:"network_id,omitempty" maxLength:"32" pattern:"^[A-Za-z0-9_.-]+$" example:"NET-1"`
-	StationID string `json:"station_id,omitempty" maxLength:"32" pattern:"^[A-Za-z0-9_.-]+$" example:"STA-7"`
+	NetworkID string `json:"network_id,omitempty" maxLength:"32" pattern:"^([A-WYZa-z0-9_.-]|[A-Za-z0-9_.-]{2,})?$" mismatch:"must be letters, digits, and _ . - only; X alone stands for none" example:"NET-1"`
+	StationID string `json:"station_id,omitempty" maxLength:"32" pattern:"^([A-WYZa-z0-9_.-]|[A-Za-z0-9_.-]{2,})?$" mismatch:"must be letters, digits, and _ . - only; X alone stands for none" example:"STA-7"`
 }
 
 type createUserOut struct {
@@ -142,14 +141,13 @@ func (out createUserOut) location() string { return "/api/v1/users/" + string(ou
 func (s *server) createUser(ctx context.Context, c caller, in createUserIn) (createUserOut, error) {
 	ctx, cancel := detached(ctx, flowTime)
 	defer cancel()
-	u := user{ID: newUserID(), Email: in.Email, Username: in.Username, FirstName: in.FirstName, LastName: in.LastName, Phone: in.Phone,
-		Role: cmp.Or(in.Role, roleUser), NetworkID: in.NetworkID, StationID: in.StationID, Source: sourceInternal, IsActive: true, CreatedAt: s.now(), UpdatedAt: s.now()}
-	u.KeycloakID = unborn + string(u.ID)
-	u.Username = cmp.Or(u.Username, defaultUsername(u.Email, u.ID))
-	if err := c.may(actCreate, u); err != nil {
+	if err := ownUsername(in.profile); err != nil {
 		return createUserOut{}, err
 	}
-	if err := s.store.hit(ctx, mailsADay(u.Email), s.now()); err != nil { // an invitation is a mail to whoever is named
+	u := user{ID: newUserID(), Email: in.Email, Username: in.Username, FirstName: in.FirstName, LastName: in.LastName, Phone: in.Phone,
+		Role: cmp.Or(in.Role, roleUser), NetworkID: in.NetworkID, StationID: in.StationID, Source: sourceInternal, IsActive: true, CreatedAt: s.now(), UpdatedAt: s.now()}
+	u.Username = cmp.Or(u.Username, defaultUsername(u.Email, u.ID))
+	if err := c.may(actCreate, u); err != nil {
 		return createUserOut{}, err
 	}
 	if err := s.store.addUser(ctx, c, u, templates.Language(c.Language, in.Locale)); err != nil { // I1
@@ -161,6 +159,7 @@ func (s *server) createUser(ctx context.Context, c caller, in createUserIn) (cre
 		return createUserOut{}, registerError(err)
 	} else if err != nil {
 		s.log.WarnContext(ctx, "an invitation is queued", "user", u.ID, "error", err)
+		u.KeycloakID = out.KeycloakID
 		return createUserOut{u, mailQueued}, nil
 	}
 	return createUserOut{out, mailSent}, nil
@@ -173,8 +172,8 @@ type patchUserIn struct {
 	Phone     *string `json:"phone,omitempty" pattern:"^(\\+[1-9][0-9]{6,14})?$" mismatch:"is not a valid phone number; write it with the country code, like +4930123456" example:"+4930123456"`
 	Photo     *string `json:"photo,omitempty" maxLength:"2000" pattern:"^(https://[^\\s\"'<>]+)?$" mismatch:"must be an https URL" example:"https://cdn.example.com/grace.jpg"`
 	Role      *string `json:"role,omitempty" enum:"user,admin,partner,operator" example:"operator"`
-	NetworkID *string `json:"network_id,omitempty" maxLength:"32" pattern:"^[A-Za-z0-9_.-]*$" example:"NET-1" description:"Empty: none."`
-	StationID *string `json:"station_id,omitempty" maxLength:"32" pattern:"^[A-Za-z0-9_.-]*$" example:"STA-7" description:"Empty: none."`
+	NetworkID *string `json:"network_id,omitempty" maxLength:"32" pattern:"^([A-WYZa-z0-9_.-]|[A-Za-z0-9_.-]{2,})?$" mismatch:"must be letters, digits, and _ . - only; X alone stands for none" example:"NET-1" description:"Empty: none."`
+	StationID *string `json:"station_id,omitempty" maxLength:"32" pattern:"^([A-WYZa-z0-9_.-]|[A-Za-z0-9_.-]{2,})?$" mismatch:"must be letters, digits, and _ . - only; X alone stands for none" example:"STA-7" description:"Empty: none."`
 }
 
 // patchUser changes what it is given: U1 our row, with the withdrawal of tokens that say
@@ -239,7 +238,7 @@ func (s *server) changeUser(ctx context.Context, c caller, id userID, action str
 	u, ended, err := s.store.changeUser(ctx, c, id, action, change, s.now()) // U1
 	switch {
 	case errors.Is(err, errNotFound):
-		return u, problemUserNotFound
+		return u, problemUserNotFound.about(string(id))
 	case errors.Is(err, errConflict): // restored, and another has the address or username by now
 		return u, problemUserExists.about(string(id))
 	case errors.As(err, &refused):
@@ -260,9 +259,6 @@ func (s *server) changeUser(ctx context.Context, c caller, id userID, action str
 	}
 	return settled, nil
 }
-
-// unborn is what the id of a user begins with that Keycloak does not have yet.
-const unborn = "unborn:"
 
 // settleUser brings Keycloak's user to where ours is, and returns it as it is then. One
 // at a time does that, so that an older state never overtakes a newer one.
@@ -289,7 +285,7 @@ func (s *server) settleUser(ctx context.Context, c caller, id userID) (user, err
 // and says that this is all (U3).
 func (s *server) settleLeased(ctx context.Context, c caller, u owedUser) (user, error) {
 	err := func() (err error) {
-		if strings.HasPrefix(u.KeycloakID, unborn) {
+		if u.KeycloakID == "" {
 			u.KeycloakID, err = s.kc.createInvited(ctx, u.user, u.Locale) // I2
 			if errors.Is(err, errConflict) || errors.As(err, new(rejected)) {
 				return errors.Join(err, s.store.dropUser(ctx, c, u.user, s.now()))
@@ -311,12 +307,15 @@ func (s *server) settleLeased(ctx context.Context, c caller, u owedUser) (user, 
 		return nil
 	}()
 	if err != nil {
-		return u.user, errors.Join(err, s.store.releaseUser(ctx, u, s.now().Add(retryTime)))
+		return u.user, errors.Join(err, s.store.releaseUser(ctx, u, s.now().Add(retryTime)), s.store.keepWithdrawn(ctx, u.user))
 	}
 	if settled, err := s.store.userSettled(ctx, u); settled || err != nil { // U3
 		return u.user, err
 	}
-	return s.settleUser(ctx, c, u.ID) // changed meanwhile by another
+	if err := s.store.releaseUser(ctx, u, s.now()); err != nil { // changed meanwhile by another
+		return u.user, err
+	}
+	return s.settleUser(ctx, c, u.ID)
 }
 
 // settleUsers settles the users whose change has not reached Keycloak.

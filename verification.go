@@ -321,7 +321,9 @@ func (s *server) resend(ctx context.Context, c caller, in resendIn) (resendOut, 
 		return resendOut{}, err
 	}
 	reg, err = s.sendAgain(ctx, c, reg, user, true)
-	if err != nil {
+	if limited := (problem{}); errors.As(err, &limited) {
+		return resendOut{}, limited.about(string(reg.ID))
+	} else if err != nil {
 		return resendOut{}, err
 	}
 	return resendOut{reg.ID, "pending_verification", reg.Mail, reg.ResendCount, reg.ExpiresAt.UTC(), s.resendAvailableAt(ctx, reg)}, nil

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 )
 
 // An access token lives for minutes after what it says has ceased to be true. Withdrawals
@@ -18,7 +19,8 @@ const (
 	tokenLife     = time.Hour              // no access token lives longer: what is older withdraws nothing
 	withdrawalLag = time.Minute            // no transaction takes longer to commit what it has withdrawn
 	withdrawPoll  = 400 * time.Millisecond // between two looks at the table, and the most that one may take
-	channelPause  = 5 * time.Second        // between two tries to listen
+	channelPause  = 200 * time.Millisecond // between two tries to listen
+	withdrawFirst = 5 * time.Second        // the most that it may take to listen, and to look after a long time
 )
 
 // withdrawal is a session that has ended, or what is true of a user from now on: its
@@ -32,6 +34,11 @@ type withdrawal struct {
 	StationID string `json:"station_id"`
 	Active    bool   `json:"is_active"`
 	Number    int64  `json:"withdrawal_id"` // of two about the same user the greater one counts
+}
+
+// withdrawal is that of all tokens that say something else than u.
+func (u user) withdrawal() withdrawal {
+	return withdrawal{UserID: u.ID, Role: u.Role, NetworkID: u.NetworkID, StationID: u.StationID, Active: u.IsActive}
 }
 
 // withdraw records a withdrawal in the transaction of its change; PostgreSQL tells the
@@ -115,52 +122,56 @@ func (w *withdrawals) forget() {
 	}
 }
 
-// followWithdrawals keeps the withdrawals current until ctx ends. While the channel is down
-// it looks into the table instead, and withdrawal_channel_up is 0.
+// followWithdrawals keeps the withdrawals current until ctx ends. While it can't, or may only
+// look into the table, withdrawal_channel_up is 0.
 func (s *server) followWithdrawals(ctx context.Context) {
-	for ctx.Err() == nil {
-		err := s.listen(ctx)
+	for said := false; ctx.Err() == nil; {
+		followed, err := s.listen(ctx)
 		s.metrics.channel.Set(0)
-		if ctx.Err() != nil {
-			return
+		if (followed || !said) && ctx.Err() == nil {
+			s.log.Warn("withdrawals can't be followed until PostgreSQL answers again", "error", err)
+			s.store.pool.Reset() // its connections are likely to be broken, too, and each would cost a request
+			said = true
 		}
-		s.log.Warn("the channel of withdrawals is down: they are polled", "error", err)
-		for until := time.Now().Add(channelPause); time.Now().Before(until) && ctx.Err() == nil; {
-			if err := s.loadWithdrawals(ctx, s.store.pool); err != nil && !errors.Is(err, errUnavailable) {
-				s.log.Error("withdrawals can't be read", "error", err)
-			}
-			select {
-			case <-ctx.Done():
-			case <-time.After(withdrawPoll):
-			}
+		select {
+		case <-ctx.Done():
+		case <-time.After(channelPause):
 		}
 	}
 }
 
 // listen takes what comes over the channel, and looks into the table now and then: that
 // proves that the connection lives, and finds what a pooler in between may have swallowed.
-func (s *server) listen(ctx context.Context) error {
-	pooled, err := s.store.pool.Acquire(ctx)
+// It says whether it has followed for a while. The connection is a new one: what has broken
+// the former has broken those of the pool, too, and each would cost a try.
+func (s *server) listen(ctx context.Context) (followed bool, err error) {
+	conn, err := pgx.ConnectConfig(ctx, s.store.pool.Config().ConnConfig)
 	if err != nil {
-		return err
+		return false, storeError(err)
 	}
-	conn := pooled.Hijack() // the pool would hand it out while it listens
 	defer conn.Close(context.WithoutCancel(ctx))
-	if _, err := conn.Exec(ctx, `listen withdrawals`); err != nil { // before the table is read: nothing falls in between
-		return err
+	begun, cancel := context.WithTimeout(ctx, withdrawFirst)
+	_, err = conn.Exec(begun, `listen withdrawals`) // before the table is read: nothing falls in between
+	cancel()
+	refused := errors.As(err, new(*pgconn.PgError)) // by a pooler: then the table alone is looked into
+	if err != nil && !refused {
+		return false, storeError(err)
 	}
 	for {
 		if err := s.loadWithdrawals(ctx, conn); err != nil {
-			return err
+			return followed, err
 		}
-		s.metrics.channel.Set(1)
+		followed = true
+		if !refused {
+			s.metrics.channel.Set(1)
+		}
 		s.tokens.withdrawn.forget()
 		for look := time.Now().Add(withdrawPoll); time.Now().Before(look); {
 			wait, cancel := context.WithDeadline(ctx, look)
 			n, err := conn.WaitForNotification(wait)
 			cancel()
 			if err != nil && (wait.Err() == nil || ctx.Err() != nil) {
-				return err
+				return followed, storeError(err)
 			}
 			var w withdrawal
 			if n != nil && json.Unmarshal([]byte(n.Payload), &w) == nil {
@@ -174,9 +185,9 @@ func (s *server) listen(ctx context.Context) error {
 // again must answer at once.
 func (s *server) loadWithdrawals(ctx context.Context, q querier) error {
 	w, start, patience := &s.tokens.withdrawn, time.Now(), withdrawPoll
-	since := min(time.Since(w.lastRead())+withdrawalLag, tokenLife)
+	since := min(time.Since(w.lastRead()), tokenLife) + withdrawalLag // never read is more than two centuries ago
 	if since > 2*withdrawalLag {
-		patience = 5 * time.Second
+		patience = withdrawFirst
 	}
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()

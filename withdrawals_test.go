@@ -1,0 +1,419 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+// administrator is an account that grant-admin has made one.
+func (w *world) administrator() (email string) {
+	w.Helper()
+	email = newEmail()
+	w.account(email)
+	if err := run(w.Context(), []string{"grant-admin", email}, func(name string) string { return w.env[name] }, io.Discard, w.logs); err != nil {
+		w.Fatal(err)
+	}
+	return email
+}
+
+// managing is a request about users in the name of whoever signed in.
+func managing(by answer, method, path string, in any) call {
+	r := authorized(by.text("access_token"), method, "/api/v1/users"+path)
+	r.json = in
+	return r
+}
+
+// passes says whether the instance lets an access token pass. It must be able to tell.
+func (w *world) passes(a answer) bool {
+	w.Helper()
+	got := w.do(bearing(validatePath, a.text("access_token")))
+	if got.Status != 200 {
+		w.wants(got, 401, "unauthorized")
+	}
+	return got.Status == 200
+}
+
+// withdrawn fails unless the access tokens count no more within a second.
+func (w *world) withdrawn(list ...answer) {
+	w.Helper()
+	for i, a := range list {
+		w.eventually(fmt.Sprintf("token %d counts no more", i), time.Second, func() bool { return !w.passes(a) })
+	}
+}
+
+// Whatever makes a token untrue or ends its session withdraws it, and nothing else.
+func TestWithdrawals(t *testing.T) {
+	w := newWorld(t, map[string]string{"JOB_INTERVAL": "200ms"})
+	_, bystander := w.signedIn()
+	admin := w.signsIn(w.administrator())
+	type victim struct {
+		id            string
+		first, second answer // two sign-ins
+	}
+	const both, first, none = "both", "first", "none"
+	before := body{"role": "operator", "network_id": "N1", "station_id": "S1"}
+	manage := func(method, path string, in any) func(victim) {
+		return func(v victim) {
+			t.Helper()
+			if a := w.do(managing(admin, method, strings.NewReplacer("{id}", v.id, "{session}", v.first.text("session_id")).Replace(path), in)); a.Status/100 != 2 {
+				t.Fatal(a)
+			}
+		}
+	}
+	patch := func(in body) func(victim) { return manage("PATCH", "/{id}", in) }
+	ended := func(v victim) {
+		w.eventually("it has ended here", 10*time.Second, func() bool {
+			w.sessionsDue()
+			return w.value(`select (ended_at is not null)::text from sessions where session_id = $1`, v.first.text("session_id")) == "true"
+		})
+	}
+	for _, c := range []struct {
+		cause  string
+		do     func(v victim)
+		tokens string // that are withdrawn …
+		ends   bool   // … with their sessions
+		undo   func(v victim)
+		login  string // a problem, while it is not undone
+	}{
+		{"deleted", manage("DELETE", "/{id}", nil), both, true, manage("POST", "/{id}/restore", nil), "account-disabled"},
+		{"demoted", patch(body{"role": "user"}), both, false, patch(before), ""},
+		{"promoted", patch(body{"role": "partner"}), both, false, patch(before), ""},
+		{"another network", patch(body{"network_id": "N2"}), both, false, patch(before), ""},
+		{"no network", patch(body{"network_id": ""}), both, false, patch(before), ""},
+		{"another station", patch(body{"station_id": "S2"}), both, false, patch(before), ""},
+		{"role and scope as they were", patch(before), none, false, nil, ""},
+		{"another name", patch(body{"first_name": "Grace", "phone": "+4930123456"}), none, false, nil, ""},
+		{"one session, by its owner", func(v victim) {
+			w.wants(w.as(v.second, "DELETE", sessionsPath+"/"+v.first.text("session_id")), 204, "")
+		}, first, true, nil, ""},
+		{"all sessions, by their owner", func(v victim) { w.wants(w.as(v.second, "DELETE", sessionsPath), 204, "") }, both, true, nil, ""},
+		{"one session, managed", manage("DELETE", "/{id}/sessions/{session}", nil), first, true, nil, ""},
+		{"all sessions, managed", manage("DELETE", "/{id}/sessions", nil), both, true, nil, ""},
+		{"logout", func(v victim) { w.wants(w.do(loggingOut(v.first.text("refresh_token"))), 204, "") }, first, true, nil, ""},
+		{"refresh token used again", func(v victim) {
+			next := w.refreshed(v.first)
+			w.graceEnds(next)
+			w.wants(w.do(refreshing(v.first.text("refresh_token"))), 401, "token-reused")
+			w.withdrawn(next)
+		}, first, true, nil, ""},
+		{"ended in Keycloak, found by the loop", func(v victim) {
+			w.admin("DELETE", "/sessions/"+w.sid(v.first), nil, nil)
+			ended(v)
+		}, first, true, nil, ""},
+		{"ended in Keycloak, found by a refresh", func(v victim) {
+			w.admin("DELETE", "/sessions/"+w.sid(v.first), nil, nil)
+			w.wants(w.do(refreshing(v.first.text("refresh_token"))), 401, "invalid-token")
+		}, first, true, nil, ""},
+	} {
+		w.Run(c.cause, func() {
+			email := newEmail()
+			w.account(email)
+			v := victim{id: w.value(`select user_id from users where email = $1`, email)}
+			patch(before)(v)
+			v.first, v.second = w.signsIn(email), w.signsIn(email)
+			if !w.passes(v.first) || !w.passes(v.second) { // issued right after a change, whatever the clocks say
+				t.Fatal("a token that is true does not pass")
+			}
+			c.do(v)
+			old := map[string][]answer{both: {v.first, v.second}, first: {v.first}}[c.tokens]
+			w.withdrawn(old...)
+			var fresh []answer
+			for i, session := range []answer{v.first, v.second} {
+				gone := i < len(old)
+				switch {
+				case !gone && !w.passes(session):
+					w.Errorf("the token of session %d was withdrawn, too", i)
+				case gone && c.ends:
+					w.wants(w.do(refreshing(session.text("refresh_token"))), 401, "invalid-token")
+				default: // the session goes on, with a token that says what is true
+					fresh = append(fresh, w.refreshed(session))
+				}
+			}
+			if c.login != "" {
+				w.wants(w.login(email, password), 403, c.login)
+			} else {
+				fresh = append(fresh, w.signsIn(email))
+			}
+			for i, a := range append(fresh, bystander, admin) {
+				if !w.passes(a) {
+					w.Errorf("token %d does not pass, and is true", i)
+				}
+			}
+			if c.undo == nil {
+				return
+			}
+			c.undo(v)
+			if c.ends { // its session does not come back
+				a := w.signsIn(email)
+				w.eventually("a new token passes", time.Second, func() bool { return w.passes(a) })
+				w.withdrawn(old...)
+				return
+			}
+			w.withdrawn(fresh...)
+			for _, a := range old { // what it says is true again
+				w.eventually("the first token passes again", time.Second, func() bool { return w.passes(a) })
+			}
+		})
+	}
+}
+
+// What is known of a user and a session decides alone: no clock, and not the order in
+// which it was heard.
+func TestWithdrawalsCheck(t *testing.T) {
+	p := principal{UserID: "USR-a", SessionID: "s1", Roles: []string{roleOperator}, NetworkID: "N", StationID: "S"}
+	now := func(number int64, change func(*withdrawal)) withdrawal {
+		w := withdrawal{UserID: p.UserID, Role: roleOperator, NetworkID: "N", StationID: "S", Active: true, Number: number}
+		change(&w)
+		return w
+	}
+	same := func(*withdrawal) {}
+	demoted := func(w *withdrawal) { w.Role = roleUser }
+	for name, c := range map[string]struct {
+		heard  []withdrawal
+		passes bool
+	}{
+		"nothing":                     {nil, true},
+		"its session":                 {[]withdrawal{{SessionID: "s1", Number: 1}}, false},
+		"another session":             {[]withdrawal{{SessionID: "s2", Number: 1}}, true},
+		"its session, then a user":    {[]withdrawal{{SessionID: "s1", Number: 1}, now(2, same)}, false},
+		"as it says":                  {[]withdrawal{now(1, same)}, true},
+		"another user":                {[]withdrawal{now(1, func(w *withdrawal) { w.UserID, w.Active = "USR-b", false })}, true},
+		"another role":                {[]withdrawal{now(1, demoted)}, false},
+		"another network":             {[]withdrawal{now(1, func(w *withdrawal) { w.NetworkID = "" })}, false},
+		"another station":             {[]withdrawal{now(1, func(w *withdrawal) { w.StationID = "S2" })}, false},
+		"deleted":                     {[]withdrawal{now(1, func(w *withdrawal) { w.Active = false })}, false},
+		"demoted and back":            {[]withdrawal{now(1, demoted), now(2, same)}, true},
+		"the same, heard late":        {[]withdrawal{now(2, same), now(1, demoted)}, true},
+		"twice the same, heard twice": {[]withdrawal{now(1, same), now(2, demoted), now(1, same), now(2, demoted)}, false},
+	} {
+		w := withdrawals{sessions: map[string]heard{}, users: map[userID]heard{}}
+		w.add(time.Time{}, c.heard...)
+		if err := w.check(p); !errors.Is(err, errUnavailable) {
+			t.Errorf("%s, nothing read: %v", name, err)
+		}
+		w.add(time.Now())
+		if err := w.check(p); (err == nil) != c.passes {
+			t.Errorf("%s: %v", name, err)
+		}
+		two := p
+		two.Roles = []string{roleOperator, roleUser}
+		if err := w.check(two); err == nil && len(w.users) > 0 && w.users[p.UserID].Number > 0 {
+			t.Errorf("%s: two roles are not one", name)
+		}
+		for since, kept := range map[time.Duration]bool{0: true, tokenLife: true, tokenLife + withdrawalLag + time.Second: false} {
+			for sid, h := range w.sessions {
+				w.sessions[sid] = heard{h.withdrawal, time.Now().Add(-since)}
+			}
+			for id, h := range w.users {
+				w.users[id] = heard{h.withdrawal, time.Now().Add(-since)}
+			}
+			before := len(w.sessions) + len(w.users)
+			w.forget()
+			if n := len(w.sessions) + len(w.users); kept && n != before || !kept && n != 0 {
+				t.Errorf("%s: %d of %d are kept after %v", name, n, before, since)
+			}
+			w.add(time.Time{}, c.heard...)
+		}
+	}
+}
+
+// What is read after a while is what has come meanwhile, at most what a token can live.
+func TestWithdrawalsRead(t *testing.T) {
+	w := inSharedWorld(t)
+	ages := []time.Duration{62 * time.Minute, 59 * time.Minute, 30 * time.Minute, 3 * time.Minute, 30 * time.Second}
+	mark := newEmail()
+	sid := func(age time.Duration) string { return mark + " " + age.String() }
+	s := idle(t, slog.New(slog.DiscardHandler), map[string]string{"DATABASE_URL": w.env["DATABASE_URL"]})
+	for away, known := range map[time.Duration]int{0: 4, time.Second: 1, 20 * time.Minute: 2, 40 * time.Minute: 3, 5 * time.Hour: 4} {
+		w.exec(`delete from withdrawals where keycloak_session_id like $1 || '%'`, mark)
+		for _, age := range ages {
+			w.exec(`insert into withdrawals (at, keycloak_session_id, user_id, role, network_id, station_id, is_active)
+				values (now() - $1::interval, $2, '', '', '', '', false)`, age, sid(age))
+		}
+		s.tokens.withdrawn.sessions, s.tokens.withdrawn.read = map[string]heard{}, time.Time{}
+		if away > 0 {
+			s.tokens.withdrawn.read = time.Now().Add(-away)
+		}
+		if err := s.loadWithdrawals(t.Context(), s.store.pool); err != nil {
+			t.Fatal(err)
+		}
+		for i, age := range ages {
+			if _, heard := s.tokens.withdrawn.sessions[sid(age)]; heard != (i >= len(ages)-known) {
+				t.Errorf("%v after the last look (0: the first one): one of %v ago is known: %v", away, age, heard)
+			}
+		}
+	}
+	if err := s.store.forgetWithdrawals(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if left := w.value(`select string_agg(keycloak_session_id, ', ' order by at) from withdrawals where keycloak_session_id like $1 || '%'`, mark); strings.Count(left, ",") != 3 ||
+		strings.Contains(left, sid(ages[0])) {
+		t.Errorf("left is %s", left)
+	}
+}
+
+// An instance whose connection breaks looks into the table instead, and misses nothing.
+func TestWithdrawalChannel(t *testing.T) {
+	w := newWorld(t, nil)
+	// Nothing happens to the instance that makes the changes.
+	safe, _ := w.another(map[string]string{"DATABASE_URL": strings.Replace(w.env["DATABASE_URL"], w.pg.addr, w.pg.target, 1)})
+	admin := w.administrator()
+	by := safe.signsIn(admin)
+	channel := func(up string) bool {
+		return strings.Contains(string(w.management404("/metrics").Body), "\nwithdrawal_channel_up "+up+"\n")
+	}
+	open := func() {
+		if err := w.pg.open(); err != nil {
+			w.Fatal(err)
+		}
+	}
+	user := func(email string) string { return w.value(`select user_id from users where email = $1`, email) }
+	broken := func() int { return strings.Count(w.logs.String(), "withdrawals can't be followed") }
+	w.Run("the notification is swallowed", func() {
+		email, old := w.signedIn()
+		_, good := w.signedIn()
+		w.exec(`insert into withdrawals (keycloak_session_id, user_id, role, network_id, station_id, is_active) values ('', $1, 'partner', '', '', true)`, user(email))
+		w.withdrawn(old)
+		if !w.passes(good) {
+			w.Error("another's token was withdrawn")
+		}
+	})
+	var heal func()
+	for _, c := range []struct {
+		name     string
+		cut      func()
+		heals    func() // nil: the service does it alone
+		patience time.Duration
+	}{
+		{"the listening connection is cut", func() {
+			w.exec(`select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()
+				and (query like 'listen withdrawals' or query like '%select keycloak_session_id%from withdrawals%')`)
+		}, nil, time.Second},
+		{"every connection is cut", func() {
+			w.at([]string{w.url}, slices.Repeat([]call{authorized(by.text("access_token"), "GET", mePath)}, 32)...) // none has been idle
+			w.pg.close()
+			open()
+		}, nil, time.Second},
+		{"PostgreSQL is away", func() { w.pg.close() }, open, time.Second},
+		{"nothing comes through any more", func() { heal = w.pg.swallow() }, func() { heal() }, 4 * time.Second}, // a try to connect has 3 s
+	} {
+		w.Run(c.name, func() {
+			victim, old := safe.signedIn() // the other one may have broken connections in its pool
+			other, good := safe.signedIn()
+			promote := func(email string) {
+				w.Helper()
+				w.wants(safe.do(managing(by, "PATCH", "/"+user(email), body{"role": "operator"})), 200, "")
+			}
+			w.eventually("the channel is up", 10*time.Second, func() bool { return channel("1") })
+			before := broken()
+			c.cut()
+			w.eventually("it is noticed", 3*time.Second, func() bool { return broken() > before })
+			promote(victim)
+			if c.heals != nil {
+				safe.withdrawn(old)
+				if !w.passes(old) || !channel("0") { // nobody can have told it
+					w.Error("PostgreSQL is not away at all")
+				}
+				c.heals()
+			}
+			start := time.Now()
+			w.eventually("the old token counts no more", c.patience, func() bool { return !w.passes(old) })
+			w.Logf("known after %v", time.Since(start))
+			if !w.passes(good) {
+				w.Error("another's token was withdrawn")
+			}
+			w.eventually("the channel is up again", 15*time.Second, func() bool { return channel("1") })
+			promote(other)
+			w.withdrawn(good)
+		})
+	}
+	w.pg.close() // what hangs in the hole would hold up the end
+	open()
+}
+
+// An instance that starts lets nobody pass before it knows what was withdrawn.
+func TestWithdrawalsAtStart(t *testing.T) {
+	w := newWorld(t, nil)
+	admin := w.signsIn(w.administrator())
+	_, out := w.signedIn()
+	w.wants(w.do(loggingOut(out.text("refresh_token"))), 204, "")
+	email, demoted := w.signedIn()
+	w.wants(w.do(managing(admin, "PATCH", "/"+w.value(`select user_id from users where email = $1`, email), body{"role": "operator"})), 200, "")
+	v, _ := w.another(nil)
+	for i, a := range []answer{out, demoted} {
+		if v.passes(a) {
+			t.Errorf("after a restart token %d passes", i)
+		}
+	}
+	if !v.passes(admin) {
+		t.Error("a good one does not")
+	}
+	tx, err := w.pool.Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tx.Rollback(t.Context())
+	for _, c := range []struct {
+		name, says string
+		begin, end func() error
+	}{
+		{"PostgreSQL is away", "the database is down", w.pg.close, w.pg.open},
+		{"the table is locked", "what was withdrawn has not been read yet", func() error {
+			_, err := tx.Exec(t.Context(), `lock table withdrawals in access exclusive mode`)
+			return err
+		}, func() error { return tx.Rollback(t.Context()) }},
+	} {
+		w.Run(c.name, func() {
+			if err := c.begin(); err != nil {
+				w.Fatal(err)
+			}
+			late := *w
+			defer late.startBlind()()
+			for range 3 {
+				for _, a := range []answer{admin, out, demoted} {
+					late.wants(late.do(bearing(validatePath, a.text("access_token"))), 503, "unavailable")
+				}
+			}
+			late.wants(late.do(bearing(validatePath, "garbage")), 401, "unauthorized")
+			late.eventually("it is not ready", 10*time.Second, func() bool {
+				a := late.management404("/readyz")
+				return a.Status == 503 && strings.TrimSpace(string(a.Body)) == c.says
+			})
+			if err := c.end(); err != nil {
+				w.Fatal(err)
+			}
+			status := func(a answer) int { return late.do(bearing(validatePath, a.text("access_token"))).Status }
+			late.eventually("it lets the good one pass", 20*time.Second, func() bool {
+				if status(out) == 200 || status(demoted) == 200 {
+					late.Fatal("one that was withdrawn passes")
+				}
+				return status(admin) == 200
+			})
+			for i, a := range []answer{out, demoted} {
+				if late.passes(a) {
+					t.Errorf("token %d passes", i)
+				}
+			}
+			late.eventually("it is ready", 20*time.Second, func() bool { return late.management404("/readyz").Status == 200 })
+		})
+	}
+
+	// Whatever is asked, it is answered from memory.
+	w.kc.close()
+	w.pg.close()
+	w.quick = true
+	for range 1000 {
+		if !w.passes(admin) || w.passes(out) || w.passes(demoted) {
+			t.Fatal("another answer")
+		}
+	}
+	if err := errors.Join(w.kc.open(), w.pg.open()); err != nil {
+		t.Fatal(err)
+	}
+}
