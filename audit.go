@@ -81,8 +81,8 @@ func (st *store) endFloods(ctx context.Context, now time.Time) error {
 	}
 	return st.tx(ctx, func(tx pgx.Tx) error {
 		rows, _ := tx.Query(ctx, `
-			delete from audit_floods where (minute, action, reason, actor, network) in (
-				select minute, action, reason, actor, network from audit_floods where minute < $1 limit 1000 for update skip locked)
+			delete from audit_floods where ctid = any(array(
+				select ctid from audit_floods where minute < $1 order by minute limit 1000 for update skip locked))
 			returning minute, action, reason, actor, network, hits`, now.Truncate(time.Minute).Add(-time.Minute)) // instances' clocks differ
 		floods, err := pgx.CollectRows(rows, pgx.RowToStructByPos[flood])
 		if err != nil {
