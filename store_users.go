@@ -92,7 +92,7 @@ func (st *store) addUser(ctx context.Context, c caller, u user, locale string) e
 			insert into users (user_id, keycloak_id, email, username, first_name, last_name, phone, role, network_id, station_id,
 				source, created_at, updated_at, created_by, locale, invitation_due, due_at)
 			select $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, 'internal', $11, $11, $12, $13, true, $14
-			where not exists (select from user_registrations where lower(email) = lower($3) and status = 'pending')`,
+			where not exists (select from user_registrations where lower(email) = lower($3::varchar) and status = 'pending')`,
 			u.ID, u.KeycloakID, u.Email, u.Username, nullString(u.FirstName), nullString(u.LastName), nullString(u.Phone),
 			u.Role, u.NetworkID, u.StationID, u.CreatedAt, string(c.UserID), locale, u.CreatedAt.Add(time.Minute))
 		if err == nil && tag.RowsAffected() == 0 {
