@@ -95,8 +95,8 @@ func endSomeFloods(ctx context.Context, tx pgx.Tx, now time.Time) (ended int, er
 		Hits                           int
 	}
 	rows, _ := tx.Query(ctx, `
-		delete from audit_floods where (minute, action, reason, actor, network) in (
-			select minute, action, reason, actor, network from audit_floods where minute < $1 limit $2 for update skip locked)
+		delete from audit_floods where ctid = any(array(
+			select ctid from audit_floods where minute < $1 order by minute limit $2 for update skip locked))
 		returning minute, action, reason, actor, network, hits`, now.Truncate(time.Minute).Add(-time.Minute), floodBatch) // instances' clocks differ
 	floods, err := pgx.CollectRows(rows, pgx.RowToStructByPos[flood])
 	if err != nil {
@@ -178,30 +178,34 @@ func (s *server) auditTrail(ctx context.Context, c caller, in auditIn) (listOut[
 
 // auditTrail returns entries of one network, or all (""), filtered, the latest first.
 func (st *store) auditTrail(ctx context.Context, in auditIn, network string, before cursor) ([]auditEntry, error) {
-	var f filter
+	f := newFilter()
+	if !in.To.IsZero() && in.To.Before(before.At) {
+		before = cursor{At: in.To} // one bound: of two PostgreSQL may begin at the later one
+	}
 	f.and("(at, audit_id) < (?, ?)", before.At, before.ID)
+	f.and("at <= ?", before.At) // leaves out the months after it
 	f.is("network_id", network)
 	f.is("actor", in.Actor)
 	f.is("target", in.Target)
 	f.is("action", in.Action)
-	f.is("outcome", in.Outcome)
+	f.among("outcome", in.Outcome, "ok", "refused", "failed")
 	if !in.From.IsZero() {
 		f.and("at >= ?", in.From)
 	}
-	if !in.To.IsZero() {
-		f.and("at < ?", in.To)
-	}
-	rows, _ := st.pool.Query(ctx, `select `+auditColumns+` from audit_log where `+f.where()+`
-		order by at desc, audit_id desc limit `+fmt.Sprint(in.Limit+1), f.args...)
-	list, err := pgx.CollectRows(rows, pgx.RowToStructByPos[auditEntry])
-	return list, storeError(err)
+	return inOrder[auditEntry](ctx, st, f.list(auditColumns, "audit_log", "at desc, audit_id desc", in.Limit+1), f.args,
+		`plan_cache_mode = force_custom_plan`) // one actor has five entries, another half of all
 }
 
-// filter is the condition of a list.
+// filter is the condition of a list. An index has the columns that a row must equal before
+// the time, so that no row is passed over; where a column with few values is not asked
+// for, each of its values has a scan of its own, and the list merges them.
 type filter struct {
 	conditions []string
 	args       []any
+	scans      []string
 }
+
+func newFilter() *filter { return &filter{scans: []string{""}} }
 
 // and adds a condition; each ? in it is one of the values.
 func (f *filter) and(condition string, values ...any) {
@@ -219,4 +223,42 @@ func (f *filter) is(column, value string) {
 	}
 }
 
-func (f *filter) where() string { return strings.Join(f.conditions, " and ") }
+// inOrder reads a list, in one round trip. PostgreSQL is to run along the list's index: where
+// it expects few rows it would rather collect all there are and sort them.
+func inOrder[T any](ctx context.Context, st *store, sql string, args []any, settings ...string) (list []T, err error) {
+	var b pgx.Batch
+	b.Queue(`begin`)
+	for _, setting := range append(settings, `enable_sort = off`) {
+		b.Queue(`set local ` + setting)
+	}
+	b.Queue(sql, args...).Query(func(rows pgx.Rows) (err error) {
+		list, err = pgx.CollectRows(rows, pgx.RowToStructByPos[T])
+		return err
+	})
+	b.Queue(`commit`)
+	return list, storeError(st.pool.SendBatch(ctx, &b).Close())
+}
+
+// among is like is for a column with few values.
+func (f *filter) among(column, value string, values ...string) {
+	if value != "" {
+		f.is(column, value)
+		return
+	}
+	var scans []string
+	for _, scan := range f.scans {
+		for _, value := range values {
+			scans = append(scans, scan+" and "+column+" = '"+value+"'")
+		}
+	}
+	f.scans = scans
+}
+
+// list selects the first rows of a table that fulfil the condition.
+func (f *filter) list(columns, table, order string, limit int) string {
+	var scans []string
+	for _, scan := range f.scans {
+		scans = append(scans, fmt.Sprintf(`(select * from %s where %s order by %s limit %d)`, table, strings.Join(f.conditions, " and ")+scan, order, limit))
+	}
+	return fmt.Sprintf(`select %s from (%s) rows order by %s limit %d`, columns, strings.Join(scans, " union all "), order, limit)
+}

@@ -198,8 +198,8 @@ func (st *store) peek(ctx context.Context, l limit, now time.Time) error {
 
 // sweepLimits removes counters whose window is over.
 func (st *store) sweepLimits(ctx context.Context, now time.Time) error {
-	_, err := st.pool.Exec(ctx, `delete from rate_limits where key in (
-		select key from rate_limits where resets_at < $1 limit 10000)`, now)
+	_, err := st.pool.Exec(ctx, `delete from rate_limits where key = any(array(
+		select key from rate_limits where resets_at < $1 order by resets_at limit 10000 for update skip locked))`, now)
 	return storeError(err)
 }
 
