@@ -56,7 +56,7 @@ create unique index if not exists one_live_user_per_email on users (lower(email)
 create unique index if not exists one_live_user_per_username on users (lower(username)) where deleted_at is null;
 
 -- Lists run from the latest to the earliest, within a scope. Every combination of filters
--- has an index in which its rows stand together: see filter in audit.go.
+-- has an index in which its rows stand together: see filter in store.go.
 create extension if not exists pg_trgm;
 drop index if exists users_by_time, users_by_role, users_by_source, users_by_network, users_by_network_and_role,
     users_by_network_and_station, users_by_station; -- of versions before
@@ -182,7 +182,7 @@ create table if not exists audit_log (
     primary key (audit_id, at),
     constraint valid_outcome check (outcome in ('ok', 'refused', 'failed'))
 ) partition by range (at);
--- For sealing, and for each way to ask for entries: see filter in audit.go. A combination
+-- For sealing, and for each way to ask for entries: see filter in store.go. A combination
 -- without an index of its own has a person or a target in it, and those have few entries.
 create index if not exists audit_by_number on audit_log (number);
 drop index if exists audit_by_time, audit_by_target, audit_by_actor, audit_by_network; -- of versions before
