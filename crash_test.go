@@ -94,6 +94,7 @@ func (w *world) repairs(email string) []string {
 // TestCrash kills the process in every window between two writes, and starts a new
 // one, which brings both stores together again: registration.go names the windows.
 func TestCrash(t *testing.T) {
+	t.Parallel() // processes that die, one after the other
 	if testing.Short() {
 		t.Skip("the crash matrix")
 	}

@@ -573,6 +573,7 @@ func TestFaults(t *testing.T) {
 
 // TestLeftUndone has faults that nobody comes back to: only the repair loop is left.
 func TestLeftUndone(t *testing.T) {
+	t.Parallel() // it waits for loops
 	w := newWorld(t, map[string]string{"RESEND_COOLDOWN": "1ms", "JOB_INTERVAL": "200ms"})
 	during := func(call string, f fault, do func()) {
 		w.Helper()
@@ -749,6 +750,7 @@ func (w *world) within(d time.Duration, calls ...call) []answer {
 
 // TestOutages takes Keycloak, the mail server and PostgreSQL away.
 func TestOutages(t *testing.T) {
+	t.Parallel() // it waits for what is away
 	w := newWorld(t, nil)
 	const patience = 5*time.Second + 200*time.Millisecond // the answer itself has 5 s
 	account := newEmail()
