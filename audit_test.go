@@ -198,6 +198,7 @@ const formerAudit = `
 
 // A record of versions before partitions is kept, in its order, however long it takes.
 func TestAuditMigration(t *testing.T) {
+	t.Parallel() // a migration takes its time
 	r := emptyRecord(t)
 	r.exec(formerAudit)
 	const rows = 2000

@@ -504,7 +504,7 @@ func TestFaults(t *testing.T) {
 		{name: "end of all sessions", calls: "service_token end_session", before: session,
 			try:     func(_, _ string, l link) call { return authorized(l.Key, "DELETE", sessionsPath) },
 			success: 204, after: sessions("0")},
-		{name: "create a user", calls: "service_token find_user create_user send_mail",
+		{name: "create a user", calls: "service_token create_user send_mail",
 			before: manager, try: func(email, _ string, l link) call { return managed(l, "POST", "", body{"email": email}) }, success: 201,
 			after: func(w *world, email, _ string) {
 				w.agree(w.userOf(email))
@@ -573,6 +573,7 @@ func TestFaults(t *testing.T) {
 
 // TestLeftUndone has faults that nobody comes back to: only the repair loop is left.
 func TestLeftUndone(t *testing.T) {
+	t.Parallel() // it waits for loops
 	w := newWorld(t, map[string]string{"RESEND_COOLDOWN": "1ms", "JOB_INTERVAL": "200ms"})
 	during := func(call string, f fault, do func()) {
 		w.Helper()
@@ -662,7 +663,7 @@ func TestLeftUndone(t *testing.T) {
 	for _, f := range []struct {
 		call  string
 		fault fault
-	}{{"find_user", lost}, {"create_user", applied}} {
+	}{{"create_user", lost}, {"create_user", applied}} {
 		w.Run("a user deleted before we know that Keycloak has it, "+f.call, func() {
 			email := newEmail()
 			path := queued(email, f.call, f.fault)
@@ -685,7 +686,7 @@ func TestLeftUndone(t *testing.T) {
 			a.text("request_id")); here(email) != "0" || got != "user.create ok, user.remove ok keycloak, createUser refused user-exists" {
 			w.Errorf("%s rows, and on record: %s", here(email), got)
 		}
-		path := queued(late, "find_user", lost)
+		path := queued(late, "create_user", lost)
 		w.admin("POST", "/users", body{"username": "x" + late, "email": late}, nil)
 		w.settle()
 		if got := w.value(`select concat_ws(' ', actor, reason) from audit_log where target = $1 and action = 'user.remove'`, path[1:]); here(late) != "0" || got != "system:users keycloak" {
@@ -749,6 +750,7 @@ func (w *world) within(d time.Duration, calls ...call) []answer {
 
 // TestOutages takes Keycloak, the mail server and PostgreSQL away.
 func TestOutages(t *testing.T) {
+	t.Parallel() // it waits for what is away
 	w := newWorld(t, nil)
 	const patience = 5*time.Second + 200*time.Millisecond // the answer itself has 5 s
 	account := newEmail()

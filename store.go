@@ -198,9 +198,76 @@ func (st *store) peek(ctx context.Context, l limit, now time.Time) error {
 
 // sweepLimits removes counters whose window is over.
 func (st *store) sweepLimits(ctx context.Context, now time.Time) error {
-	_, err := st.pool.Exec(ctx, `delete from rate_limits where key in (
-		select key from rate_limits where resets_at < $1 limit 10000)`, now)
+	_, err := st.pool.Exec(ctx, `delete from rate_limits where key = any(array(
+		select key from rate_limits where resets_at < $1 order by resets_at limit 10000 for update skip locked))`, now)
 	return storeError(err)
+}
+
+// filter is the condition of a list. An index has the columns that a row must equal before
+// the time, so that no row is passed over; where a column with few values is not asked
+// for, each of its values has a scan of its own, and the list merges them.
+type filter struct {
+	conditions []string
+	args       []any
+	scans      []string
+}
+
+func newFilter() *filter { return &filter{scans: []string{""}} }
+
+// and adds a condition; each ? in it is one of the values.
+func (f *filter) and(condition string, values ...any) {
+	for _, value := range values {
+		f.args = append(f.args, value)
+		condition = strings.Replace(condition, "?", fmt.Sprintf("$%d", len(f.args)), 1)
+	}
+	f.conditions = append(f.conditions, condition)
+}
+
+// is demands a value, unless it is empty.
+func (f *filter) is(column, value string) {
+	if value != "" {
+		f.and(column+" = ?", value)
+	}
+}
+
+// inOrder reads a list, in one round trip. PostgreSQL is to run along the list's index: where
+// it expects few rows it would rather collect all there are and sort them.
+func inOrder[T any](ctx context.Context, st *store, sql string, args []any, settings ...string) (list []T, err error) {
+	var b pgx.Batch
+	b.Queue(`begin`)
+	for _, setting := range append(settings, `enable_sort = off`) {
+		b.Queue(`set local ` + setting)
+	}
+	b.Queue(sql, args...).Query(func(rows pgx.Rows) (err error) {
+		list, err = pgx.CollectRows(rows, pgx.RowToStructByPos[T])
+		return err
+	})
+	b.Queue(`commit`)
+	return list, storeError(st.pool.SendBatch(ctx, &b).Close())
+}
+
+// among is like is for a column with few values.
+func (f *filter) among(column, value string, values ...string) {
+	if value != "" {
+		f.is(column, value)
+		return
+	}
+	var scans []string
+	for _, scan := range f.scans {
+		for _, value := range values {
+			scans = append(scans, scan+" and "+column+" = '"+value+"'")
+		}
+	}
+	f.scans = scans
+}
+
+// list selects the first rows of a table that fulfil the condition.
+func (f *filter) list(columns, table, order string, limit int) string {
+	var scans []string
+	for _, scan := range f.scans {
+		scans = append(scans, fmt.Sprintf(`(select * from %s where %s order by %s limit %d)`, table, strings.Join(f.conditions, " and ")+scan, order, limit))
+	}
+	return fmt.Sprintf(`select %s from (%s) rows order by %s limit %d`, columns, strings.Join(scans, " union all "), order, limit)
 }
 
 func nullString(s string) *string {

@@ -118,7 +118,8 @@ func (st *store) rotate(ctx context.Context, s session, hash, nextHash string, a
 
 // forgetAnswers removes what was kept for the grace time.
 func (st *store) forgetAnswers(ctx context.Context, usedBefore time.Time) error {
-	_, err := st.pool.Exec(ctx, `update refresh_tokens set answer = null where answer is not null and used_at < $1`, usedBefore)
+	_, err := st.pool.Exec(ctx, `update refresh_tokens set answer = null where token_hash = any(array(
+		select token_hash from refresh_tokens where answer is not null and used_at < $1 order by used_at limit 10000 for update skip locked))`, usedBefore)
 	return storeError(err)
 }
 

@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"errors"
-	"fmt"
 	"strings"
 	"time"
 
@@ -64,7 +63,8 @@ func (st *store) accountByLogin(ctx context.Context, login string) (string, erro
 
 // users returns whom p may see, filtered, the latest first.
 func (st *store) users(ctx context.Context, p principal, in usersIn, before cursor) ([]user, error) {
-	var f filter
+	f := newFilter()
+	self := false
 	f.and("(created_at, user_id) < (?, ?)", before.At, before.ID)
 	switch {
 	case p.is(roleAdmin):
@@ -75,19 +75,26 @@ func (st *store) users(ctx context.Context, p principal, in usersIn, before curs
 		f.is("station_id", p.StationID)
 	default:
 		f.and("user_id = ?", p.UserID)
+		self = true
 	}
-	f.is("role", in.Role)
 	f.is("network_id", in.NetworkID)
 	f.is("station_id", in.StationID)
-	f.is("source", in.Source)
+	f.among("role", in.Role, roles...)
+	f.among("source", in.Source, sourceWeb, sourceInternal)
+	if in.IncludeDeleted {
+		f.among("is_active", "", "true", "false")
+	} else {
+		f.and("is_active")
+	}
 	if in.Query != "" {
 		f.and(userText+" like '%' || ? || '%'", strings.NewReplacer(`\`, `\\`, `%`, `\%`, `_`, `\_`).Replace(strings.ToLower(in.Query)))
 	}
-	if !in.IncludeDeleted {
-		f.and("deleted_at is null")
+	sql := f.list(userColumns, "users", "created_at desc, user_id desc", in.Limit+1)
+	if in.Query == "" && !self {
+		return inOrder[user](ctx, st, sql, f.args)
 	}
-	rows, _ := st.pool.Query(ctx, `select `+userColumns+` from users where `+f.where()+`
-		order by created_at desc, user_id desc limit `+fmt.Sprint(in.Limit+1), f.args...)
+	// Whether to look for a text or along the index depends on how many have it: no plan is made for all.
+	rows, _ := st.pool.Query(ctx, sql, append([]any{pgx.QueryExecModeCacheDescribe}, f.args...)...)
 	list, err := pgx.CollectRows(rows, pgx.RowToStructByPos[user])
 	return list, storeError(err)
 }

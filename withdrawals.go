@@ -193,7 +193,7 @@ func (s *server) loadWithdrawals(ctx context.Context, q querier) error {
 	defer cancel()
 	rows, _ := q.Query(ctx, `
 		select keycloak_session_id, user_id, role, network_id, station_id, is_active, withdrawal_id from withdrawals
-		where at > clock_timestamp() - $1::interval`, since)
+		where at > now() - $1::interval`, since)
 	all, err := pgx.CollectRows(rows, pgx.RowToStructByPos[withdrawal])
 	if err != nil {
 		return storeError(err)
@@ -207,6 +207,7 @@ func (s *server) loadWithdrawals(ctx context.Context, q querier) error {
 
 // forgetWithdrawals removes what withdraws nothing any more.
 func (st *store) forgetWithdrawals(ctx context.Context) error {
-	_, err := st.pool.Exec(ctx, `delete from withdrawals where at < clock_timestamp() - $1::interval`, tokenLife)
+	_, err := st.pool.Exec(ctx, `delete from withdrawals where withdrawal_id = any(array(
+		select withdrawal_id from withdrawals where at < now() - $1::interval order by at limit 10000 for update skip locked))`, tokenLife)
 	return storeError(err)
 }
