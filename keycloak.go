@@ -308,9 +308,10 @@ func attributesOf(u user) map[string][]string {
 		attrNetworkID: {cmp.Or(u.NetworkID, noScope)}, attrStationID: {cmp.Or(u.StationID, noScope)}}
 }
 
-// assign gives Keycloak's user our role, scope and names, in one call, and disables it if
-// ours is deleted; only a restored one is enabled.
-func (k *keycloak) assign(ctx context.Context, u user, enable bool) error {
+// assign gives Keycloak's user our role and scope, in one call, and our names if they were
+// changed here, and disables it if ours is deleted; only a restored one is enabled. It
+// returns errNotFound for a user that Keycloak does not have any more.
+func (k *keycloak) assign(ctx context.Context, u user, enable, names bool) error {
 	ku, err := k.user(ctx, u.KeycloakID)
 	if err != nil {
 		return err
@@ -319,7 +320,9 @@ func (k *keycloak) assign(ctx context.Context, u user, enable bool) error {
 		ku.Attributes = &map[string][]string{}
 	}
 	maps.Copy(*ku.Attributes, attributesOf(u))
-	ku.FirstName, ku.LastName = &u.FirstName, &u.LastName
+	if names {
+		ku.FirstName, ku.LastName = &u.FirstName, &u.LastName
+	}
 	if !u.IsActive || enable {
 		ku.Enabled = &u.IsActive
 	}

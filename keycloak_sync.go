@@ -54,9 +54,9 @@ var userEventTypes = []string{"REGISTER", "UPDATE_PROFILE", "UPDATE_EMAIL", "VER
 	"USER_DISABLED_BY_PERMANENT_LOCKOUT", "IDENTITY_PROVIDER_FIRST_LOGIN"}
 
 // userEvents returns what has happened to users since a time, the earliest first, by
-// themselves or by administrators other than this service.
-func (k *keycloak) userEvents(ctx context.Context, since int64) ([]userEvent, error) {
-	var all []userEvent
+// themselves or by administrators other than this service; and the time of the latest
+// event, this service's own included, so that those are not read again and again.
+func (k *keycloak) userEvents(ctx context.Context, since int64) (all []userEvent, latest int64, err error) {
 	for _, source := range []struct {
 		path  string
 		query url.Values
@@ -88,9 +88,10 @@ func (k *keycloak) userEvents(ctx context.Context, since int64) ([]userEvent, er
 				return responseError(resp, err)
 			})
 			if err != nil {
-				return nil, err
+				return nil, 0, err
 			}
 			for _, e := range page {
+				latest = max(latest, e.Time)
 				if id, ok := strings.CutPrefix(e.ResourcePath, "users/"); ok {
 					e.UserID, _, _ = strings.Cut(id, "/")
 				}
@@ -104,5 +105,5 @@ func (k *keycloak) userEvents(ctx context.Context, since int64) ([]userEvent, er
 		}
 	}
 	slices.SortFunc(all, func(a, b userEvent) int { return int(a.At - b.At) })
-	return all, nil
+	return all, latest, nil
 }

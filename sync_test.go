@@ -1,0 +1,618 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"html"
+	"maps"
+	"math/rand/v2"
+	"net/url"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/jackc/pgx/v5"
+	gonanoid "github.com/matoous/go-nanoid/v2"
+)
+
+// seeds are users that both stores have, made in great number at once: zz0000@seed.test,
+// an operator of NET-1 and STA-1, zz0001@seed.test, a user, and so on in turn. The value is
+// what their ids in Keycloak begin with.
+type seeds string
+
+func newSeeds() seeds {
+	return seeds(gonanoid.MustGenerate("0123456789abcdef", 8) + "-0000-4000-8000-")
+}
+
+func (s seeds) keycloakID(n int) string { return fmt.Sprintf("%s%012d", s, n) }
+func (s seeds) userID(n int) string     { return fmt.Sprintf("USR-%016d", n) }
+
+// inKeycloak are those from first to before last, as Keycloak imports them.
+func (s seeds) inKeycloak(first, last int) (users []body) {
+	for n := first; n < last; n++ {
+		role, network, station := roleUser, noScope, noScope
+		if n%2 == 0 {
+			role, network, station = roleOperator, "NET-1", "STA-1"
+		}
+		users = append(users, body{"id": s.keycloakID(n), "username": fmt.Sprintf("zz%04d", n), "email": fmt.Sprintf("zz%04d@seed.test", n),
+			"firstName": "First", "lastName": "Last", "enabled": true, "emailVerified": true,
+			"attributes": body{attrUserID: []string{s.userID(n)}, attrRoles: []string{role}, attrNetworkID: []string{network}, attrStationID: []string{station}}})
+	}
+	return users
+}
+
+// here writes their rows.
+func (s seeds) here(w *world, first, last int) {
+	w.Helper()
+	w.exec(`insert into users (user_id, keycloak_id, email, username, first_name, last_name, is_verified, role, network_id, station_id, source)
+		select 'USR-' || lpad(n::text, 16, '0'), $1 || lpad(n::text, 12, '0'), 'ZZ' || lpad(n::text, greatest(4, length(n::text)), '0') || '@seed.test', 'zz' || lpad(n::text, greatest(4, length(n::text)), '0'), 'First', 'Last',
+			true, case when n % 2 = 0 then 'operator' else 'user' end, case when n % 2 = 0 then 'NET-1' else '' end, case when n % 2 = 0 then 'STA-1' else '' end, 'internal'
+		from generate_series($2::int, $3::int - 1) n`, string(s), first, last)
+}
+
+// seen is all that a store has of users: by id in Keycloak.
+func (w *world) seenInKeycloak() map[string]body {
+	w.Helper()
+	users := map[string]body{}
+	for first := 0; ; first += 100 {
+		var page []body
+		w.admin("GET", fmt.Sprintf("/users?briefRepresentation=false&first=%d&max=100", first), nil, &page)
+		for _, u := range page {
+			users[u["id"].(string)] = u
+		}
+		if len(page) < 100 {
+			return users
+		}
+	}
+}
+
+func (w *world) seenHere() map[string]body {
+	w.Helper()
+	rows, _ := w.pool.Query(w.Context(), `select to_jsonb(u) from users u`)
+	list, err := pgx.CollectRows(rows, pgx.RowTo[body])
+	if err != nil {
+		w.Fatal(err)
+	}
+	users := map[string]body{}
+	for _, u := range list {
+		users[u["keycloak_id"].(string)] = u
+	}
+	return users
+}
+
+// outOfStep lists the users that the two stores don't agree on, but for those that are due
+// or wait for their confirmation.
+func (w *world) outOfStep() (wrong []string) {
+	w.Helper()
+	here, there := w.seenHere(), w.seenInKeycloak()
+	text := func(v any) string { s, _ := v.(string); return strings.ToLower(s) }
+	for id := range there {
+		if here[id] == nil {
+			wrong = append(wrong, "unknown here: "+id)
+		}
+	}
+	for id, u := range here {
+		ku := there[id]
+		switch waits := u["source"] == "web" && u["is_verified"] == false; {
+		case u["due_at"] != nil, waits && ku != nil && ku["enabled"] == false:
+			continue
+		case ku == nil:
+			if u["is_active"] == true {
+				wrong = append(wrong, "missing in Keycloak: "+id)
+			}
+			continue
+		}
+		scope := func(name string) []any {
+			if u[name] == "" {
+				return []any{noScope}
+			}
+			return []any{u[name]}
+		}
+		want := body{"email": text(u["email"]), "username": text(u["username"]), "first": text(u["first_name"]), "last": text(u["last_name"]),
+			"verified": u["is_verified"], "enabled": u["is_active"], attrUserID: []any{u["user_id"]}, attrRoles: []any{u["role"]},
+			attrNetworkID: scope("network_id"), attrStationID: scope("station_id")}
+		got := body{"email": text(ku["email"]), "username": text(ku["username"]), "first": text(ku["firstName"]), "last": text(ku["lastName"]),
+			"verified": ku["emailVerified"], "enabled": ku["enabled"]}
+		attributes, _ := ku["attributes"].(body)
+		for _, name := range []string{attrUserID, attrRoles, attrNetworkID, attrStationID} {
+			got[name] = attributes[name]
+		}
+		if diff := cmp.Diff(want, got); diff != "" {
+			wrong = append(wrong, fmt.Sprintf("%s, here (-) and in Keycloak (+): %s", id, diff))
+		}
+	}
+	return wrong
+}
+
+// sync is the command; found and repaired are its report by class.
+func (w *world) sync(settings map[string]string, args ...string) (found, repaired map[difference]int, out string, err error) {
+	w.Helper()
+	var stdout bytes.Buffer
+	env := maps.Clone(w.env)
+	maps.Copy(env, settings)
+	err = run(w.Context(), append([]string{"sync"}, args...), func(name string) string { return env[name] }, &stdout, w.logs)
+	found, repaired = map[difference]int{}, map[difference]int{}
+	for _, m := range regexp.MustCompile(`(?m)^(\w+) +(\d+) found +(\d+) repaired`).FindAllStringSubmatch(stdout.String(), -1) {
+		found[difference(m[1])], _ = strconv.Atoi(m[2])
+		repaired[difference(m[1])], _ = strconv.Atoi(m[3])
+	}
+	return found, repaired, stdout.String(), err
+}
+
+// command runs another subcommand, which must succeed.
+func (w *world) command(args ...string) {
+	w.Helper()
+	if err := run(w.Context(), args, func(name string) string { return w.env[name] }, new(bytes.Buffer), w.logs); err != nil {
+		w.Fatalf("%v: %v", args, err)
+	}
+}
+
+// A drift of every class among two thousand users is found and repaired, and nobody else
+// is touched.
+func TestSync(t *testing.T) {
+	const n = 2000
+	s := newSeeds()
+	users := s.inKeycloak(0, n)
+	attribute := func(name string, values ...string) func(body, int) {
+		return func(ku body, _ int) { ku["attributes"].(body)[name] = values }
+	}
+	set := func(name string, value any) func(body, int) { return func(ku body, _ int) { ku[name] = value } }
+	gone, none := func(ku body, _ int) { clear(ku) }, func(body, int) {}
+	here := func(set string) func(int) string {
+		return func(int) string { return `update users set ` + set + ` where user_id = $1` }
+	}
+	const deleted = `is_active = false, deleted_at = now()`
+	absent := func(int) string { return `delete from users where user_id = $1` }
+	drifts := []struct {
+		name  string
+		users int
+		there func(ku body, n int)
+		here  func(n int) string // SQL for the user $1; nil: none
+		found []difference
+	}{
+		{"e-mail", 12, func(ku body, n int) { ku["email"] = fmt.Sprintf("new%d@seed.test", n) }, nil, []difference{diffProfile}},
+		{"username", 3, func(ku body, n int) { ku["username"] = fmt.Sprintf("zznew%d", n) }, nil, []difference{diffProfile}},
+		{"first name", 3, set("firstName", "Grace"), nil, []difference{diffProfile}},
+		{"last name", 3, set("lastName", nil), nil, []difference{diffProfile}},
+		{"verified there", 4, none, here(`is_verified = false`), []difference{diffVerified}},
+		{"unconfirmed there", 4, set("emailVerified", false), nil, []difference{diffVerified}},
+		{"disabled there", 5, set("enabled", false), nil, []difference{diffDisabled}},
+		{"deleted there", 5, gone, nil, []difference{diffMissing}},
+		{"created there", 4, attribute(attrRoles, roleAdmin), absent, []difference{diffUnknown}},
+		{"created there without attributes", 4, set("attributes", nil), absent, []difference{diffUnknown}},
+		{"created there, not confirmed", 2, set("emailVerified", false), absent, []difference{diffUnknown}},
+		{"created there, disabled", 2, set("enabled", false), absent, []difference{diffUnknown}},
+		{"created there without an address", 3, set("email", nil), absent, []difference{diffConflict}},
+		{"role edited", 4, attribute(attrRoles, roleAdmin), nil, []difference{diffRole}},
+		{"role added", 2, attribute(attrRoles, roleUser, roleAdmin), nil, []difference{diffRole}},
+		{"role removed", 2, attribute(attrRoles), nil, []difference{diffRole}},
+		{"network edited", 2, attribute(attrNetworkID, "NET-2"), nil, []difference{diffRole}},
+		{"station removed", 2, attribute(attrStationID), nil, []difference{diffRole}},
+		{"user_id edited", 2, attribute(attrUserID, "USR-aaaaaaaaaaaaaaaa"), nil, []difference{diffRole}},
+		{"attributes removed", 2, set("attributes", nil), nil, []difference{diffRole}},
+		{"deleted here", 5, none, here(deleted), []difference{diffDeleted}},
+		{"deleted here, disabled there", 2, set("enabled", false), here(deleted), nil},
+		{"deleted here, role edited there", 2, func(ku body, n int) { attribute(attrRoles, roleAdmin)(ku, n); ku["enabled"] = false }, here(deleted), []difference{diffRole}},
+		{"deleted on both sides", 2, gone, here(deleted), nil},
+		{"several", 2, func(ku body, n int) {
+			ku["email"], ku["enabled"] = fmt.Sprintf("new%d@seed.test", n), false
+			attribute(attrRoles, roleAdmin)(ku, n)
+		}, nil, []difference{diffProfile, diffDisabled, diffRole}},
+		{"an address that the next one has given up", 1, func(ku body, n int) { ku["email"] = fmt.Sprintf("zz%04d@seed.test", n+1) }, nil, []difference{diffConflict}},
+		{"the next one", 1, func(ku body, n int) { ku["email"] = fmt.Sprintf("new%d@seed.test", n) }, nil, []difference{diffProfile}},
+		{"due", 2, attribute(attrRoles, roleAdmin), here(`first_name = 'Due', due_at = 'infinity'`), nil},
+		{"due, with the next one's address", 1, none,
+			func(n int) string {
+				return fmt.Sprintf(`update users set email = 'zz%04d@seed.test', due_at = 'infinity' where user_id = $1`, n+1)
+			}, nil},
+		{"created there, with a taken address", 1, none, absent, []difference{diffConflict}},
+		{"in capitals there", 3, none, here(`email = upper(email), username = upper(username)`), nil},
+	}
+	var sql []string // with $1
+	var whose []string
+	found, drifted := map[difference]int{}, map[string]string{} // by class; by id in Keycloak, the name
+	examples := map[difference][]string{}
+	i := 0
+	for _, d := range drifts {
+		for range d.users {
+			d.there(users[i], i)
+			if d.here != nil {
+				sql, whose = append(sql, d.here(i)), append(whose, s.userID(i))
+			}
+			for _, class := range d.found {
+				found[class]++
+				examples[class] = append(examples[class], s.userID(i), s.keycloakID(i))
+			}
+			if len(d.found) > 0 {
+				drifted[s.keycloakID(i)] = d.name
+			}
+			i++
+		}
+	}
+	w := newWorld(t, map[string]string{"JOB_INTERVAL": "0"}, slices.DeleteFunc(users, func(ku body) bool { return len(ku) == 0 })...)
+	s.here(w, 0, n)
+	for i := range sql {
+		w.exec(sql[len(sql)-1-i], whose[len(sql)-1-i]) // those first whose address the one before takes
+	}
+	pendingOne, between, ended := newEmail(), newEmail(), newEmail() // these are in the hands of the repair loop
+	for _, email := range []string{pendingOne, between, ended} {
+		registered(w, email, password)
+	}
+	w.admin("PUT", "/users/"+w.value(`select keycloak_id from users where email = $1`, between), body{"enabled": true, "emailVerified": true}, nil) // V3
+	w.exec(`update user_registrations set status = 'expired' where email = $1`, ended)                                                              // E1
+	found[diffVerified]++
+	drifted[w.value(`select keycloak_id from users where email = $1`, between)] = "between"
+	audited := func() string {
+		return w.value(`select count(*)::text from audit_log where action not like 'sync.%'`)
+	}
+
+	hereBefore, thereBefore, auditBefore := w.seenHere(), w.seenInKeycloak(), audited()
+	same := func(when string, but map[string]string) {
+		t.Helper()
+		ignore := func(users map[string]body) map[string]body {
+			users = maps.Clone(users)
+			for id := range but {
+				delete(users, id)
+			}
+			return users
+		}
+		if diff := cmp.Diff(ignore(hereBefore), ignore(w.seenHere())); diff != "" {
+			t.Errorf("%s has changed users here: %s", when, diff)
+		}
+		if diff := cmp.Diff(ignore(thereBefore), ignore(w.seenInKeycloak())); diff != "" {
+			t.Errorf("%s has changed users in Keycloak: %s", when, diff)
+		}
+	}
+	wants := func(what string, want, got any) {
+		t.Helper()
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("%s: wanted (-), got (+): %s", what, diff)
+		}
+	}
+
+	w.Run("dry", func() {
+		got, repaired, out, err := w.sync(nil, "-dry-run")
+		if !errors.Is(err, errDiffer) {
+			w.Errorf("it ends with %v: %s", err, out)
+		}
+		wants("found", found, got)
+		wants("repaired", map[difference]int{}, withoutZero(repaired))
+		for class, all := range examples {
+			line := regexp.MustCompile(`(?m)^` + string(class) + ` .* repaired +(.*)$`).FindStringSubmatch(out)
+			if line == nil {
+				continue // wanted above
+			}
+			for _, name := range strings.Fields(line[1]) {
+				if !slices.Contains(all, name) && class != diffVerified {
+					w.Errorf("%s is no example of %s", name, class)
+				}
+			}
+			if got := len(strings.Fields(line[1])); got != min(found[class], syncExamples) {
+				w.Errorf("%d examples of %s", got, class)
+			}
+		}
+		same("a dry run", nil)
+		wants("entries", auditBefore, audited())
+	})
+	if t.Failed() {
+		return
+	}
+	w.Run("repair", func() {
+		got, repaired, out, err := w.sync(nil)
+		if !errors.Is(err, errDiffer) { // there are conflicts
+			w.Errorf("it ends with %v: %s", err, out)
+		}
+		wants("found", found, got)
+		left := maps.Clone(found)
+		left[diffConflict] = 1 // of five: the address that was given up
+		wants("repaired", left, repaired)
+		same("a sync", drifted)
+		untouched := w.value(`select count(*)::text from audit_log where action like 'user.%' and target = any($1)`, func() (ids []string) {
+			for i := range n {
+				if drifted[s.keycloakID(i)] == "" {
+					ids = append(ids, s.userID(i))
+				}
+			}
+			return ids
+		}())
+		wants("entries about users in step", "0", untouched)
+		twice := w.value(`select coalesce(string_agg(target || ' ' || action, ', '), '') from (
+			select target, action from audit_log where action in ('user.sync', 'user.take_over', 'user.assert') group by 1, 2 having count(*) > 1) x`)
+		wants("entries for the same", "", twice)
+	})
+	w.Run("what became of them", func() {
+		after, kept := w.seenHere(), w.seenInKeycloak()
+		for id, before := range thereBefore {
+			ku := kept[id]
+			if ku == nil {
+				w.Errorf("%s was deleted in Keycloak", drifted[id])
+			} else if before["enabled"] == false && ku["enabled"] == true {
+				w.Errorf("%s was enabled in Keycloak", drifted[id])
+			}
+		}
+		for id, name := range drifted {
+			u, before := after[id], hereBefore[id]
+			if strings.HasPrefix(name, "created") && u != nil {
+				if u["role"] != roleUser || u["network_id"] != "" || u["station_id"] != "" || u["source"] != sourceInternal ||
+					u["is_active"] != (name != "created there, disabled") || u["is_verified"] != (name != "created there, not confirmed") {
+					w.Errorf("%s: %v", name, u)
+				}
+			}
+			if before == nil {
+				continue
+			}
+			for _, name := range []string{"user_id", "role", "network_id", "station_id"} {
+				wants(drifted[id]+", "+name, before[name], u[name])
+			}
+			if before["is_active"] == false && u["is_active"] == true {
+				w.Errorf("%s was restored", name)
+			}
+		}
+	})
+	w.Run("again", func() {
+		got, _, out, err := w.sync(nil)
+		if !errors.Is(err, errDiffer) {
+			w.Errorf("it ends with %v: %s", err, out)
+		}
+		wants("found", map[difference]int{diffConflict: 4}, got)
+		if wrong := w.outOfStep(); len(wrong) != 4 {
+			w.Errorf("%d are not in step: %s", len(wrong), strings.Join(wrong, "\n"))
+		}
+	})
+	w.Run("when nothing is due or in conflict any more", func() {
+		for id, name := range drifted {
+			if name == "created there without an address" {
+				w.admin("PUT", "/users/"+id, body{"email": newEmail()}, nil)
+			}
+		}
+		w.exec(`update users set due_at = null where due_at is not null`)
+		w.command("jobs") // the registrations
+		if _, _, out, err := w.sync(nil); err != nil {
+			w.Errorf("it ends with %v: %s", err, out)
+		}
+		if wrong := w.outOfStep(); len(wrong) > 0 {
+			w.Error(strings.Join(wrong, "\n"))
+		}
+		if got, _, _, err := w.sync(nil, "-dry-run"); err != nil || len(got) > 0 {
+			w.Errorf("found %v, %v", got, err)
+		}
+	})
+}
+
+func withoutZero(counts map[difference]int) map[difference]int {
+	maps.DeleteFunc(counts, func(_ difference, n int) bool { return n == 0 })
+	return counts
+}
+
+// keycloakID is the id in Keycloak of the user with an address.
+func (w *world) keycloakID(email string) string {
+	w.Helper()
+	return w.value(`select keycloak_id from users where lower(email) = lower($1)`, email)
+}
+
+// edits changes attributes in Keycloak, as an administrator there does.
+func (w *world) edits(id string, attributes body) {
+	w.Helper()
+	var ku body
+	w.admin("GET", "/users/"+id, nil, &ku)
+	maps.Copy(ku["attributes"].(body), attributes)
+	w.admin("PUT", "/users/"+id, ku, nil)
+}
+
+// administrator is the sign-in of one.
+func (w *world) administrator() answer {
+	w.Helper()
+	email := newEmail()
+	w.account(email)
+	w.command("grant-admin", email)
+	return w.signsIn(email)
+}
+
+// What others change in Keycloak arrives within seconds.
+func TestSyncEvents(t *testing.T) {
+	w := newWorld(t, nil) // with JOB_INTERVAL=1s
+	arrives := func(what, sql string, args ...any) {
+		w.Helper()
+		w.eventually(what, 10*time.Second, func() bool { return w.value(sql, args...) == "t" })
+	}
+	w.Run("e-mail and names", func() {
+		email, id, next := newEmail(), "", newEmail()
+		w.account(email)
+		id = w.keycloakID(email)
+		w.admin("PUT", "/users/"+id, body{"email": next, "firstName": "Grace"}, nil)
+		arrives("both", `select case when email = $2 and first_name = 'Grace' then 't' else 'f' end from users where keycloak_id = $1`, id, next)
+		w.admin("PUT", "/users/"+id, body{"email": newEmail(), "emailVerified": false}, nil)
+		arrives("not confirmed", `select case when is_verified then 'f' else 't' end from users where keycloak_id = $1`, id)
+		w.admin("PUT", "/users/"+id, body{"emailVerified": true}, nil)
+		arrives("confirmed again", `select case when is_verified then 't' else 'f' end from users where keycloak_id = $1`, id)
+	})
+	w.Run("a new address, confirmed at the sign-in", func() {
+		email := newEmail()
+		w.account(email)
+		id := w.keycloakID(email)
+		w.exec(`update users set is_verified = false where keycloak_id = $1`, id)
+		w.signsIn(email)
+	})
+	w.Run("disabled", func() {
+		email, a := w.signedIn()
+		id := w.keycloakID(email)
+		w.admin("PUT", "/users/"+id, body{"enabled": false}, nil)
+		arrives("disabled here", `select case when is_active then 'f' else 't' end from users where keycloak_id = $1`, id)
+		w.wants(w.do(refreshing(a.text("refresh_token"))), 401, "invalid-token")
+		w.admin("PUT", "/users/"+id, body{"enabled": true}, nil) // only restore does
+		w.eventually("disabled there again", 10*time.Second, func() bool { return w.seenInKeycloak()[id]["enabled"] == false })
+		w.value(`select audit_id from audit_log where actor = 'system:sync' and action = 'user.sync' and target = (select user_id from users where keycloak_id = $1)`, id)
+		admin := w.administrator()
+		w.wants(w.as(admin, "POST", "/api/v1/users/"+w.value(`select user_id from users where keycloak_id = $1`, id)+"/restore"), 200, "")
+		w.signsIn(email)
+	})
+	w.Run("deleted", func() {
+		created := newEmail()
+		w.admin("POST", "/users", body{"username": created, "email": created, "enabled": true, "emailVerified": true,
+			"attributes": body{attrRoles: []string{roleAdmin}}}, nil)
+		arrives("taken over", `select case when exists (select from users where email = $1 and role = 'user' and due_at is null) then 't' else 'f' end`, created)
+		id := w.keycloakID(created)
+		if wrong := w.outOfStep(); len(wrong) > 0 {
+			w.Error(strings.Join(wrong, "\n"))
+		}
+		w.admin("DELETE", "/users/"+id, nil, nil)
+		arrives("deleted here, and nothing due", `select case when not is_active and due_at is null then 't' else 'f' end from users where keycloak_id = $1`, id)
+	})
+	w.Run("a role", func() {
+		email, before := w.signedIn()
+		id := w.keycloakID(email)
+		w.edits(id, body{attrRoles: []string{roleAdmin}})
+		meanwhile := w.refreshed(before)
+		w.eventually("reverted", 10*time.Second, func() bool {
+			attributes := w.seenInKeycloak()[id]["attributes"].(body)
+			return cmp.Equal(attributes[attrRoles], []any{roleUser})
+		})
+		if slices.Equal(unpacked(meanwhile.text("access_token"), 1)["roles"].([]any), []any{roleAdmin}) {
+			w.eventually("the token is refused", 2*time.Second, func() bool {
+				return w.do(bearing(validatePath, meanwhile.text("access_token"))).Status == 401
+			})
+		}
+		w.wants(w.do(bearing(validatePath, w.refreshed(meanwhile).text("access_token"))), 200, "")
+	})
+	w.Run("by the person", func() {
+		email := newEmail()
+		w.account(email)
+		id := w.keycloakID(email)
+		w.admin("PUT", "/users/"+id, body{"requiredActions": []string{"UPDATE_PROFILE"}}, nil)
+		p := w.person()
+		a := p.visit(p.begins("/"), call{})
+		a = p.visit(html.UnescapeString(string(formAction.FindSubmatch(a.Body)[1])), call{method: "POST", form: url.Values{"username": {email}, "password": {password}}})
+		a = p.visit(a.Header.Get("Location"), call{})
+		p.visit(html.UnescapeString(string(formAction.FindSubmatch(a.Body)[1])), call{method: "POST",
+			form: url.Values{"username": {email}, "email": {email}, "firstName": {"Grace"}, "lastName": {"Hopper"}}})
+		arrives("the names", `select case when first_name = 'Grace' and last_name = 'Hopper' then 't' else 'f' end from users where keycloak_id = $1`, id)
+		w.straysDie()
+	})
+	w.Run("names, while a change here is due", func() {
+		email := newEmail()
+		w.account(email)
+		id := w.keycloakID(email)
+		w.exec(`update sync_place set owner = 'another', until = now() + interval '1 hour'`) // no events
+		w.admin("PUT", "/users/"+id, body{"firstName": "Grace"}, nil)
+		w.command("grant-admin", email)
+		w.exec(`update sync_place set until = now()`)
+		arrives("the name", `select case when first_name = 'Grace' and role = 'admin' then 't' else 'f' end from users where keycloak_id = $1`, id)
+	})
+}
+
+// Nothing is lost and nothing done twice, whoever dies; our own changes are no news.
+func TestSyncEventsOnce(t *testing.T) {
+	binary := filepath.Join(t.TempDir(), "auth-service")
+	if out, err := exec.Command("go", "build", "-o", binary, ".").CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	w := newWorld(t, map[string]string{"JOB_INTERVAL": "0", "SYNC_MAX_SHARE": "100"}, newSeeds().inKeycloak(0, 1)...)
+	w.command("jobs") // from now on
+	w.Run("our own", func() {
+		w.account(newEmail())
+		looked := w.kc.count("get_user")
+		w.command("jobs")
+		if n := w.kc.count("get_user") - looked; n != 0 {
+			w.Errorf("%d users were looked at", n)
+		}
+	})
+	const n = 250
+	s := newSeeds()
+	users := s.inKeycloak(1, n)
+	w.admin("POST", "/partialImport", body{"ifResourceExists": "FAIL", "users": users[:len(users)/2]}, nil)
+	for kill := range 6 {
+		for i := range 20 { // among those that are imported
+			w.admin("PUT", "/users/"+s.keycloakID(1+20*kill+i), body{"firstName": fmt.Sprint("Grace ", kill)}, nil)
+		}
+		p := w.spawn(binary, map[string]string{"JOB_INTERVAL": "20ms"})
+		q := w.spawn(binary, map[string]string{"JOB_INTERVAL": "20ms"})
+		time.Sleep(time.Duration(rand.IntN(1500)) * time.Millisecond)
+		w.end(p, syscall.SIGKILL)
+		w.end(q, syscall.SIGKILL)
+		w.exec(`update sync_place set until = now()`)
+		w.exec(`update users set due_at = now() where due_at is not null`)
+		w.exec(`update sync_runs set status = 'failed', ended_at = now() where status = 'running'`)
+	}
+	v, _ := w.another(map[string]string{"JOB_INTERVAL": "50ms"})
+	w.another(map[string]string{"JOB_INTERVAL": "50ms"})
+	v.eventually("all are here", 60*time.Second, func() bool {
+		return w.value(`select count(*)::text from users where due_at is null and keycloak_id like $1 || '%'`, string(s)) == fmt.Sprint(len(users)/2)
+	})
+	v.eventually("all are in step", 20*time.Second, func() bool { return len(w.outOfStep()) == 0 })
+	if got := w.value(`select coalesce(string_agg(n || ' ' || action, ', '), '') from (
+		select target, action, count(*) n from audit_log where action in ('user.take_over', 'user.sync', 'user.assert') group by 1, 2 having count(*) > 1) x`); got != "" {
+		w.Errorf("done twice: %s", got)
+	}
+}
+
+// Whoever signs in and is known to Keycloak only gets the right claims at once.
+func TestSyncSignIn(t *testing.T) {
+	w := newWorld(t, map[string]string{"JOB_INTERVAL": "0", "CORS_ALLOWED_ORIGINS": app, "PUBLIC_URL": "http://localhost:3000"})
+	create := func(change body) string {
+		w.Helper()
+		email := newEmail()
+		u := body{"username": email, "email": email, "enabled": true, "emailVerified": true, "attributes": body{attrRoles: []string{roleAdmin}},
+			"credentials": []body{{"type": "password", "value": password, "temporary": false}}}
+		maps.Copy(u, change)
+		w.admin("POST", "/users", u, nil)
+		return email
+	}
+	says := func(email string, a answer) {
+		w.Helper()
+		claims := unpacked(a.text("access_token"), 1)
+		want := body{"user_id": w.value(`select user_id from users where email = $1`, email), "roles": []any{roleUser}, "network_id": noScope, "station_id": noScope}
+		for name, value := range want {
+			if diff := cmp.Diff(value, claims[name]); diff != "" {
+				w.Errorf("%s: %s", name, diff)
+			}
+		}
+		w.wants(w.do(bearing(validatePath, a.text("access_token"))), 200, "")
+	}
+	w.Run("by password", func() {
+		email := create(nil)
+		a := w.signsIn(email)
+		says(email, a)
+		says(email, w.refreshed(a))
+	})
+	w.Run("by the code flow", func() {
+		email := create(nil)
+		p := w.person()
+		p.isBack(p.comesBack(p.signsIn(p.begins(app), email)), app)
+		a := p.asks("refresh")
+		w.wants(a, 200, "")
+		says(email, a)
+	})
+	w.Run("an edited role", func() {
+		email := newEmail()
+		w.account(email)
+		w.edits(w.keycloakID(email), body{attrRoles: []string{roleAdmin}, attrNetworkID: []string{"NET-1"}})
+		says(email, w.signsIn(email))
+	})
+	w.Run("what fails leaves no session", func() {
+		email := create(nil)
+		w.kc.on("^refresh ", lost)
+		w.wants(w.login(email, password), 503, "unavailable")
+		w.kc.on("^refresh ", 0)
+		says(email, w.signsIn(email))
+	})
+	w.Run("a taken address", func() {
+		email := create(nil)
+		other := newEmail()
+		w.account(other)
+		w.exec(`update users set email = $1 where email = $2`, email, other)
+		w.wants(w.login(email, password), 403, "account-setup-required")
+		w.exec(`update users set email = $1 where email = $2`, other, email)
+		says(email, w.signsIn(email))
+	})
+	w.Run("disabled", func() {
+		w.wants(w.login(create(body{"enabled": false}), password), 403, "account-disabled")
+	})
+}
