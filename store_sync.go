@@ -137,8 +137,8 @@ func (st *store) takeOver(ctx context.Context, c caller, u user, reg registratio
 			if _, err := tx.Exec(ctx, `
 				insert into user_registrations (registration_id, email, username, first_name, last_name, verification_token, verification_code,
 					status, keycloak_id, user_id, expires_at, verified_at, created_at, locale, with_password, mail_state, due_at)
-				values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, case when $8 = 'verified' then $12::timestamptz end, $13, $14, $15, 'sent',
-					case when $8 = 'pending' then $12::timestamptz end)`,
+				values ($1, $2, $3, $4, $5, $6, $7, $8::text, $9, $10, $11, case when $8::text = 'verified' then $12::timestamptz end, $13, $14, $15, 'sent',
+					case when $8::text = 'pending' then $12::timestamptz end)`,
 				reg.ID, reg.Email, reg.Username, nullString(reg.FirstName), nullString(reg.LastName), reg.TokenHash, nullString(reg.CodeHash),
 				reg.State, reg.KeycloakID, u.ID, reg.ExpiresAt, now, reg.CreatedAt, reg.Locale, reg.WithPassword); err != nil {
 				return err

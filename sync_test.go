@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"html"
@@ -14,6 +15,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -524,13 +526,23 @@ func TestSyncEventsOnce(t *testing.T) {
 			w.Errorf("%d users were looked at", n)
 		}
 	})
-	const n = 250
+	const n = 120 // more than a page of events
 	s := newSeeds()
-	users := s.inKeycloak(1, n)
-	w.admin("POST", "/partialImport", body{"ifResourceExists": "FAIL", "users": users[:len(users)/2]}, nil)
+	w.admin("POST", "/partialImport", body{"ifResourceExists": "FAIL", "users": s.inKeycloak(1, 1+n)}, nil) // which tells of no user
+	var edits sync.WaitGroup
+	for part := range 4 { // some in the same millisecond
+		edits.Go(func() {
+			for i := part; i < n; i += 4 {
+				w.admin("PUT", "/users/"+s.keycloakID(1+i), body{"firstName": "Ada"}, nil)
+			}
+		})
+	}
+	edits.Wait()
 	for kill := range 6 {
-		for i := range 20 { // among those that are imported
-			w.admin("PUT", "/users/"+s.keycloakID(1+20*kill+i), body{"firstName": fmt.Sprint("Grace ", kill)}, nil)
+		if kill > 0 {
+			for i := range 20 {
+				w.admin("PUT", "/users/"+s.keycloakID(1+20*kill+i), body{"firstName": fmt.Sprint("Grace ", kill)}, nil)
+			}
 		}
 		p := w.spawn(binary, map[string]string{"JOB_INTERVAL": "20ms"})
 		q := w.spawn(binary, map[string]string{"JOB_INTERVAL": "20ms"})
@@ -544,7 +556,7 @@ func TestSyncEventsOnce(t *testing.T) {
 	v, _ := w.another(map[string]string{"JOB_INTERVAL": "50ms"})
 	w.another(map[string]string{"JOB_INTERVAL": "50ms"})
 	v.eventually("all are here", 60*time.Second, func() bool {
-		return w.value(`select count(*)::text from users where due_at is null and keycloak_id like $1 || '%'`, string(s)) == fmt.Sprint(len(users)/2)
+		return w.value(`select count(*)::text from users where due_at is null and keycloak_id like $1 || '%'`, string(s)) == fmt.Sprint(n)
 	})
 	v.eventually("all are in step", 20*time.Second, func() bool { return len(w.outOfStep()) == 0 })
 	if got := w.value(`select coalesce(string_agg(n || ' ' || action, ', '), '') from (
@@ -615,4 +627,303 @@ func TestSyncSignIn(t *testing.T) {
 	w.Run("disabled", func() {
 		w.wants(w.login(create(body{"enabled": false}), password), 403, "account-disabled")
 	})
+}
+
+// A full pass is one at a time, shows how far it is, and may end anywhere.
+func TestSyncRuns(t *testing.T) {
+	binary := filepath.Join(t.TempDir(), "auth-service")
+	if out, err := exec.Command("go", "build", "-o", binary, ".").CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	const n = 300
+	s := newSeeds()
+	users := s.inKeycloak(0, n)
+	for i := range 60 {
+		users[i]["firstName"] = "Grace"
+		users[60+i]["attributes"].(body)[attrRoles] = []string{roleAdmin}
+	}
+	w := newWorld(t, map[string]string{"JOB_INTERVAL": "0"}, users...)
+	s.here(w, 0, n)
+	v, _ := w.another(nil)
+	admin := w.administrator()
+	start := func(w *world, dry bool) call {
+		return call{method: "POST", path: "/api/v1/sync", json: body{"dry_run": dry}, auth: []string{"Bearer " + admin.text("access_token")}}
+	}
+	status := func(id string) answer { return w.as(admin, "GET", "/api/v1/sync/"+id) }
+	ends := func(id string) answer {
+		w.Helper()
+		var a answer
+		w.eventually("its end", 60*time.Second, func() bool { a = status(id); return a.text("status") != "running" })
+		return a
+	}
+	w.Run("who may", func() {
+		_, other := w.signedIn()
+		r := start(w, true)
+		r.auth = []string{"Bearer " + other.text("access_token")}
+		w.wants(w.do(r), 403, "forbidden")
+		w.wants(w.as(other, "GET", "/api/v1/sync/SYN-0123456789abcdef"), 403, "forbidden")
+		w.wants(w.do(call{method: "POST", path: "/api/v1/sync", json: body{}}), 401, "unauthorized")
+		w.wants(status("SYN-0123456789abcdef"), 404, "not-found")
+		w.wants(status("SYN-0"), 400, "invalid-request")
+	})
+	w.Run("one at a time, and how far it is", func() {
+		first, release := w.kc.holdAt("^list_users ", false)
+		answers := w.at([]string{w.url, v.url}, start(w, true), start(w, true), start(w, false))
+		if got := tally(answers); got["202"] != 1 || got["409 sync-running"] != 2 {
+			w.Fatalf("%v", got)
+		}
+		i := slices.IndexFunc(answers, func(a answer) bool { return a.Status == 202 })
+		id := answers[i].text("sync_id")
+		if got := answers[i].Header.Get("Location"); got != "/api/v1/sync/"+id {
+			w.Errorf("Location: %s", got)
+		}
+		<-first
+		second, releaseSecond := w.kc.holdAt("^list_users ", false)
+		release()
+		<-second
+		if a := status(id); a.text("status") != "running" || a.JSON["checked"] != float64(syncPage) || a.JSON["total"] != float64(n+2) {
+			w.Errorf("on the way: %v", a)
+		}
+		releaseSecond()
+		if a := ends(id); a.text("status") != "done" || a.JSON["checked"] != float64(n+2) {
+			w.Errorf("at the end: %v", a)
+		}
+	})
+	for _, outage := range []struct {
+		name       string
+		begin, end func() error
+	}{{"Keycloak", func() error { return w.kc.close() }, func() error { return w.kc.open() }},
+		{"PostgreSQL", func() error { return w.pg.close() }, func() error { return w.pg.open() }}} {
+		w.Run(outage.name+" is lost in the middle", func() {
+			a := w.do(start(w, true))
+			if a.Status == 202 {
+				ends(a.text("sync_id"))
+			}
+			before := w.seenHere()
+			there, release := w.kc.holdAt("^list_users ", false)
+			a = w.do(start(w, false))
+			w.wants(a, 202, "")
+			<-there
+			if err := outage.begin(); err != nil {
+				w.Fatal(err)
+			}
+			release()
+			time.Sleep(500 * time.Millisecond)
+			if err := outage.end(); err != nil {
+				w.Fatal(err)
+			}
+			if outage.name == "PostgreSQL" { // nobody could say so: the next one does, when its time is over
+				time.Sleep(time.Second)
+				w.exec(`update sync_runs set seen_at = now() - interval '61 seconds' where status = 'running'`)
+				w.eventually("the next", 20*time.Second, func() bool { return w.do(start(w, true)).Status != 503 })
+			}
+			if a := ends(a.text("sync_id")); a.text("status") != "failed" {
+				w.Errorf("it has not failed: %v", a)
+			}
+			if diff := cmp.Diff(before, w.seenHere()); diff != "" {
+				w.Error(diff)
+			}
+			w.eventually("nothing runs", 60*time.Second, func() bool {
+				return w.value(`select count(*)::text from sync_runs where status = 'running'`) == "0"
+			})
+		})
+	}
+	w.Run("killed again and again", func() {
+		env := func() (all []string) {
+			for name, value := range w.env {
+				all = append(all, name+"="+value)
+			}
+			return all
+		}()
+		kills := 0
+		for ; ; kills++ {
+			cmd := exec.Command(binary, "sync")
+			cmd.Env, cmd.Stderr = env, w.logs
+			if err := cmd.Start(); err != nil {
+				w.Fatal(err)
+			}
+			ended := make(chan error, 1)
+			go func() { ended <- cmd.Wait() }()
+			patience := time.Duration(500+rand.IntN(1500)) * time.Millisecond
+			if kills == 6 {
+				patience = time.Minute
+			}
+			select {
+			case err := <-ended:
+				if err != nil {
+					w.Errorf("it ends with %v", err)
+				}
+			case <-time.After(patience):
+				cmd.Process.Kill()
+				<-ended
+				w.exec(`update sync_runs set seen_at = now() - interval '61 seconds' where status = 'running'`)
+				w.exec(`update users set due_at = now(), lease_owner = null where due_at is not null`) // the lease has ended
+				continue
+			}
+			break
+		}
+		w.command("jobs") // what was due
+		if wrong := w.outOfStep(); len(wrong) > 0 {
+			w.Errorf("after %d kills: %s", kills, strings.Join(wrong, "\n"))
+		}
+		if got := w.value(`select count(*)::text || ' ' || count(distinct target) from audit_log where action = 'user.sync'`); got != "60 60" {
+			w.Errorf("user.sync is on record (times, users) %s", got)
+		}
+		w.Logf("%d kills", kills)
+		if found, _, _, err := w.sync(nil, "-dry-run"); err != nil || len(found) > 0 {
+			w.Errorf("%v %v", found, err)
+		}
+	})
+	w.Run("once a day", func() {
+		runs := func() string { return w.value(`select count(*)::text from sync_runs where not dry_run`) }
+		before := runs()
+		w.command("jobs")
+		if runs() != before {
+			w.Error("twice a day")
+		}
+		w.exec(`update sync_runs set started_at = started_at - interval '25 hours', ended_at = ended_at - interval '25 hours'`)
+		w.command("jobs")
+		if runs() == before {
+			w.Error("not once a day")
+		}
+	})
+	w.Run("too many at once", func() {
+		w.exec(`update users set is_active = false, deleted_at = now() where keycloak_id like $1 || '%' and keycloak_id > $2`, string(s), s.keycloakID(n-40))
+		before := w.seenHere()
+		_, _, out, err := w.sync(nil)
+		if err == nil || errors.Is(err, errDiffer) || !strings.Contains(out, "stopped At least 39 users would be disabled or taken over, and SYNC_MAX_SHARE allows 30.") {
+			w.Errorf("%v: %s", err, out)
+		}
+		if diff := cmp.Diff(before, w.seenHere()); diff != "" {
+			w.Error(diff)
+		}
+		if _, repaired, out, err := w.sync(map[string]string{"SYNC_MAX_SHARE": "100"}); err != nil || repaired[diffDeleted] != 39 {
+			w.Errorf("%v: %s", err, out)
+		}
+	})
+	w.Run("the wrong realm", func() {
+		empty := newWorld(w.TB, map[string]string{"JOB_INTERVAL": "0"})
+		looked := empty.kc.count("get_user")
+		_, _, out, err := w.sync(map[string]string{"KEYCLOAK_REALM": empty.realm, "KEYCLOAK_URL": empty.kc.url()})
+		if err == nil || !strings.Contains(out, "stopped") {
+			w.Errorf("%v: %s", err, out)
+		}
+		if n := empty.kc.count("get_user") - looked; n > 40 {
+			w.Errorf("it took %d calls to notice", n)
+		}
+	})
+}
+
+// A copy of the database that is older than Keycloak is put back.
+func TestSyncRestored(t *testing.T) {
+	w := newWorld(t, map[string]string{"JOB_INTERVAL": "0", "SYNC_MAX_SHARE": "100"})
+	accounts := map[string]string{} // what becomes of them, address
+	for _, name := range []string{"stays", "moves", "promoted", "demoted", "deleted", "signs in", "restored", "deleted there"} {
+		accounts[name] = newEmail()
+		w.account(accounts[name])
+	}
+	id := func(name string) string {
+		return w.value(`select user_id from users where lower(email) = $1`, accounts[name])
+	}
+	admin := w.administrator()
+	w.command("grant-admin", accounts["demoted"])
+	w.wants(w.as(admin, "DELETE", "/api/v1/users/"+id("restored")), 204, "")
+	pendingBefore, replaced := newEmail(), newEmail()
+	before := registered(w, pendingBefore, password)
+	registered(w, replaced, password)
+	w.wants(w.do(loggingOut(admin.text("refresh_token"))), 204, "")
+
+	w.copyDatabase(w.db, w.db+"_copy")
+	admin = w.signsIn(w.value(`select email from users where role = 'admin' and email <> $1`, accounts["demoted"]))
+	for _, name := range []string{"new", "newer"} {
+		accounts[name] = newEmail()
+		w.account(accounts[name])
+	}
+	pendingAfter := newEmail()
+	after := registered(w, pendingAfter, password)
+	unknown := newEmail()
+	w.register(unknown)
+	w.minuteLater(replaced)
+	w.exec(`delete from rate_limits`)
+	again := w.register(replaced)
+	_ = again
+	latest := w.readMail(replaced, 2)
+	moved := newEmail()
+	w.admin("PUT", "/users/"+w.keycloakID(accounts["moves"]), body{"email": moved}, nil)
+	w.admin("DELETE", "/users/"+w.keycloakID(accounts["deleted there"]), nil, nil)
+	patch := authorized(admin.text("access_token"), "PATCH", "/api/v1/users/"+id("promoted"))
+	patch.json = body{"role": roleOperator, "network_id": "NET-1", "station_id": "STA-1"}
+	w.wants(w.do(patch), 200, "")
+	patch = authorized(admin.text("access_token"), "PATCH", "/api/v1/users/"+id("demoted"))
+	patch.json = body{"role": roleUser}
+	w.wants(w.do(patch), 200, "")
+	w.wants(w.as(admin, "DELETE", "/api/v1/users/"+id("deleted")), 204, "")
+	w.wants(w.as(admin, "POST", "/api/v1/users/"+id("restored")+"/restore"), 200, "")
+	session := w.signsIn(accounts["signs in"])
+
+	for _, end := range w.ends { // the instance, before its database is replaced
+		if err := end(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	w.ends = nil
+	w.copyDatabase(w.db+"_copy", w.db)
+	var err error
+	if w.url, err = w.start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	found, repaired, out, err := w.sync(nil)
+	t.Logf("%v\n%s", err, out)
+	for class, n := range map[difference]int{diffUnknown: 4, diffProfile: 1, diffRole: 2, diffDisabled: 1, diffMissing: 1, diffDeleted: 1, diffConflict: 1} {
+		if found[class] != n || repaired[class] != n {
+			t.Errorf("%s: found %d, repaired %d, not %d", class, found[class], repaired[class], n)
+		}
+	}
+	w.command("jobs")
+	if found, _, out, err := w.sync(nil); err != nil || len(found) > 0 {
+		t.Errorf("the second finds %s %v", out, err)
+	}
+	if wrong := w.outOfStep(); len(wrong) > 0 {
+		t.Error(strings.Join(wrong, "\n"))
+	}
+	w.wants(w.do(refreshing(session.text("refresh_token"))), 401, "invalid-token")
+	w.straysDie()
+	for _, l := range []link{before, after, latest} {
+		w.wants(w.do(verifying(l)), 200, "")
+	}
+	for _, name := range []string{"new", "newer", "stays", "signs in"} {
+		w.signsIn(accounts[name])
+	}
+	w.signsIn(moved)
+	w.wants(w.login(accounts["deleted"], password), 403, "account-disabled")
+	w.wants(w.login(accounts["restored"], password), 403, "account-disabled") // nobody knows any more
+	if got := w.value(`select role || network_id from users where email = $1`, accounts["promoted"]) + " " +
+		w.value(`select role from users where email = $1`, accounts["demoted"]); got != "user admin" {
+		t.Errorf("the roles are not those of the copy: %s", got)
+	}
+}
+
+// copyDatabase makes a database of another's content, in its place.
+func (w *world) copyDatabase(from, to string) {
+	w.Helper()
+	w.pool.Reset()
+	c, err := pgx.Connect(w.Context(), services.DatabaseURL("postgres"))
+	if err != nil {
+		w.Fatal(err)
+	}
+	defer c.Close(w.Context())
+	w.eventually("the copy", 20*time.Second, func() bool {
+		for _, sql := range []string{"drop database if exists " + to + " with (force)",
+			"select pg_terminate_backend(pid) from pg_stat_activity where datname = '" + from + "'",
+			"create database " + to + " template " + from} {
+			if _, err := c.Exec(w.Context(), sql); err != nil {
+				w.Logf("%s: %v", sql, err)
+				return false
+			}
+		}
+		return true
+	})
+	if strings.HasSuffix(to, "_copy") {
+		w.Cleanup(func() { services.DropDatabase(context.Background(), to) })
+	}
 }
