@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"encoding/json"
+	"flag"
 	"fmt"
 	"io"
 	"net"
@@ -32,6 +33,10 @@ func compare(b *testing.B, ours, bare func(i int)) {
 		ours(-1 - i)
 		bare(-1 - i)
 	}
+	inTurn(b, ours, bare)
+}
+
+func inTurn(b *testing.B, ours, bare func(i int)) {
 	var took [2][]time.Duration
 	i := 0
 	for b.Loop() {
@@ -291,4 +296,55 @@ func pour(b *testing.B, address string, requests [][]byte) {
 		})
 	}
 	all.Wait()
+}
+
+var syncUsers = flag.Int("sync-users", 0, "with how many users BenchmarkSync is run")
+
+// BenchmarkSync makes a dry run over all users beside the bare paging of the same ones, in
+// turn. Both take minutes with many users, so it is run only when asked to:
+//
+//	go test -run '^$' -bench Sync -benchtime 3x -sync-users 100000 .
+func BenchmarkSync(b *testing.B) {
+	if *syncUsers == 0 {
+		b.Skip("-sync-users says with how many")
+	}
+	s := newSeeds()
+	w := newWorld(b, map[string]string{"KEYCLOAK_URL": services.KeycloakURL, "JOB_INTERVAL": "0", "LOG_LEVEL": "info"}, s.inKeycloak(0, *syncUsers)...)
+	s.here(w, 0, *syncUsers)
+	w.exec(`analyze users`)
+	binary := filepath.Join(b.TempDir(), "auth-service")
+	if out, err := exec.Command("go", "build", "-o", binary, ".").CombinedOutput(); err != nil {
+		b.Fatalf("%v\n%s", err, out)
+	}
+	page := func(k *bareKeycloak, first, size int) {
+		body, _ := k.call("GET", fmt.Sprintf("/admin/realms/%s/users?briefRepresentation=false&first=%d&max=%d", w.realm, first, size), "", "application/json")
+		var users []keycloakUser
+		if err := json.Unmarshal(body, &users); err != nil || len(users) != size {
+			b.Fatalf("%d users, %v", len(users), err)
+		}
+	}
+	for _, size := range []int{50, 100, 250, 500, 1000} { // which is the cheapest
+		start, pages := time.Now(), max(1, 1000/size)
+		for i := range pages {
+			page(w.bare(), i*size, size)
+		}
+		b.Logf("pages of %d: %.2f ms a user", size, float64(time.Since(start).Microseconds())/1000/float64(pages*size))
+	}
+	var memory int64
+	inTurn(b, func(int) {
+		cmd := exec.Command(binary, "sync", "-dry-run")
+		for name, value := range w.env {
+			cmd.Env = append(cmd.Env, name+"="+value)
+		}
+		if out, err := cmd.CombinedOutput(); err != nil {
+			b.Fatalf("%v\n%s", err, out)
+		}
+		memory = max(memory, cmd.ProcessState.SysUsage().(*syscall.Rusage).Maxrss)
+	}, func(int) {
+		for first := 0; first < *syncUsers; first += syncPage {
+			k := w.bare() // a token for each page: it lives five minutes
+			page(k, first, min(syncPage, *syncUsers-first))
+		}
+	})
+	b.ReportMetric(float64(memory)/1024, "MB-peak")
 }
