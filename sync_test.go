@@ -621,6 +621,9 @@ func TestSyncSignIn(t *testing.T) {
 		w.account(other)
 		w.exec(`update users set email = $1 where email = $2`, email, other)
 		w.wants(w.login(email, password), 403, "account-setup-required")
+		p := w.person()
+		p.isTold(p.comesBack(p.signsIn(p.begins(app), email)), 403, "Account setup required",
+			"Another account here has this e-mail address or username. Please ask an administrator.", "/auth/login?return_to="+url.QueryEscape(app))
 		w.exec(`update users set email = $1 where email = $2`, other, email)
 		says(email, w.signsIn(email))
 	})
