@@ -303,7 +303,7 @@ var syncUsers = flag.Int("sync-users", 0, "with how many users BenchmarkSync is 
 // BenchmarkSync makes a dry run over all users beside the bare paging of the same ones, in
 // turn. Both take minutes with many users, so it is run only when asked to:
 //
-//	go test -run '^$' -bench Sync -benchtime 3x -sync-users 100000 .
+//	go test -run '^$' -bench Sync -benchtime 1x -sync-users 100000 -timeout 1h .
 func BenchmarkSync(b *testing.B) {
 	if *syncUsers == 0 {
 		b.Skip("-sync-users says with how many")
