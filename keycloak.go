@@ -24,10 +24,11 @@ import (
 )
 
 // How long a call may take. A mail waits for Keycloak's SMTP server, which may
-// take ten seconds to say no.
+// take ten seconds to say no; nobody waits for a page of users.
 const (
 	keycloakTimeout = 4 * time.Second
 	mailTimeout     = 15 * time.Second
+	listTimeout     = 30 * time.Second
 )
 
 // What Keycloak may answer beside errNotFound, errConflict and errUnavailable.
@@ -123,8 +124,11 @@ func outcome(err error) string {
 // Keycloak refuses the one we have (it was restarted, or the secret was rotated).
 func (k *keycloak) asService(ctx context.Context, operation string, f func(ctx context.Context, token string) error) error {
 	b, timeout := k.calls, keycloakTimeout
-	if operation == "send_mail" {
+	switch operation {
+	case "send_mail":
 		b, timeout = k.mails, mailTimeout
+	case "list_users":
+		timeout = listTimeout
 	}
 	return k.call(ctx, operation, b, timeout, func(ctx context.Context) error {
 		token, err := k.serviceToken(ctx)

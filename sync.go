@@ -40,7 +40,7 @@ const (
 var mass = []difference{diffDisabled, diffMissing, diffDeleted, diffUnknown}
 
 const (
-	syncPage     = 100              // users that Keycloak lists at once: see usersPage
+	syncPage     = 250              // users that Keycloak lists at once: see usersPage
 	syncBeat     = time.Minute      // a run that has shown no progress for so long is over
 	syncDaily    = 24 * time.Hour   // between two full passes
 	syncPause    = 5 * time.Minute  // before a daily one that has failed is tried again
