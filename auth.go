@@ -72,6 +72,9 @@ func (s *server) login(ctx context.Context, c caller, in loginIn) (loginOut, err
 // its row a session is ended again in Keycloak. The nonce is that of a code flow.
 func (s *server) openSession(ctx context.Context, c caller, token *oauth2.Token, nonce string) (out loginOut, err error) {
 	claims, err := readClaims(token.AccessToken)
+	if err == nil && claims.SessionID == "" {
+		err = errors.New("keycloak's access token: sid is missing")
+	}
 	if err != nil {
 		return loginOut{}, err
 	}
@@ -102,7 +105,10 @@ func (s *server) openSession(ctx context.Context, c caller, token *oauth2.Token,
 		}
 	}
 	if err == nil && !claims.say(u) {
-		out.tokens, err = s.correct(ctx, c, row, u, token.RefreshToken)
+		if out.tokens, err = s.correct(ctx, c, row, u, token.RefreshToken); err != nil { // nobody has its tokens
+			_, ended := s.signOut(ctx, c, u.ID, row.ID, entry{Action: "session.end", Reason: "unfinished"})
+			return loginOut{}, errors.Join(err, ended)
+		}
 	}
 	out.User = loginUser{u.ID, u.Email, u.Username, []string{u.Role}, u.NetworkID, u.StationID}
 	return out, err
@@ -151,7 +157,10 @@ func (s *server) accountOf(ctx context.Context, c caller, subject string) (user,
 			err = s.settle(ctx, c, reg)
 		}
 	}
-	if err != nil && !errors.Is(err, errNotFound) {
+	if errors.Is(err, errNotFound) { // it has changed its address, and confirmed that one in Keycloak
+		err = s.reconcile(ctx, system("sync"), subject)
+	}
+	if err != nil && !errors.Is(err, errConflict) {
 		return u, err
 	}
 	if u, err = s.store.userByKeycloakID(ctx, subject); err == nil && !u.IsVerified {
@@ -221,8 +230,8 @@ func readClaims(token string) (tokenClaims, error) {
 	if err == nil {
 		c, err = claimsOf(signed)
 	}
-	if err == nil && (c.Subject == "" || c.SessionID == "") {
-		err = errors.New("sub or sid is missing")
+	if err == nil && c.Subject == "" {
+		err = errors.New("sub is missing")
 	}
 	if err != nil {
 		return c, fmt.Errorf("keycloak's access token: %w", err)

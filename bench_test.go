@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"encoding/json"
+	"flag"
 	"fmt"
 	"io"
 	"net"
@@ -13,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -32,6 +34,10 @@ func compare(b *testing.B, ours, bare func(i int)) {
 		ours(-1 - i)
 		bare(-1 - i)
 	}
+	inTurn(b, ours, bare)
+}
+
+func inTurn(b *testing.B, ours, bare func(i int)) {
 	var took [2][]time.Duration
 	i := 0
 	for b.Loop() {
@@ -291,4 +297,74 @@ func pour(b *testing.B, address string, requests [][]byte) {
 		})
 	}
 	all.Wait()
+}
+
+var syncUsers = flag.Int("sync-users", 0, "with how many users BenchmarkSync is run")
+
+// BenchmarkSync makes a dry run over all users beside the bare paging of the same ones, in
+// turn. Both take minutes with many users, so it is run only when asked to:
+//
+//	go test -run '^$' -bench Sync -benchtime 1x -sync-users 100000 -timeout 1h .
+func BenchmarkSync(b *testing.B) {
+	if *syncUsers == 0 {
+		b.Skip("-sync-users says with how many")
+	}
+	s := newSeeds()
+	w := newWorld(b, map[string]string{"KEYCLOAK_URL": services.KeycloakURL, "JOB_INTERVAL": "0", "LOG_LEVEL": "info"}, s.inKeycloak(0, *syncUsers)...)
+	s.here(w, 0, *syncUsers)
+	w.exec(`analyze users`)
+	binary := filepath.Join(b.TempDir(), "auth-service")
+	if out, err := exec.Command("go", "build", "-o", binary, ".").CombinedOutput(); err != nil {
+		b.Fatalf("%v\n%s", err, out)
+	}
+	page := func(k *bareKeycloak, first, size int) {
+		body, _ := k.call("GET", fmt.Sprintf("/admin/realms/%s/users?briefRepresentation=false&first=%d&max=%d", w.realm, first, size), "", "application/json")
+		var users []keycloakUser
+		if err := json.Unmarshal(body, &users); err != nil || len(users) != size {
+			b.Fatalf("%d users, %v", len(users), err)
+		}
+	}
+	first := 0
+	for _, size := range []int{50, 100, 250, 500, 1000} { // which is the cheapest, of users that Keycloak has not in its cache
+		k, start := w.bare(), time.Now()
+		for end := first + 1000; first < end; first += size {
+			page(k, first, size)
+		}
+		b.Logf("pages of %d: %.2f ms a user", size, time.Since(start).Seconds())
+	}
+	memory := 0
+	inTurn(b, func(int) {
+		cmd := exec.Command(binary, "sync", "-dry-run")
+		for name, value := range w.env {
+			cmd.Env = append(cmd.Env, name+"="+value)
+		}
+		out := new(buffer)
+		cmd.Stdout, cmd.Stderr = out, out
+		ended := make(chan error, 1)
+		if err := cmd.Start(); err != nil {
+			b.Fatal(err)
+		}
+		go func() { ended <- cmd.Wait() }()
+		for tick := time.NewTicker(100 * time.Millisecond); ; {
+			select {
+			case err := <-ended:
+				if err != nil {
+					b.Fatalf("%v\n%s", err, out)
+				}
+				return
+			case <-tick.C: // not rusage, which begins with the memory of whoever forks
+				status, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", cmd.Process.Pid))
+				if m := regexp.MustCompile(`VmHWM:\s+(\d+) kB`).FindSubmatch(status); m != nil {
+					kB, _ := strconv.Atoi(string(m[1]))
+					memory = max(memory, kB)
+				}
+			}
+		}
+	}, func(int) {
+		for first := 0; first < *syncUsers; first += syncPage {
+			k := w.bare() // a token for each page: it lives five minutes
+			page(k, first, min(syncPage, *syncUsers-first))
+		}
+	})
+	b.ReportMetric(float64(memory)/1024, "MB-peak")
 }

@@ -275,7 +275,6 @@ func TestCodeFlowRefused(t *testing.T) {
 		sentence string
 		slug     string // "": sign-in-incomplete
 		ended    bool   // Keycloak's session, too; else nobody has tokens of it
-		login    string
 	}{
 		{name: "no state", spoil: without("state"), sentence: notBegun},
 		{name: "altered state", spoil: state(func(s, _ string) string { return "x" + s[1:] }), sentence: notBegun},
@@ -308,33 +307,24 @@ func TestCodeFlowRefused(t *testing.T) {
 		{name: "another nonce", asked: "nonce=x", spoil: nothing, sentence: incomplete, ended: true},
 		{name: "no nonce", asked: "nonce=", spoil: nothing, sentence: incomplete, ended: true},
 		{name: "deleted here", spoil: here("is_active = false, deleted_at = now()"), sentence: "This account is disabled.", slug: "account-disabled", ended: true},
-		{name: "not verified here", spoil: here("is_verified = false"), slug: "account-not-verified", ended: true,
-			sentence: "The e-mail address of this account is not confirmed yet. Look into your mailbox."},
-		{name: "not known here", login: "k" + username, spoil: nothing, slug: "account-setup-required", ended: true,
-			sentence: "This account is not known here yet. Please ask an administrator."},
 		{name: "all well again", spoil: nothing},
 	} {
 		w.Run(c.name, func() {
 			visitor := w.person()
-			keycloak, user := visitor.begins(after), id
+			keycloak := visitor.begins(after)
 			if name, value, ok := strings.Cut(c.asked, "="); ok {
 				keycloak = regexp.MustCompile(`\b`+name+`=[^&]*`).ReplaceAllString(keycloak, name+"="+value)
 			}
-			if c.login != "" {
-				user = stranger
-			}
-			query := visitor.signsIn(keycloak, cmp.Or(c.login, email))
+			query := visitor.signsIn(keycloak, email)
 			c.spoil(visitor, query)
 			a := visitor.comesBack(query)
-			here("is_active = true, is_verified = true, deleted_at = null")(nil, nil)
+			here("is_active = true, deleted_at = null")(nil, nil)
 
 			p, sessions := problems[cmp.Or(c.slug, "sign-in-incomplete")], "0 1"
 			audit, again := "login refused "+p.slug(), "/auth/login?return_to="+url.QueryEscape(after)
 			switch {
 			case c.sentence == notBegun:
 				again = "/auth/login"
-			case c.slug == "account-not-verified":
-				again = "/account/verify"
 			case c.sentence == "":
 				audit, sessions = "login ok ", "1 1"
 			}
@@ -346,7 +336,7 @@ func TestCodeFlowRefused(t *testing.T) {
 			if c.ended {
 				sessions = "0 0"
 			}
-			if got := w.live(user); got != sessions {
+			if got := w.live(id); got != sessions {
 				w.Errorf("sessions here and in Keycloak: %s, want %s", got, sessions)
 			}
 			if got := w.value(`select coalesce(string_agg(action || ' ' || outcome || ' ' || reason, ', '), '') from audit_log where request_id = $1`,

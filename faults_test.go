@@ -218,6 +218,12 @@ func callName(r *http.Request, body string) string {
 		return "end_session"
 	case strings.HasSuffix(path, "/sessions"):
 		return "user_sessions"
+	case strings.HasSuffix(path, "/users/count"):
+		return "count_users"
+	case strings.HasSuffix(path, "events"):
+		return "list_events"
+	case strings.HasSuffix(path, "/users") && r.URL.Query().Has("first"):
+		return "list_users"
 	case strings.HasSuffix(path, "/users"):
 		return map[string]string{"POST": "create_user", "GET": "find_user"}[r.Method]
 	case !strings.Contains(path, "/users/"):

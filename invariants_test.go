@@ -48,13 +48,13 @@ func (w *world) violations() (wrong []string) {
 	defer cancel()
 	rows, _ := w.pool.Query(ctx, `
 		select r.registration_id, r.status, coalesce(r.keycloak_id, '') as keycloak_id, coalesce(r.user_id, '') as user_id,
-			coalesce(u.user_id, '') as known_user, coalesce(u.is_verified, false) as is_verified,
+			coalesce(u.user_id, '') as known_user, coalesce(u.is_verified, false) as is_verified, coalesce(u.is_active, false) as is_active,
 			coalesce(u.keycloak_id, '') as user_keycloak_id, r.lease_owner is not null as leased,
 			array(select action from audit_log where target in (r.registration_id, r.user_id) and outcome = 'ok') as actions
 		from user_registrations r left join users u on u.user_id = r.user_id`)
 	type row struct {
 		RegistrationID, Status, KeycloakID, UserID, KnownUser string
-		IsVerified                                            bool
+		IsVerified, IsActive                                  bool
 		UserKeycloakID                                        string
 		Leased                                                bool
 		Actions                                               []string
@@ -66,7 +66,7 @@ func (w *world) violations() (wrong []string) {
 	inKeycloak := w.keycloakList()
 	users := ofRegistrations(inKeycloak)
 	audited := func(r row, action string) {
-		if !slices.Contains(r.Actions, action) {
+		if !slices.Contains(r.Actions, action) && !slices.Contains(r.Actions, "user.take_over") { // what was before is lost
 			report("%s (%s) has no audit entry %s: %v", r.RegistrationID, r.Status, action, r.Actions)
 		}
 	}
@@ -88,7 +88,9 @@ func (w *world) violations() (wrong []string) {
 			}
 			audited(r, "user.create")
 		case "verified":
-			if !there || !ku.EmailVerified || !r.IsVerified || r.KnownUser == "" || ku.ID != r.KeycloakID {
+			switch {
+			case r.KnownUser == "" || !r.IsVerified, r.IsActive && !there,
+				there && (ku.Enabled != r.IsActive || !ku.EmailVerified || ku.ID != r.KeycloakID):
 				report("%s is verified, but not in both stores: %+v %+v", r.RegistrationID, r, ku)
 			}
 			for _, name := range []string{attrToken, attrCode, attrURL} {

@@ -24,10 +24,11 @@ import (
 )
 
 // How long a call may take. A mail waits for Keycloak's SMTP server, which may
-// take ten seconds to say no.
+// take ten seconds to say no; nobody waits for a page of users.
 const (
 	keycloakTimeout = 4 * time.Second
 	mailTimeout     = 15 * time.Second
+	listTimeout     = 30 * time.Second
 )
 
 // What Keycloak may answer beside errNotFound, errConflict and errUnavailable.
@@ -123,8 +124,11 @@ func outcome(err error) string {
 // Keycloak refuses the one we have (it was restarted, or the secret was rotated).
 func (k *keycloak) asService(ctx context.Context, operation string, f func(ctx context.Context, token string) error) error {
 	b, timeout := k.calls, keycloakTimeout
-	if operation == "send_mail" {
+	switch operation {
+	case "send_mail":
 		b, timeout = k.mails, mailTimeout
+	case "list_users":
+		timeout = listTimeout
 	}
 	return k.call(ctx, operation, b, timeout, func(ctx context.Context) error {
 		token, err := k.serviceToken(ctx)
@@ -317,9 +321,10 @@ func attributesOf(u user) map[string][]string {
 		attrNetworkID: {cmp.Or(u.NetworkID, noScope)}, attrStationID: {cmp.Or(u.StationID, noScope)}}
 }
 
-// assign gives Keycloak's user our role, scope and names, in one call, and disables it if
-// ours is deleted; only a restored one is enabled.
-func (k *keycloak) assign(ctx context.Context, u user, enable bool) error {
+// assign gives Keycloak's user our role and scope, in one call, and our names if they were
+// changed here, and disables it if ours is deleted; only a restored one is enabled. It
+// returns errNotFound for a user that Keycloak does not have any more.
+func (k *keycloak) assign(ctx context.Context, u user, enable, names bool) error {
 	ku, err := k.user(ctx, u.KeycloakID)
 	if err != nil {
 		return err
@@ -328,7 +333,9 @@ func (k *keycloak) assign(ctx context.Context, u user, enable bool) error {
 		ku.Attributes = &map[string][]string{}
 	}
 	maps.Copy(*ku.Attributes, attributesOf(u))
-	ku.FirstName, ku.LastName = &u.FirstName, &u.LastName
+	if names {
+		ku.FirstName, ku.LastName = &u.FirstName, &u.LastName
+	}
 	if !u.IsActive || enable {
 		ku.Enabled = &u.IsActive
 	}

@@ -97,7 +97,7 @@ var sharedWorld struct {
 // its end.
 func inSharedWorld(t testing.TB) *world {
 	t.Helper()
-	sharedWorld.Do(func() { sharedWorld.w, sharedWorld.err = build(t.Context(), nil) })
+	sharedWorld.Do(func() { sharedWorld.w, sharedWorld.err = build(t.Context(), nil, nil) })
 	if sharedWorld.err != nil {
 		t.Fatal(sharedWorld.err)
 	}
@@ -107,10 +107,10 @@ func inSharedWorld(t testing.TB) *world {
 	return &w
 }
 
-// newWorld builds a world with settings of its own.
-func newWorld(t testing.TB, settings map[string]string) *world {
+// newWorld builds a world with settings of its own, and users that Keycloak has.
+func newWorld(t testing.TB, settings map[string]string, users ...body) *world {
 	t.Helper()
-	w, err := build(t.Context(), settings)
+	w, err := build(t.Context(), settings, users)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -122,7 +122,7 @@ func newWorld(t testing.TB, settings map[string]string) *world {
 	return w
 }
 
-func build(ctx context.Context, settings map[string]string) (*world, error) {
+func build(ctx context.Context, settings map[string]string, users []body) (*world, error) {
 	ctx = context.WithoutCancel(ctx) // the shared world outlives the test that builds it
 	name := "test-" + strings.ToLower(gonanoid.MustGenerate("abcdefghijklmnopqrstuvwxyz", 10))
 	w := &world{realm: name, db: strings.ReplaceAll(name, "-", "_"), logs: new(buffer), secrets: new(buffer)}
@@ -132,7 +132,7 @@ func build(ctx context.Context, settings map[string]string) (*world, error) {
 	}
 	_, smtpPort, _ := strings.Cut(w.mail.Addr(), ":")
 	if err := services.CreateRealm(ctx, w.realm, map[string]string{"REALM": w.realm, "SMTP_PORT": smtpPort,
-		"KEYCLOAK_BACKEND_CLIENT_SECRET": backendSecret, "PUBLIC_URL": cmp.Or(settings["PUBLIC_URL"], "http://localhost:3000")}); err != nil {
+		"KEYCLOAK_BACKEND_CLIENT_SECRET": backendSecret, "PUBLIC_URL": cmp.Or(settings["PUBLIC_URL"], "http://localhost:3000")}, users...); err != nil {
 		return nil, err
 	}
 	dbURL, err := services.CreateDatabase(ctx, w.db)

@@ -136,9 +136,9 @@ func seedTable(ctx context.Context, tx pgx.Tx, table, sql string, first, last in
 // planKinds are for any values, or made for those of each call: PostgreSQL may take either.
 var planKinds = []string{"force_generic_plan", "force_custom_plan"}
 
-// planned builds a world with an instance for each kind of plan. PostgreSQL logs the plans
+// explained builds a world with an instance for each kind of plan. PostgreSQL logs the plans
 // of all that they do.
-func planned(t testing.TB) (w *world, instances []string) {
+func explained(t testing.TB) (w *world, instances []string) {
 	t.Helper()
 	w, err := build(t.Context(), map[string]string{"JOB_INTERVAL": "0"})
 	if err != nil {
@@ -486,7 +486,7 @@ const pageBlocks = 51
 
 func TestPlans(t *testing.T) {
 	const few, many = 1000, 50_000
-	w, instances := planned(t)
+	w, instances := explained(t)
 	w.seed(1, few)
 	before := w.costs(func() { w.doEverything(instances) })
 	w.seed(few+1, many)
@@ -511,7 +511,7 @@ func TestPlans(t *testing.T) {
 // blocks, where a page of a list counts as one that was full before.
 func BenchmarkRows(b *testing.B) {
 	const few, many = 1000, 1_000_000
-	w, instances := planned(b)
+	w, instances := explained(b)
 	w.quick = true
 	w.seed(1, few)
 	before := w.costs(func() { w.doEverything(instances) })

@@ -41,6 +41,7 @@ create table if not exists users (
     due_at         timestamptz,                        -- when the loop must bring Keycloak's user to where this row is; null = it is
     invitation_due boolean not null default false,     -- the invitation has not been mailed
     enable_due     boolean not null default false,     -- restored: Keycloak's user must be enabled
+    names_due      boolean not null default false,     -- the names were changed here: Keycloak must get them
     lease_owner    varchar(32),                        -- who is doing that now, until due_at
     constraint valid_role check (role in ('user', 'admin', 'partner', 'operator')),
     constraint valid_source check (source in ('web', 'internal')),
@@ -51,7 +52,7 @@ create table if not exists users (
 );
 alter table users add column if not exists locale varchar(20) not null default '', add column if not exists due_at timestamptz,
     add column if not exists invitation_due boolean not null default false, add column if not exists enable_due boolean not null default false,
-    add column if not exists lease_owner varchar(32);
+    add column if not exists names_due boolean not null default false, add column if not exists lease_owner varchar(32);
 create unique index if not exists one_live_user_per_email on users (lower(email)) where deleted_at is null;
 create unique index if not exists one_live_user_per_username on users (lower(username)) where deleted_at is null;
 

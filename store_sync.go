@@ -12,21 +12,22 @@ import (
 // syncUser is a user as sync looks at it.
 type syncUser struct {
 	user
-	Due bool // Keycloak does not have all of it yet: settleUser brings it there
+	Due         bool // Keycloak does not have all of it yet: settleUser brings it there
+	Registering bool // the life of a registration has it in hand; not so if only a new address is unconfirmed
 }
 
-// registering says that the life of a registration has this user in hand.
-func (u user) registering() bool { return u.Source == sourceWeb && !u.IsVerified }
+const syncUserColumns = userColumns + `, due_at is not null, source = 'web' and not is_verified and exists (
+	select from user_registrations r where r.user_id = users.user_id and r.status <> 'verified')`
 
 // syncUser returns the user with an id in Keycloak, or errNotFound.
 func (st *store) syncUser(ctx context.Context, keycloakID string) (syncUser, error) {
-	return one[syncUser](ctx, st.pool, `select `+userColumns+`, due_at is not null from users where keycloak_id = $1`, keycloakID)
+	return one[syncUser](ctx, st.pool, `select `+syncUserColumns+` from users where keycloak_id = $1`, keycloakID)
 }
 
 // syncUsers returns the users with these ids in Keycloak by id, and which of the
 // registrations are known.
 func (st *store) syncUsers(ctx context.Context, keycloakIDs, registrations []string) (map[string]syncUser, map[string]bool, error) {
-	rows, _ := st.pool.Query(ctx, `select `+userColumns+`, due_at is not null from users where keycloak_id = any($1)`, keycloakIDs)
+	rows, _ := st.pool.Query(ctx, `select `+syncUserColumns+` from users where keycloak_id = any($1)`, keycloakIDs)
 	list, err := pgx.CollectRows(rows, pgx.RowToStructByPos[syncUser])
 	if err != nil {
 		return nil, nil, storeError(err)
@@ -41,6 +42,32 @@ func (st *store) syncUsers(ctx context.Context, keycloakIDs, registrations []str
 		known[id] = true
 	}
 	return users, known, storeError(err)
+}
+
+// claim is the address and username that a user of Keycloak should have here.
+type claim struct{ KeycloakID, Email, Username string }
+
+// taken returns the claims that another live user stands against, by id in Keycloak.
+func (st *store) taken(ctx context.Context, claims []claim) (map[string]bool, error) {
+	ids, emails, usernames := make([]string, len(claims)), make([]string, len(claims)), make([]string, len(claims))
+	for i, c := range claims {
+		ids[i], emails[i], usernames[i] = c.KeycloakID, c.Email, c.Username
+	}
+	rows, _ := st.pool.Query(ctx, `
+		select id from unnest($1::text[], $2::text[], $3::text[]) c (id, email, username)
+		where exists (select from users u where deleted_at is null and keycloak_id <> id
+			and (lower(u.email) = lower(c.email) or lower(u.username) = lower(c.username)))`, ids, emails, usernames)
+	found, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	taken := map[string]bool{}
+	for _, id := range found {
+		taken[id] = true
+	}
+	return taken, storeError(err)
+}
+
+// registrationOfUser returns the registration that has a user in hand, or errNotFound.
+func (st *store) registrationOfUser(ctx context.Context, id userID) (registration, error) {
+	return st.oneRegistration(ctx, `where user_id = $1 and status <> 'verified'`, id)
 }
 
 // liveKeycloakIDs calls f with the id in Keycloak of every live user.
@@ -80,18 +107,13 @@ func (st *store) oweUser(ctx context.Context, c caller, id userID, now time.Time
 	})
 }
 
-// wakeRegistration makes the repair loop look at the registration of a user.
-func (st *store) wakeRegistration(ctx context.Context, id userID, now time.Time) error {
-	_, err := st.pool.Exec(ctx, `update user_registrations set due_at = $2 where user_id = $1 and status = 'pending' and lease_owner is null`, id, now)
-	return storeError(err)
-}
-
-// takeOver inserts a user that only Keycloak had, and its registration, if it is one of a
-// registration that is not known here. errConflict: a live user has the address or username.
+// takeOver inserts a user that only Keycloak had, and its registration, if it came by one.
+// Tokens that say something else are withdrawn. errConflict: a live user has the address or
+// username, or the address or the registration is known here.
 func (st *store) takeOver(ctx context.Context, c caller, u user, reg registration, now time.Time) error {
-	return st.tx(ctx, func(tx pgx.Tx) error {
+	err := st.tx(ctx, func(tx pgx.Tx) error {
 		due := &now
-		if u.registering() {
+		if reg.State == pending { // a user to be brought into step; this one's registration has its own due_at
 			due = nil
 		}
 		insert := func(id userID) (bool, error) {
@@ -111,25 +133,27 @@ func (st *store) takeOver(ctx context.Context, c caller, u user, reg registratio
 		if err != nil {
 			return err
 		}
-		if u.Source == sourceWeb {
-			var verifiedAt, due *time.Time
-			if reg.State == verified {
-				verifiedAt = &now
-			} else {
-				due = &now
-			}
+		if reg.ID != "" {
 			if _, err := tx.Exec(ctx, `
 				insert into user_registrations (registration_id, email, username, first_name, last_name, verification_token, verification_code,
-					status, keycloak_id, user_id, expires_at, verified_at, created_at, locale, mail_state, due_at)
-				values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, 'sent', $15)`,
-				reg.ID, reg.Email, reg.Username, nullString(reg.FirstName), nullString(reg.LastName), reg.TokenHash, reg.CodeHash,
-				reg.State, reg.KeycloakID, u.ID, reg.ExpiresAt, verifiedAt, reg.CreatedAt, reg.Locale, due); err != nil {
+					status, keycloak_id, user_id, expires_at, verified_at, created_at, locale, with_password, mail_state, due_at)
+				values ($1, $2, $3, $4, $5, $6, $7, $8::text, $9, $10, $11, case when $8::text = 'verified' then $12::timestamptz end, $13, $14, $15, 'sent',
+					case when $8::text = 'pending' then $12::timestamptz end)`,
+				reg.ID, reg.Email, reg.Username, nullString(reg.FirstName), nullString(reg.LastName), reg.TokenHash, nullString(reg.CodeHash),
+				reg.State, reg.KeycloakID, u.ID, reg.ExpiresAt, now, reg.CreatedAt, reg.Locale, reg.WithPassword); err != nil {
 				return err
 			}
+		}
+		if err := withdraw(ctx, tx, withdrawal{UserID: u.ID, Role: u.Role, Active: u.IsActive}); err != nil {
+			return err
 		}
 		return writeAudit(ctx, tx, c, now, entry{Action: "user.take_over", Target: string(u.ID),
 			Details: map[string]any{"source": u.Source, "role": u.Role, "is_active": u.IsActive}})
 	})
+	if errors.Is(err, errRace) { // somebody registers with the address
+		err = errConflict
+	}
+	return err
 }
 
 // syncPlace is how far Keycloak's events have been applied, and by whom they are now.
@@ -148,15 +172,24 @@ func (st *store) takeSyncPlace(ctx context.Context, owner string, now time.Time)
 		returning at, events, owner`, owner, now, now.UnixMilli(), now.Add(syncBeat))
 }
 
+// keepSyncPlace is a sign of life of who applies events. errLeaseLost: it came too late.
+func (st *store) keepSyncPlace(ctx context.Context, owner string, now time.Time) error {
+	tag, err := st.pool.Exec(ctx, `update sync_place set until = $2 where owner = $1`, owner, now.Add(syncBeat))
+	if err == nil && tag.RowsAffected() == 0 {
+		return errLeaseLost
+	}
+	return storeError(err)
+}
+
 // leaveSyncPlace records the place and lets another go on.
 func (st *store) leaveSyncPlace(ctx context.Context, p syncPlace) error {
 	_, err := st.pool.Exec(ctx, `update sync_place set at = $2, events = $3, owner = null where owner = $1`, p.Owner, p.At, p.Events)
 	return storeError(err)
 }
 
-// beginSync begins a full pass, unless one runs or, of this kind, was begun after since:
-// errConflict, with the one that runs.
-func (st *store) beginSync(ctx context.Context, c caller, dryRun bool, now, since time.Time) (run syncRun, err error) {
+// beginSync begins a full pass, unless one runs, or one that was to repair was begun after
+// since, or has failed after failed: errConflict, with that one.
+func (st *store) beginSync(ctx context.Context, c caller, dryRun bool, now, since, failed time.Time) (run syncRun, err error) {
 	run = syncRun{ID: newSyncID(), DryRun: dryRun, Status: "running", StartedAt: now, Differences: map[difference]*syncClass{}}
 	err = st.tx(ctx, func(tx pgx.Tx) error {
 		if _, err := tx.Exec(ctx, `select pg_advisory_xact_lock(7207)`); err != nil {
@@ -167,8 +200,10 @@ func (st *store) beginSync(ctx context.Context, c caller, dryRun bool, now, sinc
 			return err
 		}
 		var id syncID
-		err := tx.QueryRow(ctx, `select sync_id from sync_runs where status = 'running' or started_at > $1 and status = 'done' and not dry_run
-			order by started_at desc limit 1`, since).Scan(&id)
+		err := tx.QueryRow(ctx, `
+			select sync_id from sync_runs where status = 'running'
+				or not dry_run and (status in ('done', 'stopped') and started_at > $1 or status = 'failed' and ended_at > $2)
+			order by started_at desc limit 1`, since, failed).Scan(&id)
 		if err == nil {
 			run.ID = id
 			return errConflict
@@ -186,7 +221,11 @@ func (st *store) beginSync(ctx context.Context, c caller, dryRun bool, now, sinc
 
 // saveSync records a run's progress. errLeaseLost: it was given up.
 func (st *store) saveSync(ctx context.Context, run syncRun, now time.Time) error {
-	tag, err := st.pool.Exec(ctx, `
+	return saveSync(ctx, st.pool, run, now)
+}
+
+func saveSync(ctx context.Context, q querier, run syncRun, now time.Time) error {
+	tag, err := q.Exec(ctx, `
 		update sync_runs set checked = $2, total = $3, differences = $4, detail = $5, status = $6, ended_at = $7, seen_at = $8
 		where sync_id = $1 and status = 'running'`, run.ID, run.Checked, run.Total, run.Differences, run.Detail, run.Status, run.EndedAt, now)
 	if err == nil && tag.RowsAffected() == 0 {
@@ -197,15 +236,17 @@ func (st *store) saveSync(ctx context.Context, run syncRun, now time.Time) error
 
 // endSync records a run's end.
 func (st *store) endSync(ctx context.Context, c caller, run syncRun, now time.Time) error {
-	if err := st.saveSync(ctx, run, now); err != nil {
-		return err
-	}
 	outcome := "ok"
 	if run.Status != "done" {
 		outcome = "failed"
 	}
-	return st.audit(ctx, c, now, entry{Action: "sync.end", Target: string(run.ID), Outcome: outcome, Reason: run.Status,
-		Details: map[string]any{"found": run.found(), "repaired": run.found() - run.remain()}})
+	return st.tx(ctx, func(tx pgx.Tx) error {
+		if err := saveSync(ctx, tx, run, now); err != nil {
+			return err
+		}
+		return writeAudit(ctx, tx, c, now, entry{Action: "sync.end", Target: string(run.ID), Outcome: outcome, Reason: run.Status,
+			Details: map[string]any{"found": run.found(), "repaired": run.found() - run.remain()}})
+	})
 }
 
 // syncRun returns a run, or errNotFound.

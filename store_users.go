@@ -162,11 +162,12 @@ func (st *store) changeUser(ctx context.Context, c caller, id userID, action str
 		if _, err := tx.Exec(ctx, `
 			update users set first_name = $2, last_name = $3, phone = $4, photo = $5, role = $6, network_id = $7, station_id = $8,
 				is_active = $9, deleted_at = $10, updated_at = $11, updated_by = $12, due_at = coalesce(due_at, $13),
-				enable_due = $9 and (enable_due or not is_active), email = $14, username = $15, is_verified = $16
+				enable_due = $9 and (enable_due or not is_active), email = $14, username = $15, is_verified = $16, names_due = names_due or $17
 			where user_id = $1`,
 			id, nullString(u.FirstName), nullString(u.LastName), nullString(u.Phone), nullString(u.Photo), u.Role, u.NetworkID, u.StationID,
 			u.IsActive, u.DeletedAt, now, nullString(string(c.UserID)), now.Add(time.Minute),
-			u.Email, u.Username, u.IsVerified); err != nil {
+			u.Email, u.Username, u.IsVerified,
+			action != syncAction && (u.FirstName != before.FirstName || u.LastName != before.LastName)); err != nil {
 			return err
 		}
 		changed := map[string]any{}
@@ -225,13 +226,14 @@ type owedUser struct {
 	Due        bool   // something is owed
 	Invitation bool   // its mail
 	Enable     bool   // it was restored
+	Names      bool   // changed here; otherwise Keycloak's are right
 	Locale     string // of the invitation
 	Lease      string // whose the row is until due_at
 }
 
 func (u owedUser) key() string { return string(u.ID) }
 
-const owedUserColumns = userColumns + `, due_at is not null, invitation_due, enable_due, locale, coalesce(lease_owner, '')`
+const owedUserColumns = userColumns + `, due_at is not null, invitation_due, enable_due, names_due, locale, coalesce(lease_owner, '')`
 
 // leaseUser makes the caller the only one who may settle a user that owes something, for
 // leaseTime. It returns the user as it is, with another's Lease if another has it.
@@ -275,7 +277,7 @@ func (st *store) invited(ctx context.Context, c caller, id userID, now time.Time
 // userSettled records that Keycloak has all of u (U3). It changes nothing and says so if
 // u is not all there is any more, or the lease is another's.
 func (st *store) userSettled(ctx context.Context, u owedUser) (bool, error) {
-	tag, err := st.pool.Exec(ctx, `update users set due_at = null, lease_owner = null, enable_due = false
+	tag, err := st.pool.Exec(ctx, `update users set due_at = null, lease_owner = null, enable_due = false, names_due = false
 		where user_id = $1 and lease_owner = $2 and updated_at = $3`, u.ID, u.Lease, u.UpdatedAt)
 	return tag.RowsAffected() == 1, storeError(err)
 }

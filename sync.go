@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -10,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/Nerzal/gocloak/v13"
 	gonanoid "github.com/matoous/go-nanoid/v2"
 )
 
@@ -31,19 +33,21 @@ const (
 	diffMissing  difference = "missing_in_keycloak"  // likewise
 	diffDeleted  difference = "deleted_here"         // but enabled in Keycloak: disabled there
 	diffUnknown  difference = "unknown_here"         // only in Keycloak: taken over
-	diffConflict difference = "conflict"             // unknown here, and another user has its address or username, or it has none
+	diffConflict difference = "conflict"             // unknown here or changed there, and another user has its address or username, or it has no address
 )
 
 // mass are the differences that a wrong realm makes in great number.
 var mass = []difference{diffDisabled, diffMissing, diffDeleted, diffUnknown}
 
 const (
-	syncPage     = 500              // users that Keycloak lists at once: see usersPage
+	syncPage     = 250              // users that Keycloak lists at once: see usersPage
 	syncBeat     = time.Minute      // a run that has shown no progress for so long is over
 	syncDaily    = 24 * time.Hour   // between two full passes
+	syncPause    = 5 * time.Minute  // before a daily one that has failed is tried again
 	syncOverlap  = 10 * time.Second // an event may become visible so long after its time
 	syncFew      = 10               // changes that are never too many at once
 	syncExamples = 10               // of each class in a report
+	syncAction   = "user.sync"      // on record
 )
 
 // differences lists how a user here differs from Keycloak's.
@@ -51,9 +55,9 @@ func differences(u syncUser, ku keycloakUser) (all []difference) {
 	switch {
 	case u.Due:
 		return nil
-	case u.registering() && ku.verified():
+	case u.Registering && ku.verified():
 		return []difference{diffVerified}
-	case u.registering():
+	case u.Registering:
 		return nil
 	}
 	if now := ku.profileOf(u.user); now.Email != u.Email || now.Username != u.Username || now.FirstName != u.FirstName || now.LastName != u.LastName {
@@ -79,65 +83,106 @@ func differences(u syncUser, ku keycloakUser) (all []difference) {
 // profileOf is u with Keycloak's e-mail address, username and names. Addresses and
 // usernames that differ in case only are the same: Keycloak has them in lower case.
 func (ku keycloakUser) profileOf(u user) user {
-	text := func(p *string) string {
-		if p == nil {
-			return ""
-		}
-		return *p
-	}
-	if email := text(ku.Email); !strings.EqualFold(email, u.Email) {
+	if email := gocloak.PString(ku.Email); !strings.EqualFold(email, u.Email) {
 		u.Email = email
 	}
-	if username := text(ku.Username); !strings.EqualFold(username, u.Username) {
+	if username := gocloak.PString(ku.Username); !strings.EqualFold(username, u.Username) {
 		u.Username = username
 	}
-	u.FirstName, u.LastName = text(ku.FirstName), text(ku.LastName)
+	u.FirstName, u.LastName = gocloak.PString(ku.FirstName), gocloak.PString(ku.LastName)
 	return u
 }
+
+// registers says whether Keycloak's user is one that waits for its confirmation: an account
+// has lost the mail's secrets, also if it has a new address that is not confirmed.
+func (ku keycloakUser) registers() bool { return !ku.verified() && ku.attribute(attrToken) != "" }
 
 // reconcile brings one user into step, whatever the difference is by now. It may be
 // repeated, and dies nowhere with anything lost: what has changed here is due in Keycloak
 // in the same transaction (U1). errConflict: the user can't be taken over, or can't have
 // the address that it has in Keycloak.
 func (s *server) reconcile(ctx context.Context, c caller, keycloakID string) error {
-	ku, err := s.kc.user(ctx, keycloakID)
-	missing := errors.Is(err, errNotFound)
-	if err != nil && !missing {
-		return err
+	for {
+		u, err := s.store.syncUser(ctx, keycloakID)
+		if err == nil && u.Due { // ours goes first, or it would look like a difference
+			if _, err = s.settleUser(ctx, c, u.ID); err == nil {
+				u, err = s.store.syncUser(ctx, keycloakID)
+			}
+		}
+		here := !errors.Is(err, errNotFound)
+		if err != nil && here {
+			return err
+		}
+		ku, err := s.kc.user(ctx, keycloakID) // after ours: what is changed here meanwhile is noticed
+		missing := errors.Is(err, errNotFound)
+		switch {
+		case err != nil && !missing:
+			return err
+		case !here && missing:
+			return nil
+		case !here:
+			return s.takeOver(ctx, c, ku)
+		case u.Registering:
+			return s.settleRegistration(ctx, c, u.ID)
+		}
+		if err = s.follow(ctx, c, u, ku, missing); !errors.Is(err, errRace) {
+			return err
+		}
 	}
-	u, err := s.store.syncUser(ctx, keycloakID)
-	switch {
-	case errors.Is(err, errNotFound) && missing:
+}
+
+// settleRegistration does what the repair loop would do: it concludes, or ends what is
+// missing in Keycloak.
+func (s *server) settleRegistration(ctx context.Context, c caller, id userID) error {
+	reg, err := s.store.registrationOfUser(ctx, id)
+	if err == nil {
+		reg, err = s.lease(ctx, reg.ID)
+	}
+	if errors.Is(err, errNotFound) { // it is over
 		return nil
-	case errors.Is(err, errNotFound):
-		return s.takeOver(ctx, c, ku)
-	case err != nil:
+	} else if err != nil {
 		return err
-	case u.Due:
-		_, err = s.settleUser(ctx, c, u.ID)
+	}
+	return s.settle(ctx, c, reg)
+}
+
+// follow does here what was done to an account in Keycloak, and undoes there what only
+// this service may do. errRace: the account was changed here meanwhile.
+func (s *server) follow(ctx context.Context, c caller, u syncUser, ku keycloakUser, missing bool) error {
+	apply := func(profile bool) error {
+		_, err := s.changeUser(ctx, c, u.ID, syncAction, func(now user) (user, error) {
+			at := s.now()
+			if !now.UpdatedAt.Equal(u.UpdatedAt) {
+				return now, errRace
+			}
+			if !missing && profile {
+				now = ku.profileOf(now)
+			}
+			if !missing {
+				now.IsVerified = ku.verified()
+			}
+			if now.IsActive && (missing || !ku.enabled()) {
+				now.IsActive, now.DeletedAt = false, &at
+			}
+			return now, nil
+		})
+		if err != nil && asProblem(err).slug() == problemUserExists.slug() {
+			return errConflict
+		}
 		return err
-	case u.registering(): // the repair loop concludes, or creates again
-		return s.store.wakeRegistration(ctx, u.ID, s.now())
 	}
-	found := differences(u, ku)
-	_, err = s.changeUser(ctx, c, u.ID, "user.sync", func(u user) (user, error) {
-		now := s.now()
-		if !missing {
-			u = ku.profileOf(u)
-			u.IsVerified = ku.verified()
-		}
-		if u.IsActive && (missing || !ku.enabled()) {
-			u.IsActive, u.DeletedAt = false, &now
-		}
-		return u, nil
-	})
-	if err != nil && asProblem(err).slug() == problemUserExists.slug() {
-		return errConflict
+	conflict := !missing && gocloak.PString(ku.Email) == ""
+	err := apply(!conflict)
+	if errors.Is(err, errConflict) { // the address waits; who was disabled doesn't
+		conflict, err = true, apply(false)
 	}
-	if err == nil && (slices.Contains(found, diffRole) || slices.Contains(found, diffDeleted)) {
+	if found := differences(u, ku); err == nil && !missing && (slices.Contains(found, diffRole) || slices.Contains(found, diffDeleted)) {
 		if err = s.store.oweUser(ctx, c, u.ID, s.now()); err == nil {
 			_, err = s.settleUser(ctx, c, u.ID)
 		}
+	}
+	if err == nil && conflict {
+		return errConflict
 	}
 	return err
 }
@@ -146,36 +191,47 @@ func (s *server) reconcile(ctx context.Context, c caller, keycloakID string) err
 // whatever Keycloak says. A registration that this database does not know, because it was
 // restored, goes on where it was.
 func (s *server) takeOver(ctx context.Context, c caller, ku keycloakUser) error {
+	now := s.now()
 	u := ku.profileOf(user{ID: userID(ku.attribute(attrUserID)), KeycloakID: ku.id(), Role: roleUser, Source: sourceInternal,
-		IsVerified: ku.verified(), IsActive: true, CreatedAt: s.now(), UpdatedAt: s.now()})
+		IsVerified: ku.verified(), IsActive: true, CreatedAt: now, UpdatedAt: now})
+	if u.Email == "" {
+		return errConflict
+	}
 	if !userIDPattern.MatchString(string(u.ID)) {
 		u.ID = newUserID()
 	}
-	reg := registration{ID: registrationID(ku.attribute(attrRegistrationID)), Email: u.Email, Username: u.Username, FirstName: u.FirstName,
-		LastName: u.LastName, State: pending, KeycloakID: u.KeycloakID, UserID: u.ID, Locale: ku.attribute(attrLocale), WithPassword: true,
-		TokenHash: tokenHash(ku.attribute(attrToken)), CodeHash: codeHash(ku.attribute(attrToken), ku.attribute(attrCode))}
-	reg.CreatedAt = s.now()
-	if ku.CreatedTimestamp != nil {
-		reg.CreatedAt = time.UnixMilli(*ku.CreatedTimestamp).UTC()
-	}
-	reg.ExpiresAt = reg.CreatedAt.Add(s.cfg.VerificationTTL)
-	switch {
-	case u.Email == "":
-		return errConflict
-	case reg.ID == "": // created in Keycloak
-	case ku.verified():
-		reg.State, u.Source = verified, sourceWeb
-	default:
-		u.Source = sourceWeb
-	}
-	if now := s.now(); !ku.enabled() && (u.Source == sourceInternal || u.IsVerified) {
+	if !ku.enabled() && !ku.registers() {
 		u.IsActive, u.DeletedAt = false, &now
 	}
-	if err := s.store.takeOver(ctx, c, u, reg, s.now()); err != nil {
+	var reg registration
+	if id := registrationID(ku.attribute(attrRegistrationID)); id != "" {
+		u.Source = sourceWeb
+		reg = s.registrationOf(u, ku)
+		reg.ID = id
+	}
+	if err := s.store.takeOver(ctx, c, u, reg, now); err != nil {
 		return err
 	}
 	_, err := s.settleUser(ctx, c, u.ID)
 	return err
+}
+
+// registrationOf is the registration that a user of Keycloak came by, as far as Keycloak
+// knows it.
+func (s *server) registrationOf(u user, ku keycloakUser) registration {
+	reg := registration{Email: u.Email, Username: u.Username, FirstName: u.FirstName, LastName: u.LastName, State: verified,
+		KeycloakID: u.KeycloakID, UserID: u.ID, Locale: ku.attribute(attrLocale), CreatedAt: u.CreatedAt, WithPassword: true,
+		TokenHash: tokenHash(newToken())} // nobody's: the mail's is known no more
+	if ku.CreatedTimestamp != nil {
+		reg.CreatedAt = time.UnixMilli(*ku.CreatedTimestamp).UTC()
+	}
+	reg.ExpiresAt = reg.CreatedAt.Add(s.cfg.VerificationTTL)
+	if ku.registers() {
+		token := ku.attribute(attrToken)
+		reg.State, reg.TokenHash, reg.CodeHash = pending, tokenHash(token), codeHash(token, ku.attribute(attrCode))
+		reg.WithPassword = ku.RequiredActions == nil || !slices.Contains(*ku.RequiredActions, "UPDATE_PASSWORD")
+	}
+	return reg
 }
 
 // syncEvents applies what Keycloak's events say since the last time. Instances do it one
@@ -189,46 +245,61 @@ func (s *server) syncEvents(ctx context.Context) error {
 		return err
 	}
 	err = s.applyEvents(ctx, &place)
-	return errors.Join(err, s.store.leaveSyncPlace(ctx, place))
+	if errors.As(err, new(problem)) { // stopped: the place stays ours for a while, so that nobody counts so many users at once again
+		return err
+	}
+	return errors.Join(err, s.store.leaveSyncPlace(context.WithoutCancel(ctx), place))
 }
 
 func (s *server) applyEvents(ctx context.Context, place *syncPlace) error {
-	events, err := s.kc.userEvents(ctx, place.At-syncOverlap.Milliseconds())
+	events, latest, err := s.kc.userEvents(ctx, place.At-syncOverlap.Milliseconds())
 	if err != nil {
 		return err
 	}
-	next := syncPlace{At: place.At, Owner: place.Owner}
+	next := syncPlace{At: max(place.At, latest), Events: []string{}, Owner: place.Owner}
 	var users []string
 	for _, e := range events {
-		next.At = max(next.At, e.At)
 		if !slices.Contains(place.Events, e.ID) && !slices.Contains(users, e.UserID) {
 			users = append(users, e.UserID)
 		}
-	}
-	for _, e := range events {
 		if e.At >= next.At-syncOverlap.Milliseconds() {
 			next.Events = append(next.Events, e.ID)
 		}
 	}
-	if len(users) > syncFew {
-		run := syncRun{}
-		for _, id := range users {
-			if err := s.inspect(ctx, &run, id); err != nil {
-				return err
-			}
-		}
-		if err := s.tooMany(ctx, run); err != nil {
-			return err
-		}
+	if err := s.notTooMany(ctx, users, place.Owner); err != nil {
+		return err
 	}
 	for _, id := range users {
-		if err := s.reconcile(ctx, system("sync"), id); errors.Is(err, errUnavailable) {
-			return err
-		} else if err != nil {
+		err := s.reconcile(ctx, system("sync"), id)
+		if err != nil && !errors.Is(err, errUnavailable) {
 			s.log.WarnContext(ctx, "a user is not in step", "keycloak_id", id, "error", err)
+			err = nil
+		}
+		if err = errors.Join(err, s.store.keepSyncPlace(ctx, place.Owner, s.now())); err != nil {
+			return err
 		}
 	}
 	*place = next
+	return nil
+}
+
+// notTooMany is tooMany for users that have an event.
+func (s *server) notTooMany(ctx context.Context, users []string, owner string) error {
+	if len(users) <= syncFew {
+		return nil
+	}
+	run := syncRun{}
+	if err := s.limit(ctx, &run); err != nil {
+		return err
+	}
+	for _, id := range users {
+		if err := errors.Join(s.inspect(ctx, &run, id), s.store.keepSyncPlace(ctx, owner, s.now())); err != nil {
+			return err
+		}
+		if err := run.tooMany(); err != nil {
+			return err
+		}
+	}
 	return nil
 }
 
@@ -244,7 +315,14 @@ type syncRun struct {
 	Differences map[difference]*syncClass `json:"differences" description:"By class."`
 	Detail      string                    `json:"detail" description:"Why it was stopped or has failed."`
 
-	planned []string // ids in Keycloak of the users that differ
+	planned []planned
+	most    int // users that it may disable or take over
+}
+
+// planned is a user that differs, or that a survey does not show to be in step.
+type planned struct {
+	keycloakID string
+	found      []difference
 }
 
 // syncClass is what a run has found of one class of differences.
@@ -269,7 +347,7 @@ func (run *syncRun) note(keycloakID, name string, found ...difference) {
 		}
 	}
 	if len(found) > 0 {
-		run.planned = append(run.planned, keycloakID)
+		run.planned = append(run.planned, planned{keycloakID, found})
 	}
 }
 
@@ -288,88 +366,115 @@ func (run syncRun) remain() (n int) {
 	return n
 }
 
+// limit reads how many users the realm has, and how many a run may disable or take over.
+func (s *server) limit(ctx context.Context, run *syncRun) error {
+	ours, err := s.store.countUsers(ctx)
+	if err == nil {
+		run.Total, err = s.kc.countUsers(ctx)
+	}
+	run.most = max(syncFew, max(ours, run.Total)*s.cfg.SyncMaxShare/100)
+	return err
+}
+
 // tooMany is the error of a run that would disable or take over more than the configured
 // share of users, as it happens with the wrong realm.
-func (s *server) tooMany(ctx context.Context, run syncRun) error {
-	ours, err := s.store.countUsers(ctx)
-	if err != nil {
-		return err
-	}
+func (run syncRun) tooMany() error {
 	changes := 0
 	for _, d := range mass {
 		if class := run.Differences[d]; class != nil {
 			changes += class.Found
 		}
 	}
-	if most := max(syncFew, max(ours, run.Total)*s.cfg.SyncMaxShare/100); changes > most {
-		return problemSyncStopped.saying(fmt.Sprintf("%d users would be disabled or taken over, more than %d (SYNC_MAX_SHARE=%d). Is this the right realm? Nothing was changed.",
-			changes, most, s.cfg.SyncMaxShare))
+	if changes <= run.most {
+		return nil
 	}
-	return nil
+	return problemSyncStopped.saying(fmt.Sprintf("At least %d users would be disabled or taken over, and SYNC_MAX_SHARE allows %d. Is this the right realm? Nothing was changed.",
+		changes, run.most))
 }
 
 // inspect notes how one user differs.
 func (s *server) inspect(ctx context.Context, run *syncRun, keycloakID string) error {
 	ku, err := s.kc.user(ctx, keycloakID)
-	missing := errors.Is(err, errNotFound)
-	if err != nil && !missing {
+	if err == nil {
+		return s.compare(ctx, run, []keycloakUser{ku})
+	} else if !errors.Is(err, errNotFound) {
 		return err
 	}
-	ours, known, err := s.store.syncUsers(ctx, []string{keycloakID}, []string{ku.attribute(attrRegistrationID)})
+	u, err := s.store.syncUser(ctx, keycloakID)
+	switch {
+	case errors.Is(err, errNotFound), err == nil && (u.Due || !u.IsActive):
+		return nil
+	case err == nil && u.Registering: // no account yet: its registration ends
+		run.planned = append(run.planned, planned{keycloakID, nil})
+	case err == nil:
+		run.note(keycloakID, string(u.ID), diffMissing)
+	}
+	return err
+}
+
+// compare notes how users of Keycloak differ from ours.
+func (s *server) compare(ctx context.Context, run *syncRun, page []keycloakUser) error {
+	var ids, registrations []string
+	for _, ku := range page {
+		ids, registrations = append(ids, ku.id()), append(registrations, ku.attribute(attrRegistrationID))
+	}
+	ours, registered, err := s.store.syncUsers(ctx, ids, registrations)
 	if err != nil {
 		return err
 	}
-	u, here := ours[keycloakID]
-	switch {
-	case missing && here && u.IsActive && !u.Due && !u.registering():
-		run.note(keycloakID, string(u.ID), diffMissing)
-	case !missing:
-		run.compare(ku, u, here, known[ku.attribute(attrRegistrationID)])
+	found := make([][]difference, len(page))
+	var claims []claim
+	for i, ku := range page {
+		u, here := ours[ku.id()]
+		switch {
+		case here:
+			found[i] = differences(u, ku)
+		case !registered[ku.attribute(attrRegistrationID)]: // otherwise the repair loop adopts or deletes it
+			found[i] = []difference{diffUnknown}
+		}
+		lives := ku.enabled() && (!here || u.IsActive) || !here && ku.registers()
+		if lives && (slices.Contains(found[i], diffProfile) || slices.Contains(found[i], diffUnknown)) {
+			claims = append(claims, claim{ku.id(), gocloak.PString(ku.Email), gocloak.PString(ku.Username)})
+		}
+	}
+	taken := map[string]bool{}
+	if len(claims) > 0 {
+		if taken, err = s.store.taken(ctx, claims); err != nil {
+			return err
+		}
+	}
+	for i, ku := range page {
+		name := cmp.Or(string(ours[ku.id()].ID), ku.id())
+		for j, d := range found[i] {
+			if (d == diffProfile || d == diffUnknown) && (taken[ku.id()] || gocloak.PString(ku.Email) == "") {
+				found[i][j] = diffConflict
+			}
+		}
+		run.note(ku.id(), name, found[i]...)
 	}
 	return nil
 }
 
-// compare notes how a user of Keycloak differs from ours, if there is one here.
-func (run *syncRun) compare(ku keycloakUser, u syncUser, here, registered bool) {
-	switch {
-	case here:
-		run.note(u.KeycloakID, string(u.ID), differences(u, ku)...)
-	case !registered: // otherwise the repair loop adopts or deletes it
-		run.note(ku.id(), ku.id(), diffUnknown)
-	}
-}
-
 // survey compares all users, page by page. Those that come or go meanwhile may be missed,
 // and are found by their events; none is reported as missing that is there.
-func (s *server) survey(ctx context.Context, run *syncRun, progress func(*syncRun) error) (err error) {
-	if run.Total, err = s.kc.countUsers(ctx); err != nil {
+func (s *server) survey(ctx context.Context, run *syncRun, progress func(*syncRun) error) error {
+	if err := s.limit(ctx, run); err != nil {
 		return err
 	}
 	seen := map[[16]byte]bool{}
-	for first := 0; ; first += syncPage {
+	for first, last := 0, false; !last; first += syncPage {
 		page, err := s.kc.usersPage(ctx, first, syncPage)
 		if err != nil {
 			return err
 		}
-		var ids, registrations []string
+		last = len(page) < syncPage
+		page = slices.DeleteFunc(page, func(ku keycloakUser) bool { return seen[shortDigest(ku.id())] }) // moved by one that came
 		for _, ku := range page {
-			ids, registrations = append(ids, ku.id()), append(registrations, ku.attribute(attrRegistrationID))
 			seen[shortDigest(ku.id())] = true
 		}
-		ours, registered, err := s.store.syncUsers(ctx, ids, registrations)
-		if err != nil {
-			return err
-		}
-		for _, ku := range page {
-			u, here := ours[ku.id()]
-			run.compare(ku, u, here, registered[ku.attribute(attrRegistrationID)])
-		}
 		run.Checked += len(page)
-		if err := progress(run); err != nil || len(page) < syncPage {
-			if err != nil {
-				return err
-			}
-			break
+		if err := errors.Join(s.compare(ctx, run, page), progress(run)); err != nil {
+			return err
 		}
 	}
 	var missing []string
@@ -380,10 +485,46 @@ func (s *server) survey(ctx context.Context, run *syncRun, progress func(*syncRu
 	}); err != nil {
 		return err
 	}
-	for _, id := range missing {
-		if err := errors.Join(s.inspect(ctx, run, id), progress(run)); err != nil {
+	for _, id := range missing { // each is asked for: with the wrong realm that ends early
+		err := errors.Join(s.inspect(ctx, run, id), progress(run))
+		if err == nil && !run.DryRun {
+			err = run.tooMany()
+		}
+		if err != nil {
 			return err
 		}
+	}
+	return nil
+}
+
+// repairAll reconciles the users that a survey has found. Those in conflict have another
+// try when the others are done: the address may be free then. One that can't be repaired
+// holds up nobody.
+func (s *server) repairAll(ctx context.Context, c caller, run *syncRun, progress func(*syncRun) error) error {
+	todo := run.planned
+	for range 2 {
+		var again []planned
+		for i, p := range todo {
+			err := s.reconcile(ctx, c, p.keycloakID)
+			switch {
+			case errors.Is(err, errUnavailable):
+				return err
+			case errors.Is(err, errConflict):
+				again = append(again, p)
+			case err != nil:
+				s.log.WarnContext(ctx, "a user is not in step", "keycloak_id", p.keycloakID, "error", err)
+			default:
+				for _, d := range p.found {
+					run.Differences[d].Repaired++
+				}
+			}
+			if i%10 == 0 {
+				if err := progress(run); err != nil {
+					return err
+				}
+			}
+		}
+		todo = again
 	}
 	return nil
 }
@@ -399,50 +540,36 @@ func (s *server) runSync(ctx context.Context, c caller, run syncRun, show func(s
 		return s.store.saveSync(ctx, *run, s.now())
 	}
 	err := s.survey(ctx, &run, progress)
-	if err == nil && !run.DryRun {
-		err = s.tooMany(ctx, run)
+	if err == nil {
+		err = run.tooMany()
 	}
-	for i, id := range run.planned {
-		if err != nil || run.DryRun {
-			break
-		}
-		before := syncRun{}
-		if err = s.inspect(ctx, &before, id); err != nil {
-			break
-		}
-		switch err = s.reconcile(ctx, c, id); {
-		case errors.Is(err, errConflict):
-			run.note(id, id, diffConflict)
-			err = nil
-		case err == nil:
-			for d := range before.Differences {
-				if class := run.Differences[d]; class != nil {
-					class.Repaired++
-				}
-			}
-		}
-		if err == nil && i%10 == 0 {
-			err = progress(&run)
-		}
+	if err == nil && !run.DryRun {
+		err = s.repairAll(ctx, c, &run, progress)
 	}
 	run.Status = "done"
 	if p := asProblem(err); err != nil && p.slug() == problemSyncStopped.slug() {
-		run.Status, run.Detail = "stopped", p.Detail
+		run.Detail = p.Detail
+		if !run.DryRun {
+			run.Status = "stopped"
+		}
 	} else if err != nil {
 		run.Status, run.Detail = "failed", p.Title+"."
 		s.log.ErrorContext(ctx, "a sync has failed", "sync", run.ID, "error", err)
 	}
 	now := s.now()
 	run.EndedAt = &now
+	ctx, cancel := detached(ctx, flowTime) // also if it was stopped
+	defer cancel()
 	if err := s.store.endSync(ctx, c, run, now); err != nil {
 		s.log.ErrorContext(ctx, "the end of a sync is not on record", "sync", run.ID, "error", err)
 	}
+	show(run)
 	return run
 }
 
 // syncDaily makes a full pass when the last one was a day ago.
 func (s *server) syncDaily(ctx context.Context) error {
-	run, err := s.store.beginSync(ctx, system("sync"), false, s.now(), s.now().Add(-syncDaily))
+	run, err := s.store.beginSync(ctx, system("sync"), false, s.now(), s.now().Add(-syncDaily), s.now().Add(-syncPause))
 	if errors.Is(err, errConflict) {
 		return nil // one runs, or was done
 	} else if err != nil {
@@ -466,7 +593,7 @@ func (s *server) startSync(ctx context.Context, c caller, in startSyncIn) (syncR
 	if !c.is(roleAdmin) {
 		return syncRun{}, problemForbidden
 	}
-	run, err := s.store.beginSync(ctx, c, in.DryRun, s.now(), s.now())
+	run, err := s.store.beginSync(ctx, c, in.DryRun, s.now(), s.now(), s.now())
 	if errors.Is(err, errConflict) {
 		return syncRun{}, problemSyncRunning.about(string(run.ID))
 	} else if err != nil {
@@ -499,7 +626,7 @@ var errDiffer = errors.New("the two stores differ")
 // syncCommand makes a full pass for an operator.
 func (s *server) syncCommand(ctx context.Context, dryRun bool, operator string, out io.Writer) error {
 	c := caller{Actor: "operator:" + operator}
-	run, err := s.store.beginSync(ctx, c, dryRun, s.now(), s.now())
+	run, err := s.store.beginSync(ctx, c, dryRun, s.now(), s.now(), s.now())
 	if errors.Is(err, errConflict) {
 		return fmt.Errorf("a sync is running already: %s", run.ID)
 	} else if err != nil {

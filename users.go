@@ -295,7 +295,9 @@ func (s *server) settleLeased(ctx context.Context, c caller, u owedUser) (user, 
 			if err = s.store.bornUser(ctx, u.user); err != nil { // I3
 				return err
 			}
-		} else if err = s.kc.assign(ctx, u.user, u.Enable); err != nil { // U2
+		} else if err = s.kc.assign(ctx, u.user, u.Enable, u.Names); errors.Is(err, errNotFound) { // U2
+			return nil // nothing is owed to a user that is missing in Keycloak: sync disables it here
+		} else if err != nil {
 			return err
 		}
 		if u.Invitation && u.IsActive {

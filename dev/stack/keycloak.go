@@ -142,6 +142,7 @@ func (k *keycloakServer) command(log *os.File, compiled bool) *exec.Cmd {
 	port := strconv.Itoa(k.port)
 	cmd.Env = append(cmd.Env, "KC_HTTP_HOST=127.0.0.1", "KC_HTTP_PORT="+port, "KC_HOSTNAME=http://localhost:"+port,
 		"KC_HTTP_MANAGEMENT_PORT="+strconv.Itoa(k.management), "KC_HEALTH_ENABLED=true",
+		"QUARKUS_HTTP_LIMITS_MAX_BODY_SIZE=200M", // of a realm with a hundred thousand users
 		// Without it, two sign-ins of one person at the same moment refuse each other.
 		"KC_SPI_BRUTE_FORCE_PROTECTOR__DEFAULT_BRUTE_FORCE_DETECTOR__ALLOW_CONCURRENT_REQUESTS=true",
 		"KC_BOOTSTRAP_ADMIN_USERNAME="+k.AdminUser, "KC_BOOTSTRAP_ADMIN_PASSWORD="+k.AdminPassword)

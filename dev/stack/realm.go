@@ -24,9 +24,13 @@ var ErrRealmExists = errors.New("the realm exists already")
 
 // CreateRealm creates a realm from keycloak/realm.json. vars replace its
 // ${NAME} placeholders; REALM is the name. What a test creates is called
-// test-…: should the test be killed, the next start deletes it.
-func (s *Stack) CreateRealm(ctx context.Context, name string, vars map[string]string) error {
+// test-…: should the test be killed, the next start deletes it. users are
+// imported with it, thousands a second.
+func (s *Stack) CreateRealm(ctx context.Context, name string, vars map[string]string, users ...map[string]any) error {
 	realm, err := s.realmJSON(name, vars)
+	if err == nil && len(users) > 0 {
+		realm, err = withUsers(realm, users)
+	}
 	if err != nil {
 		return err
 	}
@@ -105,6 +109,20 @@ func (s *Stack) realmJSON(name string, vars map[string]string) ([]byte, error) {
 	return realm, nil
 }
 
+// withUsers adds users to a realm.
+func withUsers(realm []byte, users []map[string]any) ([]byte, error) {
+	var document map[string]any
+	if err := json.Unmarshal(realm, &document); err != nil {
+		return nil, err
+	}
+	all, _ := document["users"].([]any)
+	for _, u := range users {
+		all = append(all, u)
+	}
+	document["users"] = all
+	return json.Marshal(document)
+}
+
 // placeholder is ${NAME} or ${NAME:default}. Keycloak's own ${client_account}
 // and the like are in lower case and stay.
 var placeholder = regexp.MustCompile(`\$\{([A-Z][A-Z0-9_]*)(?::([^}]*))?\}`)
@@ -167,7 +185,7 @@ func (s *Stack) ask(ctx context.Context, method, path string, body []byte) (stat
 }
 
 func roundTrip(req *http.Request) (status int, answer []byte, err error) {
-	client := http.Client{Timeout: time.Minute}
+	client := http.Client{Timeout: 10 * time.Minute} // a realm with a hundred thousand users takes some
 	resp, err := client.Do(req)
 	if err != nil {
 		return 0, nil, err

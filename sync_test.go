@@ -1,0 +1,934 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"html"
+	"maps"
+	"math/rand/v2"
+	"net/url"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/jackc/pgx/v5"
+	gonanoid "github.com/matoous/go-nanoid/v2"
+)
+
+// seeds are users that both stores have, made in great number at once: zz0000@seed.test,
+// an operator of NET-1 and STA-1, zz0001@seed.test, a user, and so on in turn. The value is
+// what their ids in Keycloak begin with.
+type seeds string
+
+func newSeeds() seeds {
+	return seeds(gonanoid.MustGenerate("0123456789abcdef", 8) + "-0000-4000-8000-")
+}
+
+func (s seeds) keycloakID(n int) string { return fmt.Sprintf("%s%012d", s, n) }
+func (s seeds) userID(n int) string     { return fmt.Sprintf("USR-%016d", n) }
+
+// inKeycloak are those from first to before last, as Keycloak imports them.
+func (s seeds) inKeycloak(first, last int) (users []body) {
+	for n := first; n < last; n++ {
+		role, network, station := roleUser, noScope, noScope
+		if n%2 == 0 {
+			role, network, station = roleOperator, "NET-1", "STA-1"
+		}
+		users = append(users, body{"id": s.keycloakID(n), "username": fmt.Sprintf("zz%04d", n), "email": fmt.Sprintf("zz%04d@seed.test", n),
+			"firstName": "First", "lastName": "Last", "enabled": true, "emailVerified": true,
+			"attributes": body{attrUserID: []string{s.userID(n)}, attrRoles: []string{role}, attrNetworkID: []string{network}, attrStationID: []string{station}}})
+	}
+	return users
+}
+
+// here writes their rows.
+func (s seeds) here(w *world, first, last int) {
+	w.Helper()
+	w.exec(`insert into users (user_id, keycloak_id, email, username, first_name, last_name, is_verified, role, network_id, station_id, source)
+		select 'USR-' || lpad(n::text, 16, '0'), $1 || lpad(n::text, 12, '0'), 'ZZ' || lpad(n::text, greatest(4, length(n::text)), '0') || '@seed.test', 'zz' || lpad(n::text, greatest(4, length(n::text)), '0'), 'First', 'Last',
+			true, case when n % 2 = 0 then 'operator' else 'user' end, case when n % 2 = 0 then 'NET-1' else '' end, case when n % 2 = 0 then 'STA-1' else '' end, 'internal'
+		from generate_series($2::int, $3::int - 1) n`, string(s), first, last)
+}
+
+// seen is all that a store has of users: by id in Keycloak.
+func (w *world) seenInKeycloak() map[string]body {
+	w.Helper()
+	users := map[string]body{}
+	for first := 0; ; first += 100 {
+		var page []body
+		w.admin("GET", fmt.Sprintf("/users?briefRepresentation=false&first=%d&max=100", first), nil, &page)
+		for _, u := range page {
+			users[u["id"].(string)] = u
+		}
+		if len(page) < 100 {
+			return users
+		}
+	}
+}
+
+func (w *world) seenHere() map[string]body {
+	w.Helper()
+	rows, _ := w.pool.Query(w.Context(), `select to_jsonb(u) from users u`)
+	list, err := pgx.CollectRows(rows, pgx.RowTo[body])
+	if err != nil {
+		w.Fatal(err)
+	}
+	users := map[string]body{}
+	for _, u := range list {
+		users[u["keycloak_id"].(string)] = u
+	}
+	return users
+}
+
+// outOfStep lists the users that the two stores don't agree on, but for those that are due
+// or wait for their confirmation.
+func (w *world) outOfStep() (wrong []string) {
+	w.Helper()
+	here, there := w.seenHere(), w.seenInKeycloak()
+	text := func(v any) string { s, _ := v.(string); return strings.ToLower(s) }
+	for id := range there {
+		if here[id] == nil {
+			wrong = append(wrong, "unknown here: "+id)
+		}
+	}
+	for id, u := range here {
+		ku := there[id]
+		switch waits := u["source"] == "web" && u["is_verified"] == false; {
+		case u["due_at"] != nil, waits && ku != nil && ku["enabled"] == false:
+			continue
+		case ku == nil:
+			if u["is_active"] == true {
+				wrong = append(wrong, "missing in Keycloak: "+id)
+			}
+			continue
+		}
+		scope := func(name string) []any {
+			if u[name] == "" {
+				return []any{noScope}
+			}
+			return []any{u[name]}
+		}
+		want := body{"email": text(u["email"]), "username": text(u["username"]), "first": text(u["first_name"]), "last": text(u["last_name"]),
+			"verified": u["is_verified"], "enabled": u["is_active"], attrUserID: []any{u["user_id"]}, attrRoles: []any{u["role"]},
+			attrNetworkID: scope("network_id"), attrStationID: scope("station_id")}
+		got := body{"email": text(ku["email"]), "username": text(ku["username"]), "first": text(ku["firstName"]), "last": text(ku["lastName"]),
+			"verified": ku["emailVerified"], "enabled": ku["enabled"]}
+		attributes, _ := ku["attributes"].(body)
+		for _, name := range []string{attrUserID, attrRoles, attrNetworkID, attrStationID} {
+			got[name] = attributes[name]
+		}
+		if diff := cmp.Diff(want, got); diff != "" {
+			wrong = append(wrong, fmt.Sprintf("%s, here (-) and in Keycloak (+): %s", id, diff))
+		}
+	}
+	return wrong
+}
+
+// sync is the command; found and repaired are its report by class.
+func (w *world) sync(settings map[string]string, args ...string) (found, repaired map[difference]int, out string, err error) {
+	w.Helper()
+	var stdout bytes.Buffer
+	env := maps.Clone(w.env)
+	maps.Copy(env, settings)
+	err = run(w.Context(), append([]string{"sync"}, args...), func(name string) string { return env[name] }, &stdout, w.logs)
+	found, repaired = map[difference]int{}, map[difference]int{}
+	for _, m := range regexp.MustCompile(`(?m)^(\w+) +(\d+) found +(\d+) repaired`).FindAllStringSubmatch(stdout.String(), -1) {
+		found[difference(m[1])], _ = strconv.Atoi(m[2])
+		repaired[difference(m[1])], _ = strconv.Atoi(m[3])
+	}
+	return found, repaired, stdout.String(), err
+}
+
+// command runs another subcommand, which must succeed.
+func (w *world) command(args ...string) {
+	w.Helper()
+	if err := run(w.Context(), args, func(name string) string { return w.env[name] }, new(bytes.Buffer), w.logs); err != nil {
+		w.Fatalf("%v: %v", args, err)
+	}
+}
+
+// A drift of every class among two thousand users is found and repaired, and nobody else
+// is touched.
+func TestSync(t *testing.T) {
+	const n = 2000
+	s := newSeeds()
+	users := s.inKeycloak(0, n)
+	attribute := func(name string, values ...string) func(body, int) {
+		return func(ku body, _ int) { ku["attributes"].(body)[name] = values }
+	}
+	set := func(name string, value any) func(body, int) { return func(ku body, _ int) { ku[name] = value } }
+	gone, none := func(ku body, _ int) { clear(ku) }, func(body, int) {}
+	here := func(set string) func(int) string {
+		return func(int) string { return `update users set ` + set + ` where user_id = $1` }
+	}
+	const deleted = `is_active = false, deleted_at = now()`
+	absent := func(int) string { return `delete from users where user_id = $1` }
+	drifts := []struct {
+		name  string
+		users int
+		there func(ku body, n int)
+		here  func(n int) string // SQL for the user $1; nil: none
+		found []difference
+	}{
+		{"e-mail", 12, func(ku body, n int) { ku["email"] = fmt.Sprintf("new%d@seed.test", n) }, nil, []difference{diffProfile}},
+		{"username", 3, func(ku body, n int) { ku["username"] = fmt.Sprintf("zznew%d", n) }, nil, []difference{diffProfile}},
+		{"first name", 3, set("firstName", "Grace"), nil, []difference{diffProfile}},
+		{"last name", 3, set("lastName", nil), nil, []difference{diffProfile}},
+		{"verified there", 4, none, here(`is_verified = false`), []difference{diffVerified}},
+		{"unconfirmed there", 4, set("emailVerified", false), nil, []difference{diffVerified}},
+		{"disabled there", 5, set("enabled", false), nil, []difference{diffDisabled}},
+		{"deleted there", 5, gone, nil, []difference{diffMissing}},
+		{"created there", 4, attribute(attrRoles, roleAdmin), absent, []difference{diffUnknown}},
+		{"created there without attributes", 4, set("attributes", nil), absent, []difference{diffUnknown}},
+		{"created there, not confirmed", 2, set("emailVerified", false), absent, []difference{diffUnknown}},
+		{"created there, disabled", 2, set("enabled", false), absent, []difference{diffUnknown}},
+		{"created there without an address", 3, set("email", nil), absent, []difference{diffConflict}},
+		{"role edited", 4, attribute(attrRoles, roleAdmin), nil, []difference{diffRole}},
+		{"role added", 2, attribute(attrRoles, roleUser, roleAdmin), nil, []difference{diffRole}},
+		{"role removed", 2, attribute(attrRoles), nil, []difference{diffRole}},
+		{"network edited", 2, attribute(attrNetworkID, "NET-2"), nil, []difference{diffRole}},
+		{"station removed", 2, attribute(attrStationID), nil, []difference{diffRole}},
+		{"user_id edited", 2, attribute(attrUserID, "USR-aaaaaaaaaaaaaaaa"), nil, []difference{diffRole}},
+		{"attributes removed", 2, set("attributes", nil), nil, []difference{diffRole}},
+		{"deleted here", 5, none, here(deleted), []difference{diffDeleted}},
+		{"deleted here, disabled there", 2, set("enabled", false), here(deleted), nil},
+		{"deleted here, role edited there", 2, func(ku body, n int) { attribute(attrRoles, roleAdmin)(ku, n); ku["enabled"] = false }, here(deleted), []difference{diffRole}},
+		{"deleted on both sides", 2, gone, here(deleted), nil},
+		{"several", 2, func(ku body, n int) {
+			ku["email"], ku["enabled"] = fmt.Sprintf("new%d@seed.test", n), false
+			attribute(attrRoles, roleAdmin)(ku, n)
+		}, nil, []difference{diffProfile, diffDisabled, diffRole}},
+		{"an address that the next one has given up", 1, func(ku body, n int) { ku["email"] = fmt.Sprintf("zz%04d@seed.test", n+1) }, nil, []difference{diffConflict}},
+		{"the next one", 1, func(ku body, n int) { ku["email"] = fmt.Sprintf("new%d@seed.test", n) }, nil, []difference{diffProfile}},
+		{"due", 2, attribute(attrRoles, roleAdmin), here(`first_name = 'Due', due_at = 'infinity'`), nil},
+		{"due, with the next one's address", 1, none,
+			func(n int) string {
+				return fmt.Sprintf(`update users set email = 'zz%04d@seed.test', due_at = 'infinity' where user_id = $1`, n+1)
+			}, nil},
+		{"created there, with a taken address", 1, none, absent, []difference{diffConflict}},
+		{"in capitals there", 3, none, here(`email = upper(email), username = upper(username)`), nil},
+	}
+	var sql []string // with $1
+	var whose []string
+	found, drifted := map[difference]int{}, map[string]string{} // by class; by id in Keycloak, the name
+	examples := map[difference][]string{}
+	i := 0
+	for _, d := range drifts {
+		for range d.users {
+			d.there(users[i], i)
+			if d.here != nil {
+				sql, whose = append(sql, d.here(i)), append(whose, s.userID(i))
+			}
+			for _, class := range d.found {
+				found[class]++
+				examples[class] = append(examples[class], s.userID(i), s.keycloakID(i))
+			}
+			if len(d.found) > 0 {
+				drifted[s.keycloakID(i)] = d.name
+			}
+			i++
+		}
+	}
+	w := newWorld(t, map[string]string{"JOB_INTERVAL": "0"}, slices.DeleteFunc(users, func(ku body) bool { return len(ku) == 0 })...)
+	s.here(w, 0, n)
+	for i := range sql {
+		w.exec(sql[len(sql)-1-i], whose[len(sql)-1-i]) // those first whose address the one before takes
+	}
+	pendingOne, between, ended := newEmail(), newEmail(), newEmail() // these are in the hands of the repair loop
+	for _, email := range []string{pendingOne, between, ended} {
+		registered(w, email, password)
+	}
+	w.admin("PUT", "/users/"+w.value(`select keycloak_id from users where email = $1`, between), body{"enabled": true, "emailVerified": true}, nil) // V3
+	w.exec(`update user_registrations set status = 'expired' where email = $1`, ended)                                                              // E1
+	found[diffVerified]++
+	drifted[w.value(`select keycloak_id from users where email = $1`, between)] = "between"
+	audited := func() string {
+		return w.value(`select count(*)::text from audit_log where action not like 'sync.%'`)
+	}
+
+	hereBefore, thereBefore, auditBefore := w.seenHere(), w.seenInKeycloak(), audited()
+	same := func(when string, but map[string]string) {
+		t.Helper()
+		ignore := func(users map[string]body) map[string]body {
+			users = maps.Clone(users)
+			for id := range but {
+				delete(users, id)
+			}
+			return users
+		}
+		if diff := cmp.Diff(ignore(hereBefore), ignore(w.seenHere())); diff != "" {
+			t.Errorf("%s has changed users here: %s", when, diff)
+		}
+		if diff := cmp.Diff(ignore(thereBefore), ignore(w.seenInKeycloak())); diff != "" {
+			t.Errorf("%s has changed users in Keycloak: %s", when, diff)
+		}
+	}
+	wants := func(what string, want, got any) {
+		t.Helper()
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("%s: wanted (-), got (+): %s", what, diff)
+		}
+	}
+
+	w.Run("dry", func() {
+		got, repaired, out, err := w.sync(nil, "-dry-run")
+		if !errors.Is(err, errDiffer) {
+			w.Errorf("it ends with %v: %s", err, out)
+		}
+		wants("found", found, got)
+		wants("repaired", map[difference]int{}, withoutZero(repaired))
+		for class, all := range examples {
+			line := regexp.MustCompile(`(?m)^` + string(class) + ` .* repaired +(.*)$`).FindStringSubmatch(out)
+			if line == nil {
+				continue // wanted above
+			}
+			for _, name := range strings.Fields(line[1]) {
+				if !slices.Contains(all, name) && class != diffVerified {
+					w.Errorf("%s is no example of %s", name, class)
+				}
+			}
+			if got := len(strings.Fields(line[1])); got != min(found[class], syncExamples) {
+				w.Errorf("%d examples of %s", got, class)
+			}
+		}
+		same("a dry run", nil)
+		wants("entries", auditBefore, audited())
+	})
+	if t.Failed() {
+		return
+	}
+	w.Run("repair", func() {
+		got, repaired, out, err := w.sync(nil)
+		if !errors.Is(err, errDiffer) { // there are conflicts
+			w.Errorf("it ends with %v: %s", err, out)
+		}
+		wants("found", found, got)
+		left := maps.Clone(found)
+		left[diffConflict] = 1 // of five: the address that was given up
+		wants("repaired", left, repaired)
+		same("a sync", drifted)
+		untouched := w.value(`select count(*)::text from audit_log where action like 'user.%' and target = any($1)`, func() (ids []string) {
+			for i := range n {
+				if drifted[s.keycloakID(i)] == "" {
+					ids = append(ids, s.userID(i))
+				}
+			}
+			return ids
+		}())
+		wants("entries about users in step", "0", untouched)
+		twice := w.value(`select coalesce(string_agg(target || ' ' || action, ', '), '') from (
+			select target, action from audit_log where action in ('user.sync', 'user.take_over', 'user.assert') group by 1, 2 having count(*) > 1) x`)
+		wants("entries for the same", "", twice)
+	})
+	w.Run("what became of them", func() {
+		after, kept := w.seenHere(), w.seenInKeycloak()
+		for id, before := range thereBefore {
+			ku := kept[id]
+			if ku == nil {
+				w.Errorf("%s was deleted in Keycloak", drifted[id])
+			} else if before["enabled"] == false && ku["enabled"] == true {
+				w.Errorf("%s was enabled in Keycloak", drifted[id])
+			}
+		}
+		for id, name := range drifted {
+			u, before := after[id], hereBefore[id]
+			if strings.HasPrefix(name, "created") && u != nil {
+				if u["role"] != roleUser || u["network_id"] != "" || u["station_id"] != "" || u["source"] != sourceInternal ||
+					u["is_active"] != (name != "created there, disabled") || u["is_verified"] != (name != "created there, not confirmed") {
+					w.Errorf("%s: %v", name, u)
+				}
+			}
+			if before == nil {
+				continue
+			}
+			for _, name := range []string{"user_id", "role", "network_id", "station_id"} {
+				wants(drifted[id]+", "+name, before[name], u[name])
+			}
+			if before["is_active"] == false && u["is_active"] == true {
+				w.Errorf("%s was restored", name)
+			}
+		}
+	})
+	w.Run("again", func() {
+		got, _, out, err := w.sync(nil)
+		if !errors.Is(err, errDiffer) {
+			w.Errorf("it ends with %v: %s", err, out)
+		}
+		wants("found", map[difference]int{diffConflict: 4}, got)
+		if wrong := w.outOfStep(); len(wrong) != 4 {
+			w.Errorf("%d are not in step: %s", len(wrong), strings.Join(wrong, "\n"))
+		}
+	})
+	w.Run("when nothing is due or in conflict any more", func() {
+		for id, name := range drifted {
+			if name == "created there without an address" {
+				w.admin("PUT", "/users/"+id, body{"email": newEmail()}, nil)
+			}
+		}
+		w.exec(`update users set due_at = null where due_at is not null`)
+		w.command("jobs") // the registrations
+		if _, _, out, err := w.sync(nil); err != nil {
+			w.Errorf("it ends with %v: %s", err, out)
+		}
+		if wrong := w.outOfStep(); len(wrong) > 0 {
+			w.Error(strings.Join(wrong, "\n"))
+		}
+		if got, _, _, err := w.sync(nil, "-dry-run"); err != nil || len(got) > 0 {
+			w.Errorf("found %v, %v", got, err)
+		}
+	})
+}
+
+func withoutZero(counts map[difference]int) map[difference]int {
+	maps.DeleteFunc(counts, func(_ difference, n int) bool { return n == 0 })
+	return counts
+}
+
+// keycloakID is the id in Keycloak of the user with an address.
+func (w *world) keycloakID(email string) string {
+	w.Helper()
+	return w.value(`select keycloak_id from users where lower(email) = lower($1)`, email)
+}
+
+// edits changes attributes in Keycloak, as an administrator there does.
+func (w *world) edits(id string, attributes body) {
+	w.Helper()
+	var ku body
+	w.admin("GET", "/users/"+id, nil, &ku)
+	maps.Copy(ku["attributes"].(body), attributes)
+	w.admin("PUT", "/users/"+id, ku, nil)
+}
+
+// administrator is the sign-in of one.
+func (w *world) administrator() answer {
+	w.Helper()
+	email := newEmail()
+	w.account(email)
+	w.command("grant-admin", email)
+	return w.signsIn(email)
+}
+
+// What others change in Keycloak arrives within seconds.
+func TestSyncEvents(t *testing.T) {
+	w := newWorld(t, nil) // with JOB_INTERVAL=1s
+	arrives := func(what, sql string, args ...any) {
+		w.Helper()
+		w.eventually(what, 10*time.Second, func() bool { return w.value(sql, args...) == "t" })
+	}
+	w.Run("e-mail and names", func() {
+		email, id, next := newEmail(), "", newEmail()
+		w.account(email)
+		id = w.keycloakID(email)
+		w.admin("PUT", "/users/"+id, body{"email": next, "firstName": "Grace"}, nil)
+		arrives("both", `select case when email = $2 and first_name = 'Grace' then 't' else 'f' end from users where keycloak_id = $1`, id, next)
+		w.admin("PUT", "/users/"+id, body{"email": newEmail(), "emailVerified": false}, nil)
+		arrives("not confirmed", `select case when is_verified then 'f' else 't' end from users where keycloak_id = $1`, id)
+		w.admin("PUT", "/users/"+id, body{"emailVerified": true}, nil)
+		arrives("confirmed again", `select case when is_verified then 't' else 'f' end from users where keycloak_id = $1`, id)
+	})
+	w.Run("a new address, confirmed at the sign-in", func() {
+		email := newEmail()
+		w.account(email)
+		id := w.keycloakID(email)
+		w.exec(`update users set is_verified = false where keycloak_id = $1`, id)
+		w.signsIn(email)
+	})
+	w.Run("disabled", func() {
+		email, a := w.signedIn()
+		id := w.keycloakID(email)
+		w.admin("PUT", "/users/"+id, body{"enabled": false}, nil)
+		arrives("disabled here", `select case when is_active then 'f' else 't' end from users where keycloak_id = $1`, id)
+		w.wants(w.do(refreshing(a.text("refresh_token"))), 401, "invalid-token")
+		w.admin("PUT", "/users/"+id, body{"enabled": true}, nil) // only restore does
+		w.eventually("disabled there again", 10*time.Second, func() bool { return w.seenInKeycloak()[id]["enabled"] == false })
+		w.value(`select audit_id from audit_log where actor = 'system:sync' and action = 'user.sync' and target = (select user_id from users where keycloak_id = $1)`, id)
+		admin := w.administrator()
+		w.wants(w.as(admin, "POST", "/api/v1/users/"+w.value(`select user_id from users where keycloak_id = $1`, id)+"/restore"), 200, "")
+		w.signsIn(email)
+	})
+	w.Run("deleted", func() {
+		created := newEmail()
+		w.admin("POST", "/users", body{"username": created, "email": created, "enabled": true, "emailVerified": true,
+			"attributes": body{attrRoles: []string{roleAdmin}}}, nil)
+		arrives("taken over", `select case when exists (select from users where email = $1 and role = 'user' and due_at is null) then 't' else 'f' end`, created)
+		id := w.keycloakID(created)
+		if wrong := w.outOfStep(); len(wrong) > 0 {
+			w.Error(strings.Join(wrong, "\n"))
+		}
+		w.admin("DELETE", "/users/"+id, nil, nil)
+		arrives("deleted here, and nothing due", `select case when not is_active and due_at is null then 't' else 'f' end from users where keycloak_id = $1`, id)
+	})
+	w.Run("a role", func() {
+		email, before := w.signedIn()
+		id := w.keycloakID(email)
+		w.edits(id, body{attrRoles: []string{roleAdmin}})
+		meanwhile := w.refreshed(before)
+		w.eventually("reverted", 10*time.Second, func() bool {
+			attributes := w.seenInKeycloak()[id]["attributes"].(body)
+			return cmp.Equal(attributes[attrRoles], []any{roleUser})
+		})
+		if slices.Equal(unpacked(meanwhile.text("access_token"), 1)["roles"].([]any), []any{roleAdmin}) {
+			w.eventually("the token is refused", 2*time.Second, func() bool {
+				return w.do(bearing(validatePath, meanwhile.text("access_token"))).Status == 401
+			})
+		}
+		w.wants(w.do(bearing(validatePath, w.refreshed(meanwhile).text("access_token"))), 200, "")
+	})
+	w.Run("by the person", func() {
+		email := newEmail()
+		w.account(email)
+		id := w.keycloakID(email)
+		w.admin("PUT", "/users/"+id, body{"requiredActions": []string{"UPDATE_PROFILE"}}, nil)
+		p := w.person()
+		a := p.visit(p.begins("/"), call{})
+		a = p.visit(html.UnescapeString(string(formAction.FindSubmatch(a.Body)[1])), call{method: "POST", form: url.Values{"username": {email}, "password": {password}}})
+		a = p.visit(a.Header.Get("Location"), call{})
+		p.visit(html.UnescapeString(string(formAction.FindSubmatch(a.Body)[1])), call{method: "POST",
+			form: url.Values{"username": {email}, "email": {email}, "firstName": {"Grace"}, "lastName": {"Hopper"}}})
+		arrives("the names", `select case when first_name = 'Grace' and last_name = 'Hopper' then 't' else 'f' end from users where keycloak_id = $1`, id)
+		w.straysDie()
+	})
+	w.Run("names, while a change here is due", func() {
+		email := newEmail()
+		w.account(email)
+		id := w.keycloakID(email)
+		w.exec(`update sync_place set owner = 'another', until = now() + interval '1 hour'`) // no events
+		w.admin("PUT", "/users/"+id, body{"firstName": "Grace"}, nil)
+		w.command("grant-admin", email)
+		w.exec(`update sync_place set until = now()`)
+		arrives("the name", `select case when first_name = 'Grace' and role = 'admin' then 't' else 'f' end from users where keycloak_id = $1`, id)
+	})
+}
+
+// Nothing is lost and nothing done twice, whoever dies; our own changes are no news.
+func TestSyncEventsOnce(t *testing.T) {
+	binary := filepath.Join(t.TempDir(), "auth-service")
+	if out, err := exec.Command("go", "build", "-o", binary, ".").CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	w := newWorld(t, map[string]string{"JOB_INTERVAL": "0", "SYNC_MAX_SHARE": "100"}, newSeeds().inKeycloak(0, 1)...)
+	w.command("jobs") // from now on
+	w.Run("our own", func() {
+		w.account(newEmail())
+		looked := w.kc.count("get_user")
+		w.command("jobs")
+		if n := w.kc.count("get_user") - looked; n != 0 {
+			w.Errorf("%d users were looked at", n)
+		}
+	})
+	const n = 120 // more than a page of events
+	s := newSeeds()
+	w.admin("POST", "/partialImport", body{"ifResourceExists": "FAIL", "users": s.inKeycloak(1, 1+n)}, nil) // which tells of no user
+	var edits sync.WaitGroup
+	for part := range 4 { // some in the same millisecond
+		edits.Go(func() {
+			for i := part; i < n; i += 4 {
+				w.admin("PUT", "/users/"+s.keycloakID(1+i), body{"firstName": "Ada"}, nil)
+			}
+		})
+	}
+	edits.Wait()
+	for kill := range 6 {
+		if kill > 0 {
+			for i := range 20 {
+				w.admin("PUT", "/users/"+s.keycloakID(1+20*kill+i), body{"firstName": fmt.Sprint("Grace ", kill)}, nil)
+			}
+		}
+		p := w.spawn(binary, map[string]string{"JOB_INTERVAL": "20ms"})
+		q := w.spawn(binary, map[string]string{"JOB_INTERVAL": "20ms"})
+		time.Sleep(time.Duration(rand.IntN(1500)) * time.Millisecond)
+		w.end(p, syscall.SIGKILL)
+		w.end(q, syscall.SIGKILL)
+		w.exec(`update sync_place set until = now()`)
+		w.exec(`update users set due_at = now() where due_at is not null`)
+		w.exec(`update sync_runs set status = 'failed', ended_at = now() where status = 'running'`)
+	}
+	v, _ := w.another(map[string]string{"JOB_INTERVAL": "50ms"})
+	w.another(map[string]string{"JOB_INTERVAL": "50ms"})
+	v.eventually("all are here", 60*time.Second, func() bool {
+		return w.value(`select count(*)::text from users where due_at is null and keycloak_id like $1 || '%'`, string(s)) == fmt.Sprint(n)
+	})
+	v.eventually("all are in step", 20*time.Second, func() bool { return len(w.outOfStep()) == 0 })
+	if got := w.value(`select coalesce(string_agg(n || ' ' || action, ', '), '') from (
+		select target, action, count(*) n from audit_log where action in ('user.take_over', 'user.sync', 'user.assert') group by 1, 2 having count(*) > 1) x`); got != "" {
+		w.Errorf("done twice: %s", got)
+	}
+}
+
+// Whoever signs in and is known to Keycloak only gets the right claims at once.
+func TestSyncSignIn(t *testing.T) {
+	w := newWorld(t, map[string]string{"JOB_INTERVAL": "0", "CORS_ALLOWED_ORIGINS": app, "PUBLIC_URL": "http://localhost:3000"})
+	create := func(change body) string {
+		w.Helper()
+		email := newEmail()
+		u := body{"username": email, "email": email, "enabled": true, "emailVerified": true, "attributes": body{attrRoles: []string{roleAdmin}},
+			"credentials": []body{{"type": "password", "value": password, "temporary": false}}}
+		maps.Copy(u, change)
+		w.admin("POST", "/users", u, nil)
+		return email
+	}
+	says := func(email string, a answer) {
+		w.Helper()
+		claims := unpacked(a.text("access_token"), 1)
+		want := body{"user_id": w.value(`select user_id from users where email = $1`, email), "roles": []any{roleUser}, "network_id": noScope, "station_id": noScope}
+		for name, value := range want {
+			if diff := cmp.Diff(value, claims[name]); diff != "" {
+				w.Errorf("%s: %s", name, diff)
+			}
+		}
+		w.wants(w.do(bearing(validatePath, a.text("access_token"))), 200, "")
+	}
+	w.Run("by password", func() {
+		email := create(nil)
+		a := w.signsIn(email)
+		says(email, a)
+		says(email, w.refreshed(a))
+	})
+	w.Run("by the code flow", func() {
+		email := create(nil)
+		p := w.person()
+		p.isBack(p.comesBack(p.signsIn(p.begins(app), email)), app)
+		a := p.asks("refresh")
+		w.wants(a, 200, "")
+		says(email, a)
+	})
+	w.Run("an edited role", func() {
+		email := newEmail()
+		w.account(email)
+		w.edits(w.keycloakID(email), body{attrRoles: []string{roleAdmin}, attrNetworkID: []string{"NET-1"}})
+		says(email, w.signsIn(email))
+	})
+	w.Run("what fails leaves no session", func() {
+		email := create(nil)
+		w.kc.on("^refresh ", lost)
+		w.wants(w.login(email, password), 503, "unavailable")
+		w.kc.on("^refresh ", 0)
+		says(email, w.signsIn(email))
+	})
+	w.Run("a taken address", func() {
+		email := create(nil)
+		other := newEmail()
+		w.account(other)
+		w.exec(`update users set email = $1 where email = $2`, email, other)
+		w.wants(w.login(email, password), 403, "account-setup-required")
+		p := w.person()
+		p.isTold(p.comesBack(p.signsIn(p.begins(app), email)), 403, "Account setup required",
+			"Another account here has this e-mail address or username. Please ask an administrator.", "/auth/login?return_to="+url.QueryEscape(app))
+		w.exec(`update users set email = $1 where email = $2`, other, email)
+		says(email, w.signsIn(email))
+	})
+	w.Run("disabled", func() {
+		w.wants(w.login(create(body{"enabled": false}), password), 403, "account-disabled")
+	})
+}
+
+// A full pass is one at a time, shows how far it is, and may end anywhere.
+func TestSyncRuns(t *testing.T) {
+	binary := filepath.Join(t.TempDir(), "auth-service")
+	if out, err := exec.Command("go", "build", "-o", binary, ".").CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	const n = 300
+	s := newSeeds()
+	users := s.inKeycloak(0, n)
+	for i := range 60 {
+		users[i]["firstName"] = "Grace"
+		users[60+i]["attributes"].(body)[attrRoles] = []string{roleAdmin}
+	}
+	w := newWorld(t, map[string]string{"JOB_INTERVAL": "0"}, users...)
+	s.here(w, 0, n)
+	v, _ := w.another(nil)
+	admin := w.administrator()
+	start := func(w *world, dry bool) call {
+		return call{method: "POST", path: "/api/v1/sync", json: body{"dry_run": dry}, auth: []string{"Bearer " + admin.text("access_token")}}
+	}
+	status := func(id string) answer { return w.as(admin, "GET", "/api/v1/sync/"+id) }
+	ends := func(id string) answer {
+		w.Helper()
+		var a answer
+		w.eventually("its end", 60*time.Second, func() bool { a = status(id); return a.text("status") != "running" })
+		return a
+	}
+	w.Run("who may", func() {
+		_, other := w.signedIn()
+		r := start(w, true)
+		r.auth = []string{"Bearer " + other.text("access_token")}
+		w.wants(w.do(r), 403, "forbidden")
+		w.wants(w.as(other, "GET", "/api/v1/sync/SYN-0123456789abcdef"), 403, "forbidden")
+		w.wants(w.do(call{method: "POST", path: "/api/v1/sync", json: body{}}), 401, "unauthorized")
+		w.wants(status("SYN-0123456789abcdef"), 404, "not-found")
+		w.wants(status("SYN-0"), 404, "not-found")
+	})
+	w.Run("one at a time, and how far it is", func() {
+		first, release := w.kc.holdAt("^list_users ", false)
+		answers := w.at([]string{w.url, v.url}, start(w, true), start(w, true), start(w, false))
+		if got := tally(answers); got["202"] != 1 || got["409 sync-running"] != 2 {
+			w.Fatalf("%v", got)
+		}
+		i := slices.IndexFunc(answers, func(a answer) bool { return a.Status == 202 })
+		id := answers[i].text("sync_id")
+		if got := answers[i].Header.Get("Location"); got != "/api/v1/sync/"+id {
+			w.Errorf("Location: %s", got)
+		}
+		<-first
+		second, releaseSecond := w.kc.holdAt("^list_users ", false)
+		release()
+		<-second
+		if a := status(id); a.text("status") != "running" || a.JSON["checked"] != float64(syncPage) || a.JSON["total"] != float64(n+2) {
+			w.Errorf("on the way: %v", a)
+		}
+		releaseSecond()
+		if a := ends(id); a.text("status") != "done" || a.JSON["checked"] != float64(n+2) {
+			w.Errorf("at the end: %v", a)
+		}
+	})
+	for _, outage := range []struct {
+		name       string
+		begin, end func() error
+	}{{"Keycloak", func() error { return w.kc.close() }, func() error { return w.kc.open() }},
+		{"PostgreSQL", func() error { return w.pg.close() }, func() error { return w.pg.open() }}} {
+		w.Run(outage.name+" is lost in the middle", func() {
+			a := w.do(start(w, true))
+			if a.Status == 202 {
+				ends(a.text("sync_id"))
+			}
+			before := w.seenHere()
+			there, release := w.kc.holdAt("^list_users ", false)
+			a = w.do(start(w, false))
+			w.wants(a, 202, "")
+			<-there
+			if err := outage.begin(); err != nil {
+				w.Fatal(err)
+			}
+			release()
+			time.Sleep(500 * time.Millisecond)
+			if err := outage.end(); err != nil {
+				w.Fatal(err)
+			}
+			if outage.name == "PostgreSQL" { // nobody could say so: the next one does, when its time is over
+				time.Sleep(time.Second)
+				w.exec(`update sync_runs set seen_at = now() - interval '61 seconds' where status = 'running'`)
+				w.eventually("the next", 20*time.Second, func() bool { return w.do(start(w, true)).Status != 503 })
+			}
+			if a := ends(a.text("sync_id")); a.text("status") != "failed" {
+				w.Errorf("it has not failed: %v", a)
+			}
+			if diff := cmp.Diff(before, w.seenHere()); diff != "" {
+				w.Error(diff)
+			}
+			w.eventually("nothing runs", 60*time.Second, func() bool {
+				return w.value(`select count(*)::text from sync_runs where status = 'running'`) == "0"
+			})
+		})
+	}
+	w.Run("killed again and again", func() {
+		env := func() (all []string) {
+			for name, value := range w.env {
+				all = append(all, name+"="+value)
+			}
+			return all
+		}()
+		kills := 0
+		for ; ; kills++ {
+			cmd := exec.Command(binary, "sync")
+			cmd.Env, cmd.Stderr = env, w.logs
+			if err := cmd.Start(); err != nil {
+				w.Fatal(err)
+			}
+			ended := make(chan error, 1)
+			go func() { ended <- cmd.Wait() }()
+			patience := time.Duration(200+rand.IntN(600)) * time.Millisecond
+			if kills == 6 {
+				patience = time.Minute
+			}
+			select {
+			case err := <-ended:
+				if err != nil {
+					w.Errorf("it ends with %v", err)
+				}
+			case <-time.After(patience):
+				cmd.Process.Kill()
+				<-ended
+				w.exec(`update sync_runs set seen_at = now() - interval '61 seconds' where status = 'running'`)
+				w.exec(`update users set due_at = now(), lease_owner = null where due_at is not null`) // the lease has ended
+				continue
+			}
+			break
+		}
+		w.command("jobs") // what was due
+		if wrong := w.outOfStep(); len(wrong) > 0 {
+			w.Errorf("after %d kills: %s", kills, strings.Join(wrong, "\n"))
+		}
+		if got := w.value(`select count(*)::text || ' ' || count(distinct target) from audit_log where action = 'user.sync'`); got != "60 60" {
+			w.Errorf("user.sync is on record (times, users) %s", got)
+		}
+		w.Logf("%d kills", kills)
+		if found, _, _, err := w.sync(nil, "-dry-run"); err != nil || len(found) > 0 {
+			w.Errorf("%v %v", found, err)
+		}
+	})
+	w.Run("once a day", func() {
+		runs := func() string { return w.value(`select count(*)::text from sync_runs where not dry_run`) }
+		before := runs()
+		w.command("jobs")
+		if runs() != before {
+			w.Error("twice a day")
+		}
+		w.exec(`update sync_runs set started_at = started_at - interval '25 hours', ended_at = ended_at - interval '25 hours'`)
+		w.command("jobs")
+		if runs() == before {
+			w.Error("not once a day")
+		}
+	})
+	w.Run("too many at once", func() {
+		w.exec(`update users set is_active = false, deleted_at = now() where keycloak_id like $1 || '%' and keycloak_id > $2`, string(s), s.keycloakID(n-40))
+		before := w.seenHere()
+		_, _, out, err := w.sync(nil)
+		if err == nil || errors.Is(err, errDiffer) || !strings.Contains(out, "stopped At least 39 users would be disabled or taken over, and SYNC_MAX_SHARE allows 30.") {
+			w.Errorf("%v: %s", err, out)
+		}
+		if diff := cmp.Diff(before, w.seenHere()); diff != "" {
+			w.Error(diff)
+		}
+		if _, repaired, out, err := w.sync(map[string]string{"SYNC_MAX_SHARE": "100"}); err != nil || repaired[diffDeleted] != 39 {
+			w.Errorf("%v: %s", err, out)
+		}
+	})
+	w.Run("the wrong realm", func() {
+		empty := newWorld(w.TB, map[string]string{"JOB_INTERVAL": "0"})
+		looked := empty.kc.count("get_user")
+		_, _, out, err := w.sync(map[string]string{"KEYCLOAK_REALM": empty.realm, "KEYCLOAK_URL": empty.kc.url()})
+		if err == nil || !strings.Contains(out, "stopped") {
+			w.Errorf("%v: %s", err, out)
+		}
+		if n := empty.kc.count("get_user") - looked; n > 40 {
+			w.Errorf("it took %d calls to notice", n)
+		}
+	})
+}
+
+// A copy of the database that is older than Keycloak is put back.
+func TestSyncRestored(t *testing.T) {
+	w := newWorld(t, map[string]string{"JOB_INTERVAL": "0", "SYNC_MAX_SHARE": "100"})
+	accounts := map[string]string{} // what becomes of them, address
+	for _, name := range []string{"stays", "moves", "promoted", "demoted", "deleted", "signs in", "restored", "deleted there"} {
+		accounts[name] = newEmail()
+		w.account(accounts[name])
+	}
+	id := func(name string) string {
+		return w.value(`select user_id from users where lower(email) = $1`, accounts[name])
+	}
+	admin := w.administrator()
+	w.command("grant-admin", accounts["demoted"])
+	w.wants(w.as(admin, "DELETE", "/api/v1/users/"+id("restored")), 204, "")
+	pendingBefore, replaced := newEmail(), newEmail()
+	before := registered(w, pendingBefore, password)
+	registered(w, replaced, password)
+	w.wants(w.do(loggingOut(admin.text("refresh_token"))), 204, "")
+
+	w.copyDatabase(w.db, w.db+"_copy")
+	admin = w.signsIn(w.value(`select email from users where role = 'admin' and email <> $1`, accounts["demoted"]))
+	for _, name := range []string{"new", "newer"} {
+		accounts[name] = newEmail()
+		w.account(accounts[name])
+	}
+	pendingAfter := newEmail()
+	after := registered(w, pendingAfter, password)
+	unknown := newEmail()
+	w.register(unknown)
+	w.minuteLater(replaced)
+	w.exec(`delete from rate_limits`)
+	again := w.register(replaced)
+	_ = again
+	latest := w.readMail(replaced, 2)
+	moved := newEmail()
+	w.admin("PUT", "/users/"+w.keycloakID(accounts["moves"]), body{"email": moved}, nil)
+	w.admin("DELETE", "/users/"+w.keycloakID(accounts["deleted there"]), nil, nil)
+	patch := authorized(admin.text("access_token"), "PATCH", "/api/v1/users/"+id("promoted"))
+	patch.json = body{"role": roleOperator, "network_id": "NET-1", "station_id": "STA-1"}
+	w.wants(w.do(patch), 200, "")
+	patch = authorized(admin.text("access_token"), "PATCH", "/api/v1/users/"+id("demoted"))
+	patch.json = body{"role": roleUser}
+	w.wants(w.do(patch), 200, "")
+	w.wants(w.as(admin, "DELETE", "/api/v1/users/"+id("deleted")), 204, "")
+	w.wants(w.as(admin, "POST", "/api/v1/users/"+id("restored")+"/restore"), 200, "")
+	session := w.signsIn(accounts["signs in"])
+
+	w.copyDatabase(w.db+"_copy", w.db)
+	found, repaired, out, err := w.sync(nil)
+	t.Logf("%v\n%s", err, out)
+	for class, n := range map[difference]int{diffUnknown: 4, diffProfile: 1, diffRole: 2, diffDisabled: 1, diffMissing: 1, diffDeleted: 1, diffConflict: 1} {
+		if found[class] != n || repaired[class] != n {
+			t.Errorf("%s: found %d, repaired %d, not %d", class, found[class], repaired[class], n)
+		}
+	}
+	w.command("jobs")
+	if found, _, out, err := w.sync(nil); err != nil || len(found) > 0 {
+		t.Errorf("the second finds %s %v", out, err)
+	}
+	if wrong := w.outOfStep(); len(wrong) > 0 {
+		t.Error(strings.Join(wrong, "\n"))
+	}
+	w.wants(w.do(refreshing(session.text("refresh_token"))), 401, "invalid-token")
+	w.straysDie()
+	for _, l := range []link{before, after, latest} {
+		w.wants(w.do(verifying(l)), 200, "")
+	}
+	for _, name := range []string{"new", "newer", "stays", "signs in"} {
+		w.signsIn(accounts[name])
+	}
+	w.signsIn(moved)
+	w.wants(w.login(accounts["deleted"], password), 403, "account-disabled")
+	w.wants(w.login(accounts["restored"], password), 403, "account-disabled") // nobody knows any more
+	if got := w.value(`select role || network_id from users where email = $1`, accounts["promoted"]) + " " +
+		w.value(`select role from users where email = $1`, accounts["demoted"]); got != "user admin" {
+		t.Errorf("the roles are not those of the copy: %s", got)
+	}
+}
+
+// copyDatabase makes a database of another's content, in its place, while no instance runs.
+func (w *world) copyDatabase(from, to string) {
+	w.Helper()
+	for _, end := range w.ends {
+		if err := end(); err != nil {
+			w.Fatal(err)
+		}
+	}
+	w.pool.Reset()
+	defer func() {
+		w.ends = nil
+		var err error
+		if w.url, err = w.start(context.WithoutCancel(w.Context())); err != nil {
+			w.Fatal(err)
+		}
+	}()
+	c, err := pgx.Connect(w.Context(), services.DatabaseURL("postgres"))
+	if err != nil {
+		w.Fatal(err)
+	}
+	defer c.Close(w.Context())
+	w.eventually("the copy", 20*time.Second, func() bool {
+		for _, sql := range []string{"drop database if exists " + to + " with (force)",
+			"select pg_terminate_backend(pid) from pg_stat_activity where datname = '" + from + "'",
+			"create database " + to + " template " + from} {
+			if _, err := c.Exec(w.Context(), sql); err != nil {
+				w.Logf("%s: %v", sql, err)
+				return false
+			}
+		}
+		return true
+	})
+	if strings.HasSuffix(to, "_copy") {
+		w.Cleanup(func() { services.DropDatabase(context.Background(), to) })
+	}
+}
