@@ -312,7 +312,7 @@ func (k *keycloak) createInvited(ctx context.Context, u user, locale string) (st
 		return "", lookup
 	}
 	u.KeycloakID = found.id()
-	return u.KeycloakID, k.assign(ctx, u, false)
+	return u.KeycloakID, k.assign(ctx, u, false, true)
 }
 
 // attributesOf are the attributes that become claims.

@@ -17,9 +17,10 @@
 //
 // Reading order: the route table in handlers.go is the index of the program. From
 // there registration.go and verification.go (the life of a registration), auth.go
-// (signing in), sessions.go (what follows from it) and tokens.go (may this token pass);
-// then the SQL in store.go, store_registrations.go and store_users.go, with schema.sql,
-// and keycloak.go, all calls to Keycloak.
+// (signing in), sessions.go (what follows from it), tokens.go and withdrawals.go (may this
+// token pass), users.go (the rules of role and scope, and who manages whom), audit.go and
+// seals.go (the record); then the SQL in store.go and its like, with schema.sql, and
+// keycloak.go, all calls to Keycloak.
 package main
 
 import (

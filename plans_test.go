@@ -30,10 +30,10 @@ import (
 // does everything that it can do twice, with few rows and with many, while PostgreSQL
 // writes down the plan of each statement and how many blocks it has looked at.
 
-// seeds fill the tables: $1 and $2 are the first and last number of the rows. The shares
+// seededTables fill the tables: $1 and $2 are the first and last number of the rows. The shares
 // are those of a service in use. Nothing of it is due, and Keycloak has nothing of it. What
 // a filter finds few of is the oldest, so that whoever walks there in time's order is late.
-var seeds = []struct{ table, sql string }{
+var seededTables = []struct{ table, sql string }{
 	{"users", `
 		insert into users (user_id, keycloak_id, email, username, first_name, last_name, is_verified, role, network_id, station_id,
 			source, is_active, deleted_at, created_at, updated_at)
@@ -93,7 +93,7 @@ func (w *world) seed(first, last int) {
 		create or replace function id(kind text, i bigint) returns text language sql immutable as $$ select kind || '-' || left(md5(kind || i), 16) $$;
 		select audit_log_month(now() - n * interval '1 month') from generate_series(0, 6) n`)
 	var all sync.WaitGroup
-	for _, s := range seeds {
+	for _, s := range seededTables {
 		all.Go(func() {
 			err := pgx.BeginFunc(w.Context(), w.pool, func(tx pgx.Tx) error { return seedTable(w.Context(), tx, s.table, s.sql, first, last) })
 			if err == nil {
@@ -136,11 +136,11 @@ func seedTable(ctx context.Context, tx pgx.Tx, table, sql string, first, last in
 // planKinds are for any values, or made for those of each call: PostgreSQL may take either.
 var planKinds = []string{"force_generic_plan", "force_custom_plan"}
 
-// explained builds a world with an instance for each kind of plan. PostgreSQL logs the plans
+// statementPlan builds a world with an instance for each kind of plan. PostgreSQL logs the plans
 // of all that they do.
-func explained(t testing.TB) (w *world, instances []string) {
+func statementPlan(t testing.TB) (w *world, instances []string) {
 	t.Helper()
-	w, err := build(t.Context(), map[string]string{"JOB_INTERVAL": "0"})
+	w, err := build(t.Context(), map[string]string{"JOB_INTERVAL": "0"}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -486,7 +486,7 @@ const pageBlocks = 51
 
 func TestPlans(t *testing.T) {
 	const few, many = 1000, 50_000
-	w, instances := explained(t)
+	w, instances := statementPlan(t)
 	w.seed(1, few)
 	before := w.costs(func() { w.doEverything(instances) })
 	w.seed(few+1, many)
@@ -511,7 +511,7 @@ func TestPlans(t *testing.T) {
 // blocks, where a page of a list counts as one that was full before.
 func BenchmarkRows(b *testing.B) {
 	const few, many = 1000, 1_000_000
-	w, instances := explained(b)
+	w, instances := statementPlan(b)
 	w.quick = true
 	w.seed(1, few)
 	before := w.costs(func() { w.doEverything(instances) })

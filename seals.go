@@ -147,7 +147,10 @@ func (r sealReport) String() string {
 	if r.removed > 0 {
 		text += fmt.Sprintf("%d entries from before %s were removed with their month.\n", r.removed, r.first.Format("January 2006"))
 	}
-	return text + fmt.Sprintf("The last seal is %s\n", r.last.Hash)
+	if r.last.ID > 0 {
+		text += fmt.Sprintf("The last seal is %s\n", r.last.Hash)
+	}
+	return text
 }
 
 func (st *store) verifySeals(ctx context.Context, known string) (r sealReport, err error) {

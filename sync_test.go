@@ -409,15 +409,6 @@ func (w *world) edits(id string, attributes body) {
 	w.admin("PUT", "/users/"+id, ku, nil)
 }
 
-// administrator is the sign-in of one.
-func (w *world) administrator() answer {
-	w.Helper()
-	email := newEmail()
-	w.account(email)
-	w.command("grant-admin", email)
-	return w.signsIn(email)
-}
-
 // What others change in Keycloak arrives within seconds.
 func TestSyncEvents(t *testing.T) {
 	w := newWorld(t, nil) // with JOB_INTERVAL=1s
@@ -452,7 +443,7 @@ func TestSyncEvents(t *testing.T) {
 		w.admin("PUT", "/users/"+id, body{"enabled": true}, nil) // only restore does
 		w.eventually("disabled there again", 10*time.Second, func() bool { return w.seenInKeycloak()[id]["enabled"] == false })
 		w.value(`select audit_id from audit_log where actor = 'system:sync' and action = 'user.sync' and target = (select user_id from users where keycloak_id = $1)`, id)
-		admin := w.administrator()
+		admin := w.signsIn(w.administrator())
 		w.wants(w.as(admin, "POST", "/api/v1/users/"+w.value(`select user_id from users where keycloak_id = $1`, id)+"/restore"), 200, "")
 		w.signsIn(email)
 	})
@@ -648,7 +639,7 @@ func TestSyncRuns(t *testing.T) {
 	w := newWorld(t, map[string]string{"JOB_INTERVAL": "0"}, users...)
 	s.here(w, 0, n)
 	v, _ := w.another(nil)
-	admin := w.administrator()
+	admin := w.signsIn(w.administrator())
 	start := func(w *world, dry bool) call {
 		return call{method: "POST", path: "/api/v1/sync", json: body{"dry_run": dry}, auth: []string{"Bearer " + admin.text("access_token")}}
 	}
@@ -828,7 +819,7 @@ func TestSyncRestored(t *testing.T) {
 	id := func(name string) string {
 		return w.value(`select user_id from users where lower(email) = $1`, accounts[name])
 	}
-	admin := w.administrator()
+	admin := w.signsIn(w.administrator())
 	w.command("grant-admin", accounts["demoted"])
 	w.wants(w.as(admin, "DELETE", "/api/v1/users/"+id("restored")), 204, "")
 	pendingBefore, replaced := newEmail(), newEmail()
