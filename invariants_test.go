@@ -123,7 +123,7 @@ func (w *world) userViolations(ctx context.Context, inKeycloak []seenUser) (wron
 	rows, _ := w.pool.Query(ctx, `
 		select user_id, keycloak_id, role, network_id, station_id, source = 'internal' as internal, is_verified, is_active,
 			due_at is not null or lease_owner is not null as owed,
-			exists (select from audit_log where target = u.user_id and action = 'user.create' and outcome = 'ok') as audited,
+			exists (select from audit_log where target = u.user_id and action in ('user.create', 'user.take_over') and outcome = 'ok') as audited,
 			exists (select from sessions s where s.user_id = u.user_id and ended_at is null) as signed_in
 		from users u`)
 	type row struct {
