@@ -307,7 +307,7 @@ func (s *server) settleLeased(ctx context.Context, c caller, u owedUser) (user, 
 		return nil
 	}()
 	if err != nil {
-		return u.user, errors.Join(err, s.store.releaseUser(ctx, u, s.now().Add(retryTime)), s.store.keepWithdrawn(ctx, u.user))
+		return u.user, errors.Join(err, s.store.releaseUser(ctx, u, s.now().Add(retryTime)), s.store.keepWithdrawn(ctx, u.ID))
 	}
 	if settled, err := s.store.userSettled(ctx, u); settled || err != nil { // U3
 		return u.user, err
