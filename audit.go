@@ -157,21 +157,15 @@ const auditColumns = `audit_id, at, actor, action, target, outcome, reason, netw
 // auditTrail lists what is on record, the latest first: all of it for an administrator,
 // what concerns its own network for a partner.
 func (s *server) auditTrail(ctx context.Context, c caller, in auditIn) (listOut[auditEntry], error) {
-	before, err := parseCursor(in.Cursor)
-	if err != nil {
-		return listOut[auditEntry]{}, err
-	}
-	network := ""
-	if !c.is(roleAdmin) {
-		if network = c.NetworkID; !c.is(rolePartner) || network == "" {
-			return listOut[auditEntry]{}, problemForbidden
+	return pageOf(in.pageIn, func(before cursor) ([]auditEntry, error) {
+		network := ""
+		if !c.is(roleAdmin) {
+			if network = c.NetworkID; !c.is(rolePartner) || network == "" {
+				return nil, problemForbidden
+			}
 		}
-	}
-	list, err := s.store.auditTrail(ctx, in, network, before)
-	if err != nil {
-		return listOut[auditEntry]{}, err
-	}
-	return listOf(list, in.Limit, func(e auditEntry) (auditEntry, cursor) { return e, cursor{e.At, string(e.ID)} }), nil
+		return s.store.auditTrail(ctx, in, network, before)
+	}, func(e auditEntry) (auditEntry, cursor) { return e, cursor{e.At, string(e.ID)} })
 }
 
 // auditTrail returns entries of one network, or all (""), filtered, the latest first.

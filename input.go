@@ -90,6 +90,9 @@ func unreadable(err error) (wrong []fieldError) {
 // unknownParameters are those of the query that a list does not have, or that are there
 // twice: a filter with a typo would show more than was asked for.
 func unknownParameters(r *http.Request, in any) (wrong []fieldError) {
+	if r.URL.RawQuery == "" {
+		return nil
+	}
 	known := map[string]bool{}
 	for name, f := range inputFields(in) {
 		if f.tag.Get("query") != "" {
@@ -198,7 +201,8 @@ func inputFields(in any) map[string]inputField {
 	return fields
 }
 
-// checkFields applies the rules of the tags to in, except to fields that are known to be wrong, and returns what is wrong, by field name.
+// checkFields applies the rules of the tags to in, except to fields that are known to be
+// wrong, and returns what is wrong, by field name.
 func checkFields(in any, known []fieldError) []fieldError {
 	var wrong []fieldError
 	for name, f := range inputFields(in) {
@@ -312,18 +316,27 @@ func (c cursor) String() string {
 	return base64.RawURLEncoding.EncodeToString(fmt.Appendf(nil, "%d %s", c.At.UnixMicro(), c.ID))
 }
 
-// listOf makes a page of rows, of which one more than limit was asked for.
-func listOf[R, T any](rows []R, limit int, item func(R) (T, cursor)) listOut[T] {
+// pageOf answers a list: fetch returns the rows behind the cursor, one more than the limit
+// if there are more.
+func pageOf[R, T any](in pageIn, fetch func(before cursor) ([]R, error), item func(R) (T, cursor)) (listOut[T], error) {
+	before, err := parseCursor(in.Cursor)
+	if err != nil {
+		return listOut[T]{}, err
+	}
+	rows, err := fetch(before)
+	if err != nil {
+		return listOut[T]{}, err
+	}
 	out := listOut[T]{Items: []T{}}
-	for i, row := range rows[:min(limit, len(rows))] {
+	for i, row := range rows[:min(in.Limit, len(rows))] {
 		t, at := item(row)
 		out.Items = append(out.Items, t)
-		if i == limit-1 && len(rows) > limit {
+		if i == in.Limit-1 && len(rows) > in.Limit {
 			next := at.String()
 			out.NextCursor = &next
 		}
 	}
-	return out
+	return out, nil
 }
 
 // invisible says what nobody types into a name: control characters, those that turn

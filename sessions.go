@@ -164,12 +164,17 @@ func (s *server) signOut(ctx context.Context, c caller, user userID, id sessionI
 		return 0, err // perhaps it was committed and only the answer is lost: then the loop does S2
 	}
 	// Dying here (S1) leaves sessions in Keycloak: checkSessions ends them.
+	s.settleSessions(ctx, ended)
+	return len(ended), nil
+}
+
+// settleSessions does what is owed to Keycloak for ended sessions, or leaves it to the loop.
+func (s *server) settleSessions(ctx context.Context, ended []session) {
 	for _, session := range ended {
 		if err := s.settleSession(ctx, session); err != nil {
 			s.log.WarnContext(ctx, "a session will end in Keycloak later", "session", session.ID, "error", err)
 		}
 	}
-	return len(ended), nil
 }
 
 // settleSession does what is owed to Keycloak for an ended session (S2).
@@ -255,18 +260,13 @@ func (s *server) ownSessions(ctx context.Context, c caller, in pageIn) (listOut[
 }
 
 func (s *server) sessionsOf(ctx context.Context, c caller, user userID, in pageIn) (listOut[sessionOut], error) {
-	before, err := parseCursor(in.Cursor)
-	if err != nil {
-		return listOut[sessionOut]{}, err
-	}
-	list, err := s.store.sessions(ctx, user, before, in.Limit+1, s.now())
-	if err != nil {
-		return listOut[sessionOut]{}, err
-	}
-	return listOf(list, in.Limit, func(session session) (sessionOut, cursor) {
-		return sessionOut{session.ID, session.KeycloakID == c.SessionID, session.Address, session.UserAgent,
-			session.CreatedAt, session.LastUsedAt, session.ExpiresAt}, cursor{session.CreatedAt, string(session.ID)}
-	}), nil
+	return pageOf(in, func(before cursor) ([]session, error) {
+		return s.store.sessions(ctx, user, before, in.Limit+1, s.now())
+	},
+		func(session session) (sessionOut, cursor) {
+			return sessionOut{session.ID, session.KeycloakID == c.SessionID, session.Address, session.UserAgent,
+				session.CreatedAt, session.LastUsedAt, session.ExpiresAt}, cursor{session.CreatedAt, string(session.ID)}
+		})
 }
 
 type sessionIn struct {
@@ -277,17 +277,21 @@ type sessionIn struct {
 func (s *server) endOwnSession(ctx context.Context, c caller, in sessionIn) (noContent, error) {
 	ctx, cancel := detached(ctx, rotationTime)
 	defer cancel()
-	n, err := s.signOut(ctx, c, c.UserID, in.ID, entry{Action: "session.end", Reason: "own"})
-	if err == nil && n == 0 {
-		err = problemNotFound
-	}
-	return noContent{}, err
+	return noContent{}, s.endSession(ctx, c, c.UserID, in.ID, "own")
 }
 
 // endOwnSessions signs the caller out everywhere.
 func (s *server) endOwnSessions(ctx context.Context, c caller, _ struct{}) (noContent, error) {
 	ctx, cancel := detached(ctx, rotationTime)
 	defer cancel()
-	_, err := s.signOut(ctx, c, c.UserID, "", entry{Action: "session.end", Reason: "own"})
-	return noContent{}, err
+	return noContent{}, s.endSession(ctx, c, c.UserID, "", "own")
+}
+
+// endSession ends one session of a user, which must be there, or all (id "").
+func (s *server) endSession(ctx context.Context, c caller, user userID, id sessionID, reason string) error {
+	n, err := s.signOut(ctx, c, user, id, entry{Action: "session.end", Reason: reason})
+	if err == nil && n == 0 && id != "" {
+		err = problemNotFound
+	}
+	return err
 }

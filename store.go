@@ -2,9 +2,7 @@ package main
 
 import (
 	"context"
-	"crypto/sha256"
 	_ "embed"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"strings"
@@ -64,19 +62,13 @@ func openStore(ctx context.Context, url secret) (*store, error) {
 // at the same time. A schema that is current costs one query and takes no lock,
 // unless it is to be applied again, for a role that has come since.
 func (st *store) migrate(ctx context.Context, again bool) error {
-	sum := sha256.Sum256([]byte(schemaSQL))
-	want := hex.EncodeToString(sum[:])
-	current := func(q querier) (bool, error) {
-		var have string
-		err := q.QueryRow(ctx, `select sha256 from schema_version`).Scan(&have)
-		var pg *pgconn.PgError
-		if errors.Is(err, pgx.ErrNoRows) || errors.As(err, &pg) && pg.Code == "42P01" { // undefined_table
-			return false, nil
-		}
-		return have == want, err
+	want, have := digest(schemaSQL), ""
+	var pg *pgconn.PgError
+	err := st.pool.QueryRow(ctx, `select sha256 from schema_version`).Scan(&have)
+	if errors.Is(err, pgx.ErrNoRows) || errors.As(err, &pg) && pg.Code == "42P01" { // undefined_table
+		err = nil
 	}
-	ok, err := current(st.pool)
-	if err == nil && (!ok || again) {
+	if err == nil && (have != want || again) {
 		err = pgx.BeginFunc(ctx, st.pool, func(tx pgx.Tx) error {
 			if _, err := tx.Exec(ctx, `select set_config('lock_timeout', '3s', true), set_config('statement_timeout', '0', true),
 				pg_advisory_xact_lock(7203)`); err != nil { // rows may have to be copied
@@ -91,7 +83,6 @@ func (st *store) migrate(ctx context.Context, again bool) error {
 			return err
 		})
 	}
-	var pg *pgconn.PgError
 	if errors.As(err, &pg) && pg.Code == "42501" { // insufficient_privilege
 		return fmt.Errorf("the schema is not this version's, or not for this role; run \"auth-service migrate\" as the owner of the tables: %s", pg.Message)
 	}

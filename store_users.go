@@ -288,10 +288,19 @@ func (st *store) releaseUser(ctx context.Context, u owedUser, due time.Time) err
 	return storeError(err)
 }
 
-// keepWithdrawn renews the withdrawal of tokens that say something else than u, since
-// Keycloak goes on issuing them.
-func (st *store) keepWithdrawn(ctx context.Context, u user) error {
-	return st.tx(ctx, func(tx pgx.Tx) error { return withdraw(ctx, tx, u.withdrawal()) })
+// keepWithdrawn renews the withdrawal of tokens that say something else than what is true
+// of a user, since Keycloak goes on issuing them. The row is locked, as in changeUser: the
+// later withdrawal counts, and must not be of what was true before.
+func (st *store) keepWithdrawn(ctx context.Context, id userID) error {
+	return st.tx(ctx, func(tx pgx.Tx) error {
+		u, err := one[user](ctx, tx, `select `+userColumns+` from users where user_id = $1 for update`, id)
+		if errors.Is(err, errNotFound) { // Keycloak has refused to create it
+			return nil
+		} else if err != nil {
+			return err
+		}
+		return withdraw(ctx, tx, u.withdrawal())
+	})
 }
 
 // confirmUser makes an invited user verified: Keycloak lets in only whose address is.

@@ -83,15 +83,8 @@ type usersIn struct {
 
 // users lists whom the caller may see, the latest first.
 func (s *server) users(ctx context.Context, c caller, in usersIn) (listOut[user], error) {
-	before, err := parseCursor(in.Cursor)
-	if err != nil {
-		return listOut[user]{}, err
-	}
-	list, err := s.store.users(ctx, c.principal, in, before)
-	if err != nil {
-		return listOut[user]{}, err
-	}
-	return listOf(list, in.Limit, func(u user) (user, cursor) { return u, cursor{u.CreatedAt, string(u.ID)} }), nil
+	return pageOf(in.pageIn, func(before cursor) ([]user, error) { return s.store.users(ctx, c.principal, in, before) },
+		func(u user) (user, cursor) { return u, cursor{u.CreatedAt, string(u.ID)} })
 }
 
 type userIn struct {
@@ -247,11 +240,7 @@ func (s *server) changeUser(ctx context.Context, c caller, id userID, action str
 		return u, err
 	}
 	// Dying here (U1) leaves Keycloak with the former role: the row is due.
-	for _, session := range ended {
-		if err := s.settleSession(ctx, session); err != nil {
-			s.log.WarnContext(ctx, "a session will end in Keycloak later", "session", session.ID, "error", err)
-		}
-	}
+	s.settleSessions(ctx, ended)
 	settled, err := s.settleUser(ctx, c, id)
 	if err != nil {
 		s.log.WarnContext(ctx, "a change will reach Keycloak later", "user", id, "error", err)
@@ -280,36 +269,11 @@ func (s *server) settleUser(ctx context.Context, c caller, id userID) (user, err
 	}
 }
 
-// settleLeased does whatever is owed to Keycloak, whatever has happened before: it creates
-// the user (I2, I3) or gives it our role, scope and names (U2), sends the invitation (I4),
-// and says that this is all (U3).
+// settleLeased brings Keycloak's user to where ours is, and says that this is all (U3).
 func (s *server) settleLeased(ctx context.Context, c caller, u owedUser) (user, error) {
-	err := func() (err error) {
-		if u.KeycloakID == "" {
-			u.KeycloakID, err = s.kc.createInvited(ctx, u.user, u.Locale) // I2
-			if errors.Is(err, errConflict) || errors.As(err, new(rejected)) {
-				return errors.Join(err, s.store.dropUser(ctx, c, u.user, s.now()))
-			} else if err != nil {
-				return err
-			}
-			if err = s.store.bornUser(ctx, u.user); err != nil { // I3
-				return err
-			}
-		} else if err = s.kc.assign(ctx, u.user, u.Enable, u.Names); errors.Is(err, errNotFound) { // U2
-			return nil // nothing is owed to a user that is missing in Keycloak: sync disables it here
-		} else if err != nil {
-			return err
-		}
-		if u.Invitation && u.IsActive {
-			if err = s.kc.sendMail(ctx, u.KeycloakID, u.Locale, invitationTime, invitation); err != nil {
-				return err
-			}
-			return s.store.invited(ctx, c, u.ID, s.now()) // I4
-		}
-		return nil
-	}()
+	err := s.bringUser(ctx, c, &u)
 	if err != nil {
-		return u.user, errors.Join(err, s.store.releaseUser(ctx, u, s.now().Add(retryTime)), s.store.keepWithdrawn(ctx, u.user))
+		return u.user, errors.Join(err, s.store.releaseUser(ctx, u, s.now().Add(retryTime)), s.store.keepWithdrawn(ctx, u.ID))
 	}
 	if settled, err := s.store.userSettled(ctx, u); settled || err != nil { // U3
 		return u.user, err
@@ -318,6 +282,33 @@ func (s *server) settleLeased(ctx context.Context, c caller, u owedUser) (user, 
 		return u.user, err
 	}
 	return s.settleUser(ctx, c, u.ID)
+}
+
+// bringUser does whatever is owed to Keycloak, whatever has happened before: it creates the
+// user (I2, I3) or gives it our role, scope and names (U2), and sends the invitation (I4).
+func (s *server) bringUser(ctx context.Context, c caller, u *owedUser) (err error) {
+	if u.KeycloakID == "" {
+		u.KeycloakID, err = s.kc.createInvited(ctx, u.user, u.Locale) // I2
+		if errors.Is(err, errConflict) || errors.As(err, new(rejected)) {
+			return errors.Join(err, s.store.dropUser(ctx, c, u.user, s.now()))
+		} else if err != nil {
+			return err
+		}
+		if err = s.store.bornUser(ctx, u.user); err != nil { // I3
+			return err
+		}
+	} else if err = s.kc.assign(ctx, u.user, u.Enable, u.Names); errors.Is(err, errNotFound) { // U2
+		return nil // nothing is owed to a user that is missing in Keycloak: sync disables it here
+	} else if err != nil {
+		return err
+	}
+	if u.Invitation && u.IsActive {
+		if err = s.kc.sendMail(ctx, u.KeycloakID, u.Locale, invitationTime, invitation); err != nil {
+			return err
+		}
+		return s.store.invited(ctx, c, u.ID, s.now()) // I4
+	}
+	return nil
 }
 
 // settleUsers settles the users whose change has not reached Keycloak.
@@ -363,11 +354,7 @@ func (s *server) endManaged(ctx context.Context, c caller, id userID, session se
 	if err != nil {
 		return noContent{}, err
 	}
-	n, err := s.signOut(ctx, c, u.ID, session, entry{Action: "session.end", Reason: "managed"})
-	if err == nil && n == 0 && session != "" {
-		err = problemNotFound
-	}
-	return noContent{}, err
+	return noContent{}, s.endSession(ctx, c, u.ID, session, "managed")
 }
 
 // grantAdmin makes a user who has registered an administrator: the first one, or the

@@ -417,3 +417,51 @@ func TestWithdrawalsAtStart(t *testing.T) {
 		t.Fatal(err)
 	}
 }
+
+// A change that does not reach Keycloak renews what is withdrawn by the row as it is then,
+// not as it was when the change began.
+func TestWithdrawalOvertaken(t *testing.T) {
+	w := newWorld(t, map[string]string{"JOB_INTERVAL": "0"})
+	admin, email := w.signsIn(w.administrator()), newEmail()
+	w.account(email)
+	id := w.userOf(email)
+	change := func(role string) <-chan answer {
+		answered := make(chan answer, 1)
+		go func() {
+			a, err := w.send(w.url, managing(admin, "PATCH", "/"+id, body{"role": role, "network_id": "N1"}))
+			if err != nil {
+				w.Error(err)
+			}
+			answered <- a
+		}()
+		return answered
+	}
+	const assign = "^(assign|activate)_user " // of somebody who has registered it looks like the latter
+	there, fail := w.kc.holdAt(assign, false)
+	first := change("operator")
+	<-there
+	there, succeed := w.kc.holdAt(assign, false)
+	second := change("partner")
+	w.eventually("the second one is ours", 10*time.Second, func() bool { return w.value(`select role from users where user_id = $1`, id) == "partner" })
+	w.kc.on(assign, lost)
+	fail()
+	w.wants(<-first, 200, "")
+	<-there
+	w.kc.on(assign, 0)
+	succeed()
+	w.wants(<-second, 200, "")
+	a := w.signsIn(email)
+	if claims := unpacked(a.text("access_token"), 1); claims["roles"].([]any)[0] != "partner" {
+		t.Fatalf("the token says %v", claims)
+	}
+	for range 3 { // also after the table was read again
+		if !w.passes(a) {
+			t.Fatal("a token that says what is true does not pass")
+		}
+		read := w.value(`select clock_timestamp()::text`)
+		w.eventually("the table is read again", 5*time.Second, func() bool {
+			return w.value(`select coalesce(max(query_start) > $1::timestamptz, false)::text from pg_stat_activity
+				where datname = current_database() and query like '%from withdrawals%' and pid <> pg_backend_pid()`, read) == "true"
+		})
+	}
+}
