@@ -148,7 +148,7 @@ func (w *world) userViolations(ctx context.Context, inKeycloak []seenUser) (wron
 			}
 		}
 		switch {
-		case u.Internal && !there, u.Internal && u.IsVerified && !ku.EmailVerified,
+		case u.Internal && u.IsActive && !there, there && u.Internal && u.IsVerified && !ku.EmailVerified, // who is deleted here may be gone there
 			there && (u.Internal || u.IsVerified) && ku.Enabled != u.IsActive:
 			wrong = append(wrong, fmt.Sprintf("in Keycloak: %v %+v: %+v", there, ku, u))
 		case u.Owed, !u.Audited, u.SignedIn && !u.IsActive:
@@ -239,7 +239,7 @@ type seenUser struct {
 // keycloakList asks Keycloak itself, as its administrator, for the users of the realm.
 func (w *world) keycloakList() (list []seenUser) {
 	w.Helper()
-	w.admin("GET", "/users?briefRepresentation=false&max=1000", nil, &list)
+	w.admin("GET", "/users?briefRepresentation=false&max=10000", nil, &list)
 	return list
 }
 
