@@ -780,6 +780,7 @@ func TestAuditTrail(t *testing.T) {
 // that, and from whom it came.
 func TestAuditEntries(t *testing.T) {
 	w := newWorld(t, map[string]string{"RESEND_LIMIT": "3", "CORS_ALLOWED_ORIGINS": app})
+	w.noEvents() // what is changed in Keycloak here is found by who signs in
 	id := strings.ToLower(gonanoid.MustGenerate("abcdefghijklmnopqrstuvwxyz", 8))
 	mail := func(name string) string { return name + "@" + id + ".test" }
 	// Ids are told by the names of those whose they are.
@@ -794,7 +795,7 @@ func TestAuditEntries(t *testing.T) {
 	}
 	told := func(lines string) string {
 		learn()
-		return regexp.MustCompile(`(USR|REG|SES)-[\w-]{16}`).ReplaceAllStringFunc(lines, func(id string) string {
+		return regexp.MustCompile(`(USR|REG|SES|SYN)-[\w-]{16}`).ReplaceAllStringFunc(lines, func(id string) string {
 			return map[bool]string{true: names[id], false: id[:3]}[names[id] != ""]
 		})
 	}
@@ -919,7 +920,7 @@ func TestAuditEntries(t *testing.T) {
 		w.admin("POST", "/users", body{"username": mail("kim"), "enabled": true, "email": mail("kim"), "emailVerified": true,
 			"credentials": []body{{"type": "password", "value": password}}}, nil)
 	}, registers("kim"), 409, "registration.begin anonymous > reg:kim ok", `registration.cancelled anonymous > reg:kim ok user-exists {"user_id": "USR"}`, "register anonymous > refused user-exists")
-	step("sign-in, known to Keycloak only", nothing, logsIn("kim", password), 403, "login anonymous > refused account-setup-required")
+	step("sign-in, known to Keycloak only", nothing, logsIn("kim", password), 200, `user.take_over anonymous > kim ok {"role": "user", "source": "internal", "is_active": true}`, `login kim > kim ok {"session_id": "SES"}`)
 	step("register, refused by Keycloak", nothing, posts(registerPath, body{"email": mail("lee"), "password": "short"}), 400,
 		"registration.begin anonymous > reg:lee ok", `registration.cancelled anonymous > reg:lee ok invalid-request {"user_id": "USR"}`)
 	step("register", nothing, registers("bob"), 201, of("bob", began, created, mailed)...)
@@ -1021,7 +1022,9 @@ func TestAuditEntries(t *testing.T) {
 	step("create", nothing, as("root", "POST", "/api/v1/users", invite), 201,
 		`user.create root > ina ok @NET-1 {"role": "operator", "source": "internal", "network_id": "NET-1", "station_id": "STA-1"}`, "user.invite root > ina ok @NET-1")
 	step("create, known", nothing, as("root", "POST", "/api/v1/users", invite), 409, "createUser root > refused user-exists")
-	step("create, refused by Keycloak", nothing, as("root", "POST", "/api/v1/users", body{"email": mail("kim"), "network_id": "NET-1"}), 409,
+	step("create, refused by Keycloak", func() {
+		w.admin("POST", "/users", body{"username": mail("kay"), "email": mail("kay")}, nil)
+	}, as("root", "POST", "/api/v1/users", body{"email": mail("kay"), "network_id": "NET-1"}), 409,
 		`user.create root > USR ok @NET-1 {"role": "user", "source": "internal", "network_id": "NET-1", "station_id": ""}`, "user.remove root > USR ok keycloak @NET-1", "createUser root > refused user-exists")
 	step("create, no token", nothing, posts("/api/v1/users", invite), 401, "createUser anonymous > refused unauthorized")
 	step("ina", func() {
@@ -1053,6 +1056,13 @@ func TestAuditEntries(t *testing.T) {
 	step("ada", nothing, logsIn("ada", password), 200, `login ada > ada ok @NET-1 {"session_id": "SES"}`)
 	step("patch, moved", nothing, as("root", "PATCH", "{ada}", body{"network_id": "NET-2", "station_id": "STA-2"}), 200,
 		`user.update root > ada ok @NET-1 {"network_id": {"after": "NET-2", "before": "NET-1"}, "station_id": {"after": "STA-2", "before": ""}}`)
+	step("kim", nothing, logsIn("kim", password), 200, `login kim > kim ok {"session_id": "SES"}`)
+	step("sync, not allowed", nothing, as("kim", "POST", "/api/v1/sync", body{}), 403, "startSync kim > refused forbidden")
+	w.wants(w.do(as("root", "POST", "/api/v1/sync", body{"dry_run": true})()), 202, "")
+	ended := func() bool { return w.value(`select count(*)::text from audit_log where action = 'sync.end'`) == "2" }
+	w.eventually("the daily sync and that", 20*time.Second, ended)
+	exact("sync", `action like $1`, "sync.%", []string{`sync.begin system:sync > SYN ok {"dry_run": false}`, `sync.end system:sync > SYN ok done {"found": 0, "repaired": 0}`,
+		`sync.begin root > SYN ok {"dry_run": true}`, `sync.end root > SYN ok done {"found": 1, "repaired": 0}`}) // kay, whom only Keycloak has
 	step("delete", nothing, as("root", "DELETE", "{ada}", nil), 204, `session.end root > ada ok user deleted @NET-2 {"sessions": ["SES"]}`,
 		`user.delete root > ada ok @NET-2 {"is_active": {"after": false, "before": true}}`)
 	step("delete again", nothing, as("root", "DELETE", "{ada}", nil), 204)

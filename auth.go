@@ -117,10 +117,7 @@ func (s *server) openSession(ctx context.Context, c caller, token *oauth2.Token,
 // correct replaces tokens that do not say what is true here: those of a user that only
 // Keycloak had, or whose role somebody has changed in Keycloak. The session stays.
 func (s *server) correct(ctx context.Context, c caller, session session, u user, refreshToken string) (tokens, error) {
-	if err := s.store.oweUser(ctx, c, u.ID, s.now()); err != nil {
-		return tokens{}, err
-	}
-	if _, err := s.settleUser(ctx, c, u.ID); err != nil {
+	if err := s.reconcile(ctx, c, u.KeycloakID); err != nil && !errors.Is(err, errConflict) {
 		return tokens{}, err
 	}
 	session.UserID = u.ID
@@ -132,7 +129,7 @@ func (s *server) correct(ctx context.Context, c caller, session session, u user,
 func (s *server) accountOf(ctx context.Context, c caller, subject string) (user, error) {
 	u, err := s.store.userByKeycloakID(ctx, subject)
 	if errors.Is(err, errNotFound) { // created in Keycloak
-		if err = s.reconcile(ctx, system("sync"), subject); errors.Is(err, errConflict) {
+		if err = s.reconcile(ctx, c, subject); errors.Is(err, errConflict) {
 			return u, problemAccountSetupRequired.saying("Another account here has this e-mail address or username. Please ask an administrator.")
 		}
 		if err == nil {
@@ -158,7 +155,7 @@ func (s *server) accountOf(ctx context.Context, c caller, subject string) (user,
 		}
 	}
 	if errors.Is(err, errNotFound) { // it has changed its address, and confirmed that one in Keycloak
-		err = s.reconcile(ctx, system("sync"), subject)
+		err = s.reconcile(ctx, c, subject)
 	}
 	if err != nil && !errors.Is(err, errConflict) {
 		return u, err

@@ -227,6 +227,9 @@ func (cfg *config) check(getenv func(string) string, wrong func(string, ...any))
 	if cfg.JobInterval < 0 {
 		wrong("JOB_INTERVAL must not be negative")
 	}
+	if cfg.SyncMaxShare < 0 || cfg.SyncMaxShare > 100 {
+		wrong("SYNC_MAX_SHARE must be between 0 and 100")
+	}
 
 	level, name := cfg.LogLevel, "LOG_LEVEL"
 	if level == "" {

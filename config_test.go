@@ -60,6 +60,7 @@ func TestConfigValues(t *testing.T) {
 		"RESEND_LIMIT":                        {"1", "ResendLimit", "5", "1"},
 		"REFRESH_GRACE":                       {"1s", "RefreshGrace", "10s", "1s"},
 		"JOB_INTERVAL":                        {"0s", "JobInterval", "30s", "0s"},
+		"SYNC_MAX_SHARE":                      {"0", "SyncMaxShare", "10", "0"},
 	} {
 		got := func(changes map[string]string) string {
 			cfg, err := loadConfig(environment(changes))
@@ -115,7 +116,8 @@ func TestConfigMistakes(t *testing.T) {
 			"KEYCLOAK_BACKEND_CLIENT_SECRET_FILE": "/does/not/exist"},
 			[]string{"DATABASE_URL_FILE: …", "KEYCLOAK_BACKEND_CLIENT_SECRET_FILE: …"}},
 		{"TLS files", map[string]string{"TLS_CERT_FILE": empty, "TLS_KEY_FILE": "/does/not/exist"}, []string{"TLS_CERT_FILE, TLS_KEY_FILE: …"}},
-		{"a negative pause", map[string]string{"JOB_INTERVAL": "-1s"}, []string{"JOB_INTERVAL must not be negative"}},
+		{"beyond the limits", map[string]string{"JOB_INTERVAL": "-1s", "SYNC_MAX_SHARE": "101"},
+			[]string{"JOB_INTERVAL must not be negative", "SYNC_MAX_SHARE must be between 0 and 100"}},
 		{"RUST_LOG", map[string]string{"RUST_LOG": "loud"}, []string{"RUST_LOG must be debug, info, warn or error"}},
 	} {
 		var stdout, stderr bytes.Buffer

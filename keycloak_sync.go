@@ -6,7 +6,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"time"
 
 	"github.com/Nerzal/gocloak/v13"
 )
@@ -43,9 +42,6 @@ type userEvent struct {
 	At     int64 // milliseconds since 1970
 	UserID string
 }
-
-// eventsInterval is the longest pause between two looks at the events.
-const eventsInterval = 5 * time.Second
 
 // eventsPage is how many events are asked for at once.
 const eventsPage = 100

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"maps"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -114,22 +115,38 @@ func attributesOf(u user) map[string][]string {
 		attrNetworkID: {cmp.Or(u.NetworkID, noScope)}, attrStationID: {cmp.Or(u.StationID, noScope)}}
 }
 
+// hasClaims says whether the attributes that become claims are ours.
+func (ku keycloakUser) hasClaims(u user) bool {
+	for name, value := range attributesOf(u) {
+		if ku.Attributes == nil || !slices.Equal((*ku.Attributes)[name], value) {
+			return false
+		}
+	}
+	return true
+}
+
 // assign gives Keycloak's user our role and scope, in one call, and our names if they were
-// changed here, and disables it if ours is deleted; only a restored one is enabled. It
-// returns errNotFound for a user that Keycloak does not have any more.
+// changed here, and disables it if ours is deleted; only a restored one is enabled. What
+// needs no change is not written, as somebody may be changing it there. It returns
+// errNotFound for a user that Keycloak does not have any more.
 func (k *keycloak) assign(ctx context.Context, u user, enable, names bool) error {
 	ku, err := k.user(ctx, u.KeycloakID)
 	if err != nil {
 		return err
 	}
+	switched := ku.enabled() != u.IsActive && (enable || !u.IsActive)
+	if ku.hasClaims(u) && !names && !switched {
+		return nil
+	}
 	if ku.Attributes == nil { // created in Keycloak
 		ku.Attributes = &map[string][]string{}
 	}
 	maps.Copy(*ku.Attributes, attributesOf(u))
+	ku.Enabled, ku.EmailVerified, ku.RequiredActions = nil, nil, nil
 	if names {
 		ku.FirstName, ku.LastName = &u.FirstName, &u.LastName
 	}
-	if !u.IsActive || enable {
+	if switched {
 		ku.Enabled = &u.IsActive
 	}
 	return k.asService(ctx, "assign_user", func(ctx context.Context, token string) error {

@@ -189,6 +189,23 @@ func (w *world) start(ctx context.Context) (string, error) {
 	return "http://" + line.Address, nil
 }
 
+// restarted has do done while no instance runs; the next one has these settings.
+func (w *world) restarted(settings map[string]string, do func()) {
+	w.Helper()
+	for _, end := range w.ends {
+		if err := end(); err != nil {
+			w.Fatal(err)
+		}
+	}
+	w.ends = nil
+	do()
+	maps.Copy(w.env, settings)
+	var err error
+	if w.url, err = w.start(context.WithoutCancel(w.Context())); err != nil {
+		w.Fatal(err)
+	}
+}
+
 // close ends everything that belongs to the world.
 func (w *world) close() {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)

@@ -49,6 +49,7 @@ type metrics struct {
 	mails    *prometheus.CounterVec
 	reuse    prometheus.Counter
 	channel  prometheus.Gauge
+	synced   *prometheus.CounterVec
 }
 
 func newMetrics() *metrics {
@@ -70,6 +71,8 @@ func newMetrics() *metrics {
 			Help: "Verification mails handed to Keycloak, by outcome."}, []string{"outcome"}),
 		channel: f.NewGauge(prometheus.GaugeOpts{Name: "withdrawal_channel_up", Help: "1 while withdrawals of tokens come at once; 0 while they are polled."}),
 		reuse:   f.NewCounter(prometheus.CounterOpts{Name: "refresh_token_reuse_total", Help: "Sessions ended because an old refresh token was shown."}),
+		synced: f.NewCounterVec(prometheus.CounterOpts{Name: "sync_differences_total",
+			Help: "Differences between the two stores that full passes have found, by class and outcome."}, []string{"class", "outcome"}),
 	}
 }
 

@@ -60,7 +60,6 @@ var (
 	problemUserExists            = newProblem(409, "user-exists", "Account exists", "An account with this e-mail address or username exists already.")
 	problemLastAdmin             = newProblem(409, "last-admin", "Last administrator", "This is the last active administrator. Make somebody else one first.")
 	problemSyncRunning           = newProblem(409, "sync-running", "Sync is running", "A sync is running already.")
-	problemSyncStopped           = newProblem(409, "sync-stopped", "Sync stopped", "Too many users would be changed at once.")
 	problemAlreadyVerified       = newProblem(409, "already-verified", "Already confirmed", "This address is confirmed already. You can sign in.")
 	problemVerificationExpired   = newProblem(410, "verification-expired", "Verification expired", "The time to confirm this registration is over. Please register again.")
 	problemVerificationCancelled = newProblem(410, "verification-cancelled", "Registration cancelled", "This registration was cancelled or replaced by a newer one.")
@@ -79,7 +78,7 @@ var problems = func() map[string]problem {
 	bySlug := map[string]problem{}
 	for _, p := range []problem{problemInvalidRequest, problemInvalidToken, problemInvalidCode, problemUnauthorized, problemTokenReused, problemSignInIncomplete,
 		problemInvalidCredentials, problemForbidden, problemAccountNotVerified, problemAccountDisabled,
-		problemAccountSetupRequired, problemNotFound, problemRegistrationNotFound, problemUserNotFound, problemLastAdmin, problemSyncRunning, problemSyncStopped, problemMethodNotAllowed,
+		problemAccountSetupRequired, problemNotFound, problemRegistrationNotFound, problemUserNotFound, problemLastAdmin, problemSyncRunning, problemMethodNotAllowed,
 		problemUserExists, problemAlreadyVerified, problemVerificationExpired, problemVerificationCancelled,
 		problemPayloadTooLarge, problemUnsupportedMediaType, problemTooManyAttempts, problemResendTooSoon,
 		problemResendLimit, problemTooManyRequests, problemInternal, problemUnavailable} {

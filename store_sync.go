@@ -187,8 +187,8 @@ func (st *store) leaveSyncPlace(ctx context.Context, p syncPlace) error {
 	return storeError(err)
 }
 
-// beginSync begins a full pass, unless one runs, or one that was to repair was begun after
-// since, or has failed after failed: errConflict, with that one.
+// beginSync begins a full pass, unless one runs, or the last one that was to repair was
+// begun after since, or has failed after failed: errConflict, with that one.
 func (st *store) beginSync(ctx context.Context, c caller, dryRun bool, now, since, failed time.Time) (run syncRun, err error) {
 	run = syncRun{ID: newSyncID(), DryRun: dryRun, Status: "running", StartedAt: now, Differences: map[difference]*syncClass{}}
 	err = st.tx(ctx, func(tx pgx.Tx) error {
@@ -199,16 +199,20 @@ func (st *store) beginSync(ctx context.Context, c caller, dryRun bool, now, sinc
 			now, now.Add(-syncBeat)); err != nil {
 			return err
 		}
-		var id syncID
-		err := tx.QueryRow(ctx, `
-			select sync_id from sync_runs where status = 'running'
-				or not dry_run and (status in ('done', 'stopped') and started_at > $1 or status = 'failed' and ended_at > $2)
-			order by started_at desc limit 1`, since, failed).Scan(&id)
-		if err == nil {
-			run.ID = id
-			return errConflict
-		} else if !errors.Is(err, pgx.ErrNoRows) {
+		last, err := one[struct {
+			ID        syncID
+			Status    string
+			StartedAt time.Time
+			EndedAt   *time.Time
+		}](ctx, tx, `
+			select sync_id, status, started_at, ended_at from sync_runs where status = 'running' or not dry_run order by started_at desc limit 1`)
+		switch {
+		case errors.Is(err, errNotFound):
+		case err != nil:
 			return err
+		case last.Status == "running", last.Status == "failed" && last.EndedAt.After(failed), last.Status != "failed" && last.StartedAt.After(since):
+			run.ID = last.ID
+			return errConflict
 		}
 		if _, err := tx.Exec(ctx, `insert into sync_runs (sync_id, dry_run, status, started_at, seen_at) values ($1, $2, 'running', $3, $3)`,
 			run.ID, dryRun, now); err != nil {

@@ -153,7 +153,7 @@ func (st *store) changeUser(ctx context.Context, c caller, id userID, action str
 		if u, err = change(before); err != nil || u == before {
 			return err
 		}
-		if before.governs() && !u.governs() && c.UserID != "" { // what has happened elsewhere has happened
+		if before.governs() && !u.governs() && action != syncAction { // what has happened elsewhere has happened
 			if err := onlyAdmin(ctx, tx, id); err != nil {
 				return err
 			}

@@ -496,7 +496,7 @@ func TestSyncEvents(t *testing.T) {
 		email := newEmail()
 		w.account(email)
 		id := w.keycloakID(email)
-		w.exec(`update sync_place set owner = 'another', until = now() + interval '1 hour'`) // no events
+		w.noEvents()
 		w.admin("PUT", "/users/"+id, body{"firstName": "Grace"}, nil)
 		w.command("grant-admin", email)
 		w.exec(`update sync_place set until = now()`)
@@ -893,36 +893,33 @@ func TestSyncRestored(t *testing.T) {
 // copyDatabase makes a database of another's content, in its place, while no instance runs.
 func (w *world) copyDatabase(from, to string) {
 	w.Helper()
-	for _, end := range w.ends {
-		if err := end(); err != nil {
+	w.restarted(nil, func() {
+		w.pool.Reset()
+		c, err := pgx.Connect(w.Context(), services.DatabaseURL("postgres"))
+		if err != nil {
 			w.Fatal(err)
 		}
-	}
-	w.pool.Reset()
-	defer func() {
-		w.ends = nil
-		var err error
-		if w.url, err = w.start(context.WithoutCancel(w.Context())); err != nil {
-			w.Fatal(err)
-		}
-	}()
-	c, err := pgx.Connect(w.Context(), services.DatabaseURL("postgres"))
-	if err != nil {
-		w.Fatal(err)
-	}
-	defer c.Close(w.Context())
-	w.eventually("the copy", 20*time.Second, func() bool {
-		for _, sql := range []string{"drop database if exists " + to + " with (force)",
-			"select pg_terminate_backend(pid) from pg_stat_activity where datname = '" + from + "'",
-			"create database " + to + " template " + from} {
-			if _, err := c.Exec(w.Context(), sql); err != nil {
-				w.Logf("%s: %v", sql, err)
-				return false
+		defer c.Close(w.Context())
+		w.eventually("the copy", 20*time.Second, func() bool {
+			for _, sql := range []string{"drop database if exists " + to + " with (force)",
+				"select pg_terminate_backend(pid) from pg_stat_activity where datname = '" + from + "'",
+				"create database " + to + " template " + from} {
+				if _, err := c.Exec(w.Context(), sql); err != nil {
+					w.Logf("%s: %v", sql, err)
+					return false
+				}
 			}
-		}
-		return true
+			return true
+		})
 	})
 	if strings.HasSuffix(to, "_copy") {
 		w.Cleanup(func() { services.DropDatabase(context.Background(), to) })
 	}
+}
+
+// noEvents keeps those of Keycloak from being applied.
+func (w *world) noEvents() {
+	w.Helper()
+	w.exec(`insert into sync_place values (true, 0, '{}', 'another', 'infinity')
+		on conflict (only_row) do update set owner = 'another', until = 'infinity'`)
 }

@@ -1,0 +1,388 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/Nerzal/gocloak/v13"
+)
+
+// A full pass over all users: for an operator, for an administrator, and once a day. It
+// finds everything before it changes anything, so that the wrong realm can be noticed.
+
+const (
+	syncPage     = 250             // users that Keycloak lists at once: see usersPage
+	syncBeat     = time.Minute     // whoever has shown no progress for so long was killed
+	syncDaily    = 24 * time.Hour  // between two full passes
+	syncPause    = 5 * time.Minute // before one that has failed is tried again
+	syncFew      = 10              // changes that are never too many at once
+	syncExamples = 10              // of each class in a report
+)
+
+// mass are the differences that the wrong realm makes in great number.
+var mass = []difference{diffDisabled, diffMissing, diffDeleted, diffUnknown}
+
+// stopped says why a sync has changed nothing.
+type stopped string
+
+func (s stopped) Error() string { return string(s) }
+
+// syncRun is a full pass: its progress and its report.
+type syncRun struct {
+	ID          syncID                    `json:"sync_id" example:"SYN-V1StGXR8_Z5jdHi6"`
+	DryRun      bool                      `json:"dry_run"`
+	Status      string                    `json:"status" enum:"running,done,stopped,failed" description:"stopped: too many changes at once, nothing was changed."`
+	StartedAt   time.Time                 `json:"started_at"`
+	EndedAt     *time.Time                `json:"ended_at" nullable:"true"`
+	Checked     int                       `json:"checked" description:"Users of Keycloak that were looked at."`
+	Total       int                       `json:"total" description:"Users that Keycloak had at the start."`
+	Differences map[difference]*syncClass `json:"differences" description:"By class."`
+	Detail      string                    `json:"detail" description:"Why it was stopped or has failed."`
+
+	planned []planned
+	most    int // users that it may disable or take over
+}
+
+// planned is a user that differs, or that a survey does not show to be in step.
+type planned struct {
+	keycloakID string
+	found      []difference
+}
+
+// syncClass is what a run has found of one class of differences.
+type syncClass struct {
+	Found    int      `json:"found"`
+	Repaired int      `json:"repaired"`
+	Examples []string `json:"examples" description:"Ids of users, or in Keycloak of those unknown here."`
+}
+
+// note counts what was found of a user.
+func (run *syncRun) note(keycloakID, name string, found ...difference) {
+	for _, d := range found {
+		if run.Differences == nil {
+			run.Differences = map[difference]*syncClass{}
+		}
+		if run.Differences[d] == nil {
+			run.Differences[d] = &syncClass{Examples: []string{}}
+		}
+		class := run.Differences[d]
+		if class.Found++; len(class.Examples) < syncExamples {
+			class.Examples = append(class.Examples, name)
+		}
+	}
+	if len(found) > 0 {
+		run.planned = append(run.planned, planned{keycloakID, found})
+	}
+}
+
+func (run syncRun) found() (n int) {
+	for _, class := range run.Differences {
+		n += class.Found
+	}
+	return n
+}
+
+// remain says how many differences are left.
+func (run syncRun) remain() (n int) {
+	for _, class := range run.Differences {
+		n += class.Found - class.Repaired
+	}
+	return n
+}
+
+// limit reads how many users the realm has, and how many a run may disable or take over.
+func (s *server) limit(ctx context.Context, run *syncRun) error {
+	ours, err := s.store.countUsers(ctx)
+	if err == nil {
+		run.Total, err = s.kc.countUsers(ctx)
+	}
+	run.most = max(syncFew, max(ours, run.Total)*s.cfg.SyncMaxShare/100)
+	return err
+}
+
+// tooMany is the error of a run that would disable or take over more than the configured
+// share of users, as it happens with the wrong realm.
+func (run syncRun) tooMany() error {
+	changes := 0
+	for _, d := range mass {
+		if class := run.Differences[d]; class != nil {
+			changes += class.Found
+		}
+	}
+	if changes <= run.most {
+		return nil
+	}
+	return stopped(fmt.Sprintf("At least %d users would be disabled or taken over, and SYNC_MAX_SHARE allows %d. Is this the right realm? Nothing was changed.",
+		changes, run.most))
+}
+
+// inspect notes how one user differs.
+func (s *server) inspect(ctx context.Context, run *syncRun, keycloakID string) error {
+	ku, err := s.kc.user(ctx, keycloakID)
+	if err == nil {
+		return s.compare(ctx, run, []keycloakUser{ku})
+	} else if !errors.Is(err, errNotFound) {
+		return err
+	}
+	u, err := s.store.syncUser(ctx, keycloakID)
+	switch {
+	case errors.Is(err, errNotFound), err == nil && (u.Due || !u.IsActive):
+		return nil
+	case err == nil && u.Registering: // no account yet: its registration ends
+		run.planned = append(run.planned, planned{keycloakID, nil})
+	case err == nil:
+		run.note(keycloakID, string(u.ID), diffMissing)
+	}
+	return err
+}
+
+// compare notes how users of Keycloak differ from ours.
+func (s *server) compare(ctx context.Context, run *syncRun, page []keycloakUser) error {
+	var ids, registrations []string
+	for _, ku := range page {
+		ids, registrations = append(ids, ku.id()), append(registrations, ku.attribute(attrRegistrationID))
+	}
+	ours, registered, err := s.store.syncUsers(ctx, ids, registrations)
+	if err != nil {
+		return err
+	}
+	found := make([][]difference, len(page))
+	var claims []claim
+	for i, ku := range page {
+		u, here := ours[ku.id()]
+		switch {
+		case here:
+			found[i] = differences(u, ku)
+		case !registered[ku.attribute(attrRegistrationID)]: // otherwise the repair loop adopts or deletes it
+			found[i] = []difference{diffUnknown}
+		}
+		lives := ku.enabled() && (!here || u.IsActive) || !here && ku.registers()
+		if lives && (slices.Contains(found[i], diffProfile) || slices.Contains(found[i], diffUnknown)) {
+			claims = append(claims, claim{ku.id(), gocloak.PString(ku.Email), gocloak.PString(ku.Username)})
+		}
+	}
+	taken := map[string]bool{}
+	if len(claims) > 0 {
+		if taken, err = s.store.taken(ctx, claims); err != nil {
+			return err
+		}
+	}
+	for i, ku := range page {
+		name := cmp.Or(string(ours[ku.id()].ID), ku.id())
+		for j, d := range found[i] {
+			if (d == diffProfile || d == diffUnknown) && (taken[ku.id()] || gocloak.PString(ku.Email) == "") {
+				found[i][j] = diffConflict
+			}
+		}
+		run.note(ku.id(), name, found[i]...)
+	}
+	return nil
+}
+
+// survey compares all users, page by page. Those that come or go meanwhile may be missed,
+// and are found by their events; none is reported as missing that is there.
+func (s *server) survey(ctx context.Context, run *syncRun, progress func(*syncRun) error) error {
+	if err := s.limit(ctx, run); err != nil {
+		return err
+	}
+	seen := map[[16]byte]bool{}
+	for first, last := 0, false; !last; first += syncPage {
+		page, err := s.kc.usersPage(ctx, first, syncPage)
+		if err != nil {
+			return err
+		}
+		last = len(page) < syncPage
+		page = slices.DeleteFunc(page, func(ku keycloakUser) bool { return seen[shortDigest(ku.id())] }) // moved by one that came
+		for _, ku := range page {
+			seen[shortDigest(ku.id())] = true
+		}
+		run.Checked += len(page)
+		if err := errors.Join(s.compare(ctx, run, page), progress(run)); err != nil {
+			return err
+		}
+	}
+	var missing []string
+	if err := s.store.liveKeycloakIDs(ctx, func(id string) {
+		if !seen[shortDigest(id)] {
+			missing = append(missing, id)
+		}
+	}); err != nil {
+		return err
+	}
+	for _, id := range missing { // each is asked for: with the wrong realm that ends early
+		err := errors.Join(s.inspect(ctx, run, id), progress(run))
+		if err == nil && !run.DryRun {
+			err = run.tooMany()
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// repairAll reconciles the users that a survey has found. Those in conflict have another
+// try when the others are done: the address may be free then. One that can't be repaired
+// holds up nobody.
+func (s *server) repairAll(ctx context.Context, c caller, run *syncRun, progress func(*syncRun) error) error {
+	todo := run.planned
+	for range 2 {
+		var again []planned
+		for i, p := range todo {
+			err := s.reconcile(ctx, c, p.keycloakID)
+			switch {
+			case errors.Is(err, errUnavailable):
+				return err
+			case errors.Is(err, errConflict):
+				again = append(again, p)
+			case err != nil:
+				s.log.WarnContext(ctx, "a user is not in step", "keycloak_id", p.keycloakID, "error", err)
+			default:
+				for _, d := range p.found {
+					run.Differences[d].Repaired++
+				}
+			}
+			if i%10 == 0 {
+				if err := progress(run); err != nil {
+					return err
+				}
+			}
+		}
+		todo = again
+	}
+	return nil
+}
+
+// runSync makes a full pass that has begun. Killed anywhere, it has repaired some users and
+// left the others as they were.
+func (s *server) runSync(ctx context.Context, c caller, run syncRun, show func(syncRun)) syncRun {
+	progress := func(run *syncRun) error {
+		show(*run)
+		if s.stopping.Load() {
+			return problemUnavailable.saying("The instance was stopped.")
+		}
+		return s.store.saveSync(ctx, *run, s.now())
+	}
+	err := s.survey(ctx, &run, progress)
+	if err == nil {
+		err = run.tooMany()
+	}
+	if err == nil && !run.DryRun {
+		err = s.repairAll(ctx, c, &run, progress)
+	}
+	run.Status = "done"
+	var why stopped
+	switch {
+	case errors.As(err, &why):
+		run.Detail = string(why)
+		if !run.DryRun {
+			run.Status = "stopped"
+		}
+	case err != nil:
+		run.Status, run.Detail = "failed", asProblem(err).Detail
+		s.log.ErrorContext(ctx, "a sync has failed", "sync", run.ID, "error", err)
+	}
+	for d, class := range run.Differences {
+		s.metrics.synced.WithLabelValues(string(d), "repaired").Add(float64(class.Repaired))
+		s.metrics.synced.WithLabelValues(string(d), "left").Add(float64(class.Found - class.Repaired))
+	}
+	s.log.InfoContext(ctx, "a sync has ended", "sync", run.ID, "status", run.Status, "checked", run.Checked, "found", run.found(), "left", run.remain())
+	now := s.now()
+	run.EndedAt = &now
+	ctx, cancel := detached(ctx, flowTime) // also if it was stopped
+	defer cancel()
+	if err := s.store.endSync(ctx, c, run, now); err != nil {
+		s.log.ErrorContext(ctx, "the end of a sync is not on record", "sync", run.ID, "error", err)
+	}
+	show(run)
+	return run
+}
+
+// syncDaily makes a full pass when the last one was a day ago.
+func (s *server) syncDaily(ctx context.Context) error {
+	run, err := s.store.beginSync(ctx, system("sync"), false, s.now(), s.now().Add(-syncDaily), s.now().Add(-syncPause))
+	if errors.Is(err, errConflict) {
+		return nil // one runs, or was done
+	} else if err != nil {
+		return err
+	}
+	if run = s.runSync(ctx, system("sync"), run, func(syncRun) {}); run.Status != "done" {
+		return fmt.Errorf("%s: %s", run.Status, run.Detail)
+	}
+	return nil
+}
+
+type startSyncIn struct {
+	DryRun bool `json:"dry_run,omitempty" example:"true" description:"Only report."`
+}
+
+// location is where its progress is.
+func (run syncRun) location() string { return "/api/v1/sync/" + string(run.ID) }
+
+// startSync begins a full pass; this instance makes it after the answer.
+func (s *server) startSync(ctx context.Context, c caller, in startSyncIn) (syncRun, error) {
+	if !c.is(roleAdmin) {
+		return syncRun{}, problemForbidden
+	}
+	run, err := s.store.beginSync(ctx, c, in.DryRun, s.now(), s.now(), s.now())
+	if errors.Is(err, errConflict) {
+		return syncRun{}, problemSyncRunning.about(string(run.ID))
+	} else if err != nil {
+		return syncRun{}, err
+	}
+	ctx = context.WithoutCancel(ctx)
+	s.background.Go(func() { s.runSync(ctx, c, run, func(syncRun) {}) })
+	return run, nil
+}
+
+type syncIn struct {
+	ID syncID `path:"sync_id" pattern:"^SYN-[A-Za-z0-9_-]{16}$" example:"SYN-V1StGXR8_Z5jdHi6"`
+}
+
+// syncStatus shows how far a full pass is, or its report.
+func (s *server) syncStatus(ctx context.Context, c caller, in syncIn) (syncRun, error) {
+	if !c.is(roleAdmin) {
+		return syncRun{}, problemForbidden
+	}
+	run, err := s.store.syncRun(ctx, in.ID)
+	if errors.Is(err, errNotFound) {
+		err = problemNotFound
+	}
+	return run, err
+}
+
+// errDiffer ends the program with status 3.
+var errDiffer = errors.New("the two stores differ")
+
+// syncCommand makes a full pass for an operator.
+func (s *server) syncCommand(ctx context.Context, dryRun bool, operator string, out io.Writer) error {
+	c := caller{Actor: "operator:" + operator}
+	run, err := s.store.beginSync(ctx, c, dryRun, s.now(), s.now(), s.now())
+	if errors.Is(err, errConflict) {
+		return fmt.Errorf("a sync is running already: %s", run.ID)
+	} else if err != nil {
+		return err
+	}
+	run = s.runSync(ctx, c, run, func(run syncRun) {
+		fmt.Fprintf(out, "\r%d of %d users looked at, %d differences, %d repaired", run.Checked, run.Total, run.found(), run.found()-run.remain())
+	})
+	fmt.Fprintf(out, "\n%s %s\n", run.Status, run.Detail)
+	for _, d := range slices.Sorted(maps.Keys(run.Differences)) {
+		class := run.Differences[d]
+		fmt.Fprintf(out, "%-22s %6d found %6d repaired  %s\n", d, class.Found, class.Repaired, strings.Join(class.Examples, " "))
+	}
+	switch {
+	case run.Status != "done":
+		return errors.New("the sync was not completed")
+	case run.remain() > 0:
+		return errDiffer
+	}
+	return nil
+}
