@@ -177,7 +177,7 @@ func (d *doctor) checkPostgreSQL(ctx context.Context) {
 			"PostgreSQL: rights", "PostgreSQL: record")
 		return
 	}
-	d.see("PostgreSQL: version", version >= 140000, fmt.Sprintf("it is %d", version/10000), "Use 14 or newer.")
+	d.see("PostgreSQL: version", version >= 150000, fmt.Sprintf("it is %d", version/10000), "Use 15 or newer.")
 	d.checkClock("PostgreSQL: clock", d.s.now().Sub(now))
 
 	var have string

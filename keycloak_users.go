@@ -115,14 +115,20 @@ func attributesOf(u user) map[string][]string {
 		attrNetworkID: {cmp.Or(u.NetworkID, noScope)}, attrStationID: {cmp.Or(u.StationID, noScope)}}
 }
 
-// hasClaims says whether the attributes that become claims are ours.
-func (ku keycloakUser) hasClaims(u user) bool {
-	for name, value := range attributesOf(u) {
-		if ku.Attributes == nil || !slices.Equal((*ku.Attributes)[name], value) {
-			return false
+// claims are the attributes that become claims.
+func (ku keycloakUser) claims() map[string][]string {
+	claims := map[string][]string{}
+	for name := range attributesOf(user{}) {
+		if ku.Attributes != nil {
+			claims[name] = (*ku.Attributes)[name]
 		}
 	}
-	return true
+	return claims
+}
+
+// hasClaims says whether they are what they should be.
+func (ku keycloakUser) hasClaims(u user) bool {
+	return maps.EqualFunc(ku.claims(), attributesOf(u), slices.Equal)
 }
 
 // assign gives Keycloak's user our role and scope, in one call, and our names if they were

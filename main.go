@@ -19,8 +19,9 @@
 // there registration.go and verification.go (the life of a registration), auth.go
 // (signing in), sessions.go (what follows from it), tokens.go and withdrawals.go (may this
 // token pass), users.go (the rules of role and scope, and who manages whom), audit.go and
-// seals.go (the record); then the SQL in store.go and its like, with schema.sql, and
-// keycloak.go, all calls to Keycloak.
+// seals.go (the record), sync.go and sync_runs.go (two stores, one truth), doctor.go; then the
+// SQL in store.go and its like, with schema.sql, and keycloak.go and its like, all calls to
+// Keycloak.
 package main
 
 import (

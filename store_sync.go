@@ -91,9 +91,9 @@ func (st *store) countUsers(ctx context.Context) (n int, err error) {
 	return n, storeError(err)
 }
 
-// oweUser makes it due to bring Keycloak's user to where ours is, and withdraws the tokens
-// that say something else.
-func (st *store) oweUser(ctx context.Context, c caller, id userID, now time.Time) error {
+// oweUser makes it due to bring Keycloak's user, which has these claims, to where ours is,
+// and withdraws the tokens that say something else.
+func (st *store) oweUser(ctx context.Context, c caller, id userID, has map[string][]string, now time.Time) error {
 	return st.tx(ctx, func(tx pgx.Tx) error {
 		u, err := one[user](ctx, tx, `update users set due_at = coalesce(due_at, $2) where user_id = $1 returning `+userColumns, id, now)
 		if err != nil {
@@ -102,15 +102,15 @@ func (st *store) oweUser(ctx context.Context, c caller, id userID, now time.Time
 		if err := withdraw(ctx, tx, withdrawal{UserID: id, Role: u.Role, NetworkID: u.NetworkID, StationID: u.StationID, Active: u.IsActive}); err != nil {
 			return err
 		}
-		return writeAudit(ctx, tx, c, now, entry{Action: "user.assert", Target: string(id), Reason: "changed in keycloak",
-			Details: map[string]any{"role": u.Role, "network_id": u.NetworkID, "station_id": u.StationID, "is_active": u.IsActive}})
+		return writeAudit(ctx, tx, c, now, entry{Action: "user.assert", Target: string(id), Network: u.NetworkID,
+			Details: map[string]any{"role": u.Role, "network_id": u.NetworkID, "station_id": u.StationID, "is_active": u.IsActive, "keycloak": has}})
 	})
 }
 
-// takeOver inserts a user that only Keycloak had, and its registration, if it came by one.
-// Tokens that say something else are withdrawn. errConflict: a live user has the address or
+// takeOver inserts a user that only Keycloak had, with these claims, and its registration,
+// if it came by one. Tokens that say something else are withdrawn. errConflict: a live user has the address or
 // username, or the address or the registration is known here.
-func (st *store) takeOver(ctx context.Context, c caller, u user, reg registration, now time.Time) error {
+func (st *store) takeOver(ctx context.Context, c caller, u user, reg registration, has map[string][]string, now time.Time) error {
 	err := st.tx(ctx, func(tx pgx.Tx) error {
 		due := &now
 		if reg.State == pending { // a user to be brought into step; this one's registration has its own due_at
@@ -148,7 +148,7 @@ func (st *store) takeOver(ctx context.Context, c caller, u user, reg registratio
 			return err
 		}
 		return writeAudit(ctx, tx, c, now, entry{Action: "user.take_over", Target: string(u.ID),
-			Details: map[string]any{"source": u.Source, "role": u.Role, "is_active": u.IsActive}})
+			Details: map[string]any{"source": u.Source, "role": u.Role, "is_active": u.IsActive, "keycloak": has}})
 	})
 	if errors.Is(err, errRace) { // somebody registers with the address
 		err = errConflict

@@ -22,15 +22,27 @@ import (
 type difference string
 
 const (
-	diffProfile  difference = "profile"              // e-mail address, username or names: Keycloak's come here
-	diffVerified difference = "verified"             // is the address confirmed: so does Keycloak's answer
-	diffRole     difference = "role_or_scope"        // or user_id: ours go to Keycloak
-	diffDisabled difference = "disabled_in_keycloak" // the user is deleted here
-	diffMissing  difference = "missing_in_keycloak"  // likewise
-	diffDeleted  difference = "deleted_here"         // but enabled in Keycloak: disabled there
-	diffUnknown  difference = "unknown_here"         // only in Keycloak: taken over
-	diffConflict difference = "conflict"             // unknown here or changed there, and another user has its address or username, or it has no address
+	diffProfile  difference = "profile"
+	diffVerified difference = "verified"
+	diffRole     difference = "role_or_scope"
+	diffDisabled difference = "disabled_in_keycloak"
+	diffMissing  difference = "missing_in_keycloak"
+	diffDeleted  difference = "deleted_here"
+	diffUnknown  difference = "unknown_here"
+	diffConflict difference = "conflict"
 )
+
+// meanings say of each class what it is, what is done, and what nobody can know.
+var meanings = map[difference]string{
+	diffProfile:  "E-mail address, username or names differ: Keycloak's come here.",
+	diffVerified: "One store has the address as confirmed, the other has not: Keycloak's answer comes here.",
+	diffRole:     "Role, scope or user id differ: ours go to Keycloak. What it had is on record (user.assert), and may have been right if this database was restored.",
+	diffDisabled: "Disabled in Keycloak: deleted here. Only restore undoes that.",
+	diffMissing:  "Not in Keycloak: deleted here.",
+	diffDeleted:  "Deleted here and enabled in Keycloak: disabled there. If this database was restored, it may have been restored since: nobody knows.",
+	diffUnknown:  "Only in Keycloak: taken over as a user without scope. What Keycloak says of role and scope is on record (user.take_over).",
+	diffConflict: "Another user has its address or username here, or it has no address: left as it is, for an administrator.",
+}
 
 // syncAction is how a change that follows Keycloak is on record.
 const syncAction = "user.sync"
@@ -160,7 +172,7 @@ func (s *server) follow(ctx context.Context, c caller, u syncUser, ku keycloakUs
 		conflict, err = true, apply(false)
 	}
 	if found := differences(u, ku); err == nil && !missing && (slices.Contains(found, diffRole) || slices.Contains(found, diffDeleted)) {
-		if err = s.store.oweUser(ctx, c, u.ID, s.now()); err == nil {
+		if err = s.store.oweUser(ctx, c, u.ID, ku.claims(), s.now()); err == nil {
 			_, err = s.settleUser(ctx, c, u.ID)
 		}
 	}
@@ -192,7 +204,7 @@ func (s *server) takeOver(ctx context.Context, c caller, ku keycloakUser) error 
 		reg = s.registrationOf(u, ku)
 		reg.ID = id
 	}
-	if err := s.store.takeOver(ctx, c, u, reg, now); err != nil {
+	if err := s.store.takeOver(ctx, c, u, reg, ku.claims(), now); err != nil {
 		return err
 	}
 	_, err := s.settleUser(ctx, c, u.ID)

@@ -58,6 +58,7 @@ type planned struct {
 
 // syncClass is what a run has found of one class of differences.
 type syncClass struct {
+	Meaning  string   `json:"meaning" description:"What the difference is, and what is done about it."`
 	Found    int      `json:"found"`
 	Repaired int      `json:"repaired"`
 	Examples []string `json:"examples" description:"Ids of users, or in Keycloak of those unknown here."`
@@ -70,7 +71,7 @@ func (run *syncRun) note(keycloakID, name string, found ...difference) {
 			run.Differences = map[difference]*syncClass{}
 		}
 		if run.Differences[d] == nil {
-			run.Differences[d] = &syncClass{Examples: []string{}}
+			run.Differences[d] = &syncClass{Meaning: meanings[d], Examples: []string{}}
 		}
 		class := run.Differences[d]
 		if class.Found++; len(class.Examples) < syncExamples {
@@ -376,7 +377,7 @@ func (s *server) syncCommand(ctx context.Context, dryRun bool, operator string, 
 	fmt.Fprintf(out, "\n%s %s\n", run.Status, run.Detail)
 	for _, d := range slices.Sorted(maps.Keys(run.Differences)) {
 		class := run.Differences[d]
-		fmt.Fprintf(out, "%-22s %6d found %6d repaired  %s\n", d, class.Found, class.Repaired, strings.Join(class.Examples, " "))
+		fmt.Fprintf(out, "%-22s %6d found %6d repaired  %s\n    %s\n", d, class.Found, class.Repaired, strings.Join(class.Examples, " "), class.Meaning)
 	}
 	switch {
 	case run.Status != "done":

@@ -888,6 +888,12 @@ func TestSyncRestored(t *testing.T) {
 		w.value(`select role from users where email = $1`, accounts["demoted"]); got != "user admin" {
 		t.Errorf("the roles are not those of the copy: %s", got)
 	}
+	if got := w.value(`select details->>'keycloak' from audit_log where action = 'user.assert' and target = $1`, id("promoted")); !strings.Contains(got, roleOperator) || !strings.Contains(got, "NET-1") {
+		t.Errorf("what Keycloak had is on record as %s", got)
+	}
+	if !strings.Contains(out, meanings[diffRole]) || !strings.Contains(out, meanings[diffDeleted]) {
+		t.Errorf("it does not say what it can't know: %s", out)
+	}
 }
 
 // copyDatabase makes a database of another's content, in its place, while no instance runs.
