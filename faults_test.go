@@ -230,7 +230,7 @@ func callName(r *http.Request, body string) string {
 		return "other"
 	case r.Method != "PUT":
 		return map[string]string{"GET": "get_user", "DELETE": "delete_user"}[r.Method]
-	case has(`"emailVerified":true`) && has(attrRegistrationID): // or a change of who once registered
+	case has(`"emailVerified":true`) && has(attrRegistrationID):
 		return "activate_user"
 	case has(attrCode):
 		return "set_code"
