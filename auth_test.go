@@ -91,7 +91,8 @@ func lasts(seconds any, want float64) bool {
 
 // What Keycloak and PostgreSQL may say about somebody who wants to sign in.
 func TestLoginRefused(t *testing.T) {
-	w := inSharedWorld(t)
+	w := newWorld(t, nil)
+	w.noEvents() // they would spread what is changed on one side
 	email, username, id := w.member()
 	user := func(change body) { w.admin("PUT", "/users/"+id, change, nil) }
 	const wrong = "a wrong password"

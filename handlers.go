@@ -121,7 +121,7 @@ func (s *server) routes() []route {
 		{"DELETE /api/v1/users/{user_id}", "", signedIn, onUsers, "deleteUser", "Delete a user",
 			op("Users", 204, s.deleteUser, problemForbidden, problemAccountNotVerified, problemUserNotFound, problemLastAdmin, problemTooManyRequests, problemUnavailable)},
 		{"POST /api/v1/users/{user_id}/restore", "", signedIn, onUsers, "restoreUser", "Restore a deleted user",
-			op("Users", 200, s.restoreUser, problemForbidden, problemAccountNotVerified, problemUserNotFound, problemUserExists, problemTooManyRequests, problemUnavailable)},
+			op("Users", 200, s.restoreUser, problemForbidden, problemAccountNotVerified, problemUserNotFound, problemUserExists, problemUserGone, problemTooManyRequests, problemUnavailable)},
 		{"GET /api/v1/users/{user_id}/sessions", "", signedIn, onUsers, "userSessions", "Where a user is signed in",
 			op("Users", 200, s.userSessions, problemForbidden, problemAccountNotVerified, problemUserNotFound, problemTooManyRequests, problemUnavailable)},
 		{"DELETE /api/v1/users/{user_id}/sessions/{session_id}", "", signedIn, onUsers, "endUserSession", "Sign a user out somewhere",

@@ -59,6 +59,7 @@ var (
 	problemMethodNotAllowed      = newProblem(405, "method-not-allowed", "Method not allowed", "This address does not know that method; Allow lists those it knows.")
 	problemUserExists            = newProblem(409, "user-exists", "Account exists", "An account with this e-mail address or username exists already.")
 	problemLastAdmin             = newProblem(409, "last-admin", "Last administrator", "This is the last active administrator. Make somebody else one first.")
+	problemUserGone              = newProblem(409, "user-gone", "User gone", "Keycloak does not have this user any more. Please invite the person anew.")
 	problemSyncRunning           = newProblem(409, "sync-running", "Sync is running", "A sync is running already.")
 	problemAlreadyVerified       = newProblem(409, "already-verified", "Already confirmed", "This address is confirmed already. You can sign in.")
 	problemVerificationExpired   = newProblem(410, "verification-expired", "Verification expired", "The time to confirm this registration is over. Please register again.")
@@ -78,7 +79,7 @@ var problems = func() map[string]problem {
 	bySlug := map[string]problem{}
 	for _, p := range []problem{problemInvalidRequest, problemInvalidToken, problemInvalidCode, problemUnauthorized, problemTokenReused, problemSignInIncomplete,
 		problemInvalidCredentials, problemForbidden, problemAccountNotVerified, problemAccountDisabled,
-		problemAccountSetupRequired, problemNotFound, problemRegistrationNotFound, problemUserNotFound, problemLastAdmin, problemSyncRunning, problemMethodNotAllowed,
+		problemAccountSetupRequired, problemNotFound, problemRegistrationNotFound, problemUserNotFound, problemLastAdmin, problemUserGone, problemSyncRunning, problemMethodNotAllowed,
 		problemUserExists, problemAlreadyVerified, problemVerificationExpired, problemVerificationCancelled,
 		problemPayloadTooLarge, problemUnsupportedMediaType, problemTooManyAttempts, problemResendTooSoon,
 		problemResendLimit, problemTooManyRequests, problemInternal, problemUnavailable} {

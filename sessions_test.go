@@ -425,6 +425,7 @@ func TestRefreshOvertaken(t *testing.T) {
 // looks; an outage ends nothing.
 func TestEndedInKeycloak(t *testing.T) {
 	w := newWorld(t, map[string]string{"JOB_INTERVAL": "200ms"})
+	w.noEvents() // what ends a session here is that Keycloak has it no more
 	_, lives := w.signedIn()
 	user := func(email string) string {
 		return "/users/" + w.value(`select keycloak_id from users where email = $1`, email)

@@ -461,6 +461,9 @@ func TestSyncEvents(t *testing.T) {
 		}
 		w.admin("DELETE", "/users/"+id, nil, nil)
 		arrives("deleted here, and nothing due", `select case when not is_active and due_at is null then 't' else 'f' end from users where keycloak_id = $1`, id)
+		admin := w.signsIn(w.administrator())
+		w.wants(w.as(admin, "POST", "/api/v1/users/"+w.value(`select user_id from users where keycloak_id = $1`, id)+"/restore"), 409, "user-gone")
+		w.wants(w.do(managing(admin, "POST", "", body{"email": created})), 201, "") // anew
 	})
 	w.Run("a role", func() {
 		email, before := w.signedIn()

@@ -211,8 +211,16 @@ func (s *server) deleteUser(ctx context.Context, c caller, in userIn) (noContent
 	return noContent{}, err
 }
 
-// restoreUser undoes deleteUser. The person signs in anew.
+// restoreUser undoes deleteUser. The person signs in anew; one whom Keycloak has lost
+// can't, and is invited anew instead.
 func (s *server) restoreUser(ctx context.Context, c caller, in userIn) (user, error) {
+	u, err := s.target(ctx, c, in.ID, actDelete)
+	if err != nil {
+		return u, err
+	}
+	if _, err := s.kc.user(ctx, u.KeycloakID); errors.Is(err, errNotFound) && u.KeycloakID != "" { // else its creation is due
+		return u, problemUserGone.about(string(u.ID))
+	}
 	return s.changeUser(ctx, c, in.ID, "user.restore", func(u user) (user, error) {
 		u.IsActive, u.DeletedAt = true, nil
 		return u, c.may(actDelete, u)
