@@ -316,7 +316,7 @@ func TestCrash(t *testing.T) {
 func (w *world) dieAt(binary, at string, after bool, lock string, r call) {
 	w.Helper()
 	there, release := w.kc.holdAt("^"+at+" ", after)
-	defer release()
+	w.Cleanup(release) // not before its client is known to be gone, or the call would be made
 	interval := "0"
 	if r.path == "" {
 		interval = "50ms"
