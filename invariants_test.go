@@ -239,8 +239,13 @@ type seenUser struct {
 // keycloakList asks Keycloak itself, as its administrator, for the users of the realm.
 func (w *world) keycloakList() (list []seenUser) {
 	w.Helper()
-	w.admin("GET", "/users?briefRepresentation=false&max=10000", nil, &list)
-	return list
+	for {
+		var page []seenUser
+		w.admin("GET", fmt.Sprintf("/users?briefRepresentation=false&first=%d&max=250", len(list)), nil, &page)
+		if list = append(list, page...); len(page) < 250 {
+			return list
+		}
+	}
 }
 
 // keycloakUsers are those that came by registration, by its id.
