@@ -3,11 +3,8 @@ package main
 import (
 	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"net/http"
 	"net/url"
 	"slices"
 	"strconv"
@@ -352,20 +349,5 @@ func (k *keycloak) signInAdmin(ctx context.Context, user, password string) (toke
 func (k *keycloak) adminGet(ctx context.Context, token, path string, answer any) error {
 	path = strings.NewReplacer("{realm}", "realms/"+url.PathEscape(k.cfg.KeycloakRealm),
 		"{client}", url.QueryEscape(k.cfg.AuthClientID)).Replace(path)
-	return k.call(ctx, "doctor", k.calls, keycloakTimeout, func(ctx context.Context) error {
-		req, err := http.NewRequestWithContext(ctx, http.MethodGet, k.cfg.KeycloakURL+"/admin/"+path, nil)
-		if err != nil {
-			return err
-		}
-		req.Header.Set("Authorization", "Bearer "+token)
-		resp, err := k.client.Do(req)
-		if err != nil {
-			return err
-		}
-		defer resp.Body.Close()
-		if resp.StatusCode != http.StatusOK {
-			return fmt.Errorf("the admin API answers %s", resp.Status)
-		}
-		return json.NewDecoder(io.LimitReader(resp.Body, 16<<20)).Decode(answer)
-	})
+	return k.read(ctx, "doctor", keycloakTimeout, k.cfg.KeycloakURL+"/admin/"+path, token, answer)
 }

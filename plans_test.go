@@ -144,12 +144,7 @@ var planKinds = []string{"force_generic_plan", "force_custom_plan"}
 // of all that they do.
 func statementPlan(t testing.TB) (w *world, instances []string) {
 	t.Helper()
-	w, err := build(t.Context(), map[string]string{"JOB_INTERVAL": "0"}, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	w.TB = t
-	t.Cleanup(w.close)                                 // without its check: what is seeded fulfils no invariant
+	w = uncheckedWorld(t, map[string]string{"JOB_INTERVAL": "0"})
 	w.exec(`select setval('audit_numbers', 10000000)`) // those before are for what is seeded
 	w.env["DATABASE_URL"] += "&" + url.Values{"plan_cache_mode": planKinds[:1], "session_preload_libraries": {"auto_explain"},
 		"auto_explain.log_min_duration": {"0"}, "auto_explain.log_analyze": {"on"}, "auto_explain.log_buffers": {"on"}, "auto_explain.log_timing": {"off"},

@@ -99,7 +99,7 @@ func (st *store) oweUser(ctx context.Context, c caller, id userID, has map[strin
 		if err != nil {
 			return err
 		}
-		if err := withdraw(ctx, tx, withdrawal{UserID: id, Role: u.Role, NetworkID: u.NetworkID, StationID: u.StationID, Active: u.IsActive}); err != nil {
+		if err := withdraw(ctx, tx, u.withdrawal()); err != nil {
 			return err
 		}
 		return writeAudit(ctx, tx, c, now, entry{Action: "user.assert", Target: string(id), Network: u.NetworkID,
@@ -108,8 +108,8 @@ func (st *store) oweUser(ctx context.Context, c caller, id userID, has map[strin
 }
 
 // takeOver inserts a user that only Keycloak had, with these claims, and its registration,
-// if it came by one. Tokens that say something else are withdrawn. errConflict: a live user has the address or
-// username, or the address or the registration is known here.
+// if it came by one. Tokens that say something else are withdrawn. errConflict: a live user
+// has the address or username, or the address or the registration is known here.
 func (st *store) takeOver(ctx context.Context, c caller, u user, reg registration, has map[string][]string, now time.Time) error {
 	err := st.tx(ctx, func(tx pgx.Tx) error {
 		due := &now
@@ -144,7 +144,7 @@ func (st *store) takeOver(ctx context.Context, c caller, u user, reg registratio
 				return err
 			}
 		}
-		if err := withdraw(ctx, tx, withdrawal{UserID: u.ID, Role: u.Role, Active: u.IsActive}); err != nil {
+		if err := withdraw(ctx, tx, u.withdrawal()); err != nil {
 			return err
 		}
 		return writeAudit(ctx, tx, c, now, entry{Action: "user.take_over", Target: string(u.ID),

@@ -171,7 +171,7 @@ func (s *server) follow(ctx context.Context, c caller, u syncUser, ku keycloakUs
 	if errors.Is(err, errConflict) { // the address waits; who was disabled doesn't
 		conflict, err = true, apply(false)
 	}
-	if found := differences(u, ku); err == nil && !missing && (slices.Contains(found, diffRole) || slices.Contains(found, diffDeleted)) {
+	if err == nil && !missing && (!ku.hasClaims(u.user) || !u.IsActive && ku.enabled()) {
 		if err = s.store.oweUser(ctx, c, u.ID, ku.claims(), s.now()); err == nil {
 			_, err = s.settleUser(ctx, c, u.ID)
 		}
@@ -292,13 +292,5 @@ func (s *server) notTooMany(ctx context.Context, users []string, owner string) e
 	if err := s.limit(ctx, &run); err != nil {
 		return err
 	}
-	for _, id := range users {
-		if err := errors.Join(s.inspect(ctx, &run, id), s.store.keepSyncPlace(ctx, owner, s.now())); err != nil {
-			return err
-		}
-		if err := run.tooMany(); err != nil {
-			return err
-		}
-	}
-	return nil
+	return s.inspectAll(ctx, &run, users, func(*syncRun) error { return s.store.keepSyncPlace(ctx, owner, s.now()) })
 }

@@ -144,6 +144,20 @@ func (s *server) inspect(ctx context.Context, run *syncRun, keycloakID string) e
 	return err
 }
 
+// inspectAll inspects one after the other: with the wrong realm that ends early.
+func (s *server) inspectAll(ctx context.Context, run *syncRun, keycloakIDs []string, progress func(*syncRun) error) error {
+	for _, id := range keycloakIDs {
+		err := errors.Join(s.inspect(ctx, run, id), progress(run))
+		if err == nil && !run.DryRun {
+			err = run.tooMany()
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // compare notes how users of Keycloak differ from ours.
 func (s *server) compare(ctx context.Context, run *syncRun, page []keycloakUser) error {
 	var ids, registrations []string
@@ -200,10 +214,12 @@ func (s *server) survey(ctx context.Context, run *syncRun, progress func(*syncRu
 			return err
 		}
 		last = len(page) < syncPage
-		page = slices.DeleteFunc(page, func(ku keycloakUser) bool { return seen[shortDigest(ku.id())] }) // moved by one that came
-		for _, ku := range page {
-			seen[shortDigest(ku.id())] = true
-		}
+		page = slices.DeleteFunc(page, func(ku keycloakUser) bool { // moved by one that came
+			id := shortDigest(ku.id())
+			moved := seen[id]
+			seen[id] = true
+			return moved
+		})
 		run.Checked += len(page)
 		if err := errors.Join(s.compare(ctx, run, page), progress(run)); err != nil {
 			return err
@@ -217,16 +233,7 @@ func (s *server) survey(ctx context.Context, run *syncRun, progress func(*syncRu
 	}); err != nil {
 		return err
 	}
-	for _, id := range missing { // each is asked for: with the wrong realm that ends early
-		err := errors.Join(s.inspect(ctx, run, id), progress(run))
-		if err == nil && !run.DryRun {
-			err = run.tooMany()
-		}
-		if err != nil {
-			return err
-		}
-	}
-	return nil
+	return s.inspectAll(ctx, run, missing, progress)
 }
 
 // repairAll reconciles the users that a survey has found. Those in conflict have another
