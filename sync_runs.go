@@ -298,8 +298,10 @@ func (s *server) runSync(ctx context.Context, c caller, run syncRun, show func(s
 		s.log.ErrorContext(ctx, "a sync has failed", "sync", run.ID, "error", err)
 	}
 	for d, class := range run.Differences {
-		s.metrics.synced.WithLabelValues(string(d), "repaired").Add(float64(class.Repaired))
-		s.metrics.synced.WithLabelValues(string(d), "left").Add(float64(class.Found - class.Repaired))
+		if !run.DryRun { // which leaves everything as it is
+			s.metrics.synced.WithLabelValues(string(d), "repaired").Add(float64(class.Repaired))
+			s.metrics.synced.WithLabelValues(string(d), "left").Add(float64(class.Found - class.Repaired))
+		}
 	}
 	s.log.InfoContext(ctx, "a sync has ended", "sync", run.ID, "status", run.Status, "checked", run.Checked, "found", run.found(), "left", run.remain())
 	now := s.now()
@@ -346,8 +348,10 @@ func (s *server) startSync(ctx context.Context, c caller, in startSyncIn) (syncR
 		return syncRun{}, err
 	}
 	ctx = context.WithoutCancel(ctx)
+	answer := run
+	answer.Differences = map[difference]*syncClass{} // the pass writes into its own
 	s.background.Go(func() { s.runSync(ctx, c, run, func(syncRun) {}) })
-	return run, nil
+	return answer, nil
 }
 
 type syncIn struct {
