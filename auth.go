@@ -105,7 +105,8 @@ func (s *server) openSession(ctx context.Context, c caller, token *oauth2.Token,
 		}
 	}
 	if err == nil && !claims.say(u) {
-		if out.tokens, err = s.correct(ctx, c, row, u, token.RefreshToken); err != nil { // nobody has its tokens
+		row.UserID = u.ID
+		if out.tokens, err = s.rotate(ctx, c, row, u, token.RefreshToken); err != nil { // nobody has its tokens
 			_, ended := s.signOut(ctx, c, u.ID, row.ID, entry{Action: "session.end", Reason: "unfinished"})
 			return loginOut{}, errors.Join(err, ended)
 		}
@@ -114,26 +115,18 @@ func (s *server) openSession(ctx context.Context, c caller, token *oauth2.Token,
 	return out, err
 }
 
-// correct replaces tokens that do not say what is true here: those of a user that only
-// Keycloak had, or whose role somebody has changed in Keycloak. The session stays.
-func (s *server) correct(ctx context.Context, c caller, session session, u user, refreshToken string) (tokens, error) {
-	if err := s.reconcile(ctx, c, u.KeycloakID); err != nil && !errors.Is(err, errConflict) {
-		return tokens{}, err
-	}
-	session.UserID = u.ID
-	return s.rotate(ctx, c, session, refreshToken)
-}
-
 // accountOf returns the account that Keycloak has just let in, if it is one here,
 // too. A verification that died between the two stores (V3) is finished first.
 func (s *server) accountOf(ctx context.Context, c caller, subject string) (user, error) {
 	u, err := s.store.userByKeycloakID(ctx, subject)
 	if errors.Is(err, errNotFound) { // created in Keycloak
-		if err = s.reconcile(ctx, c, subject); errors.Is(err, errConflict) {
-			return u, problemAccountSetupRequired.saying("Another account here has this e-mail address or username. Please ask an administrator.")
+		taken := s.reconcile(ctx, c, subject)
+		if taken != nil && !errors.Is(taken, errConflict) {
+			return u, taken
 		}
-		if err == nil {
-			u, err = s.store.userByKeycloakID(ctx, subject)
+		u, err = s.store.userByKeycloakID(ctx, subject) // also if another sign-in was faster
+		if errors.Is(err, errNotFound) && taken != nil {
+			err = problemAccountSetupRequired.saying("Another account here has this e-mail address or username. Please ask an administrator.")
 		}
 	}
 	if err != nil {

@@ -125,7 +125,7 @@ func (k *keycloak) asService(ctx context.Context, operation string, f func(ctx c
 	switch operation {
 	case "send_mail":
 		b, timeout = k.mails, mailTimeout
-	case "list_users":
+	case "list_users", "list_events":
 		timeout = listTimeout
 	}
 	return k.call(ctx, operation, b, timeout, func(ctx context.Context) error {

@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"net/url"
-	"slices"
 	"strconv"
 	"strings"
 
@@ -36,71 +35,75 @@ func (k *keycloak) countUsers(ctx context.Context) (n int, err error) {
 	return n, err
 }
 
+// eventSources are Keycloak's two records: of what administrators do, and of what users do
+// themselves.
+var eventSources = [...]struct {
+	path  string
+	query url.Values
+}{
+	{"admin-events", url.Values{"resourceTypes": {"USER"}}},
+	{"events", url.Values{"type": userEventTypes}},
+}
+
 // userEvent says that something has happened to a user in Keycloak.
 type userEvent struct {
+	Source int // of eventSources
 	ID     string
 	At     int64 // milliseconds since 1970
 	UserID string
 }
 
 // eventsPage is how many events are asked for at once.
-const eventsPage = 100
+const eventsPage = 1000
 
 // userEventTypes are those that change what is kept here.
 var userEventTypes = []string{"REGISTER", "UPDATE_PROFILE", "UPDATE_EMAIL", "VERIFY_EMAIL", "EXECUTE_ACTIONS", "DELETE_ACCOUNT",
 	"USER_DISABLED_BY_PERMANENT_LOCKOUT", "IDENTITY_PROVIDER_FIRST_LOGIN"}
 
-// userEvents returns what has happened to users since a time, the earliest first, by
-// themselves or by administrators other than this service; and the time of the latest
-// event, this service's own included, so that those are not read again and again.
-func (k *keycloak) userEvents(ctx context.Context, since int64) (all []userEvent, latest int64, err error) {
-	for _, source := range []struct {
-		path  string
-		query url.Values
-	}{
-		{"admin-events", url.Values{"resourceTypes": {"USER"}}},
-		{"events", url.Values{"type": userEventTypes}},
-	} {
-		for first := 0; ; first += eventsPage {
-			var page []struct {
-				ID           string `json:"id"`
-				Time         int64  `json:"time"`
-				UserID       string `json:"userId"`
-				ResourcePath string `json:"resourcePath"`
-				Details      struct {
-					UserID string `json:"userId"`
-				} `json:"authDetails"`
-			}
-			query := url.Values{"dateFrom": {strconv.FormatInt(since, 10)}, "direction": {"asc"},
-				"first": {strconv.Itoa(first)}, "max": {strconv.Itoa(eventsPage)}}
-			var own string
-			err := k.asService(ctx, "list_events", func(ctx context.Context, token string) error {
-				claims, err := readClaims(token)
-				if err != nil {
-					return err
-				}
-				own = claims.Subject
-				resp, err := k.admin.GetRequestWithBearerAuth(ctx, token).SetResult(&page).SetQueryParamsFromValues(source.query).
-					SetQueryParamsFromValues(query).Get(strings.Join([]string{k.cfg.KeycloakURL, "admin/realms", k.cfg.KeycloakRealm, source.path}, "/"))
-				return responseError(resp, err)
-			})
+// userEvents returns what has happened to users since a time, according to one source, other
+// than by this service; and the time of the latest event, this service's own included, so
+// that those are not read again and again. It calls alive after each page.
+func (k *keycloak) userEvents(ctx context.Context, source int, since int64, alive func() error) (all []userEvent, latest int64, err error) {
+	for first := 0; ; first += eventsPage {
+		var page []struct {
+			ID           string `json:"id"`
+			Time         int64  `json:"time"`
+			UserID       string `json:"userId"`
+			ResourcePath string `json:"resourcePath"`
+			Details      struct {
+				UserID string `json:"userId"`
+			} `json:"authDetails"`
+		}
+		query := url.Values{"dateFrom": {strconv.FormatInt(since, 10)}, "direction": {"asc"},
+			"first": {strconv.Itoa(first)}, "max": {strconv.Itoa(eventsPage)}}
+		var own string
+		err := k.asService(ctx, "list_events", func(ctx context.Context, token string) error {
+			claims, err := readClaims(token)
 			if err != nil {
-				return nil, 0, err
+				return err
 			}
-			for _, e := range page {
-				latest = max(latest, e.Time)
-				if id, ok := strings.CutPrefix(e.ResourcePath, "users/"); ok {
-					e.UserID, _, _ = strings.Cut(id, "/")
-				}
-				if e.UserID != "" && e.Details.UserID != own {
-					all = append(all, userEvent{e.ID, e.Time, e.UserID})
-				}
+			own = claims.Subject
+			resp, err := k.admin.GetRequestWithBearerAuth(ctx, token).SetResult(&page).SetQueryParamsFromValues(eventSources[source].query).
+				SetQueryParamsFromValues(query).Get(strings.Join([]string{k.cfg.KeycloakURL, "admin/realms", k.cfg.KeycloakRealm, eventSources[source].path}, "/"))
+			return responseError(resp, err)
+		})
+		if err == nil {
+			err = alive()
+		}
+		if err != nil {
+			return nil, 0, err
+		}
+		for _, e := range page {
+			latest = max(latest, e.Time)
+			if id, ok := strings.CutPrefix(e.ResourcePath, "users/"); ok {
+				e.UserID, _, _ = strings.Cut(id, "/")
 			}
-			if len(page) < eventsPage {
-				break
+			if e.UserID != "" && e.Details.UserID != own {
+				all = append(all, userEvent{source, e.ID, e.Time, e.UserID})
 			}
 		}
+		if len(page) < eventsPage {
+			return all, latest, nil
+		}
 	}
-	slices.SortFunc(all, func(a, b userEvent) int { return int(a.At - b.At) })
-	return all, latest, nil
 }

@@ -147,12 +147,17 @@ func (s *server) begin(ctx context.Context, c caller, reg registration) (registr
 				return reg, err
 			}
 			if earlier.State == pending {
-				replaced = earlier
-				if _, err := s.userOf(ctx, earlier); errors.Is(err, errUnavailable) {
+				user, err := s.userOf(ctx, earlier)
+				if errors.Is(err, errUnavailable) {
 					s.letGo(ctx, earlier)
 					return reg, err // while Keycloak is away, what there is stays as it is
 				}
-			} else if err := s.settle(ctx, c, earlier); err != nil {
+				if !user.account() { // else V3 has happened
+					replaced = earlier
+					continue
+				}
+			}
+			if err := s.settle(ctx, c, earlier); err != nil {
 				return reg, err
 			}
 		}
@@ -296,6 +301,9 @@ func (s *server) cancel(ctx context.Context, c caller, in cancelIn) (cancelOut, 
 	}
 	switch reg.State {
 	case pending:
+		if user, err := s.userOf(ctx, reg); err == nil && user.account() { // V3
+			return cancelOut{}, errors.Join(s.settle(ctx, c, reg), problemAlreadyVerified.about(string(reg.ID)))
+		}
 		if err := s.store.endRegistration(ctx, c, reg, cancelled, "not_me", s.now()); err != nil {
 			return cancelOut{}, err
 		}
@@ -370,7 +378,7 @@ func (s *server) settle(ctx context.Context, c caller, reg registration) error {
 		return s.store.release(ctx, reg, s.now().Add(time.Minute)) // R2: a lost creation may still arrive
 
 	case reg.State != pending: // E2, C2: Keycloak's user goes, then E3 ours
-		if known {
+		if known && !user.account() {
 			if err := s.kc.deleteUser(ctx, user.id()); err != nil {
 				s.letGo(ctx, reg)
 				return err
@@ -434,7 +442,7 @@ func (s *server) userOf(ctx context.Context, reg registration) (keycloakUser, er
 // Keycloak's user carries.
 func (s *server) adopted(ctx context.Context, c caller, reg registration, user keycloakUser) (registration, error) {
 	reg.KeycloakID, reg.UserID = user.id(), userID(user.attribute(attrUserID))
-	token := user.attribute(attrToken)
+	token := cmp.Or(user.attribute(attrToken), newToken()) // V3 has removed it: nobody's
 	reg.TokenHash, reg.CodeHash = tokenHash(token), codeHash(token, user.attribute(attrCode))
 	return reg, s.store.adopt(ctx, c, reg, s.now())
 }

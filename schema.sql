@@ -258,11 +258,13 @@ create or replace trigger audit_seals_keep_rows before update or delete or trunc
 -- How far Keycloak's events have been applied: one row.
 create table if not exists sync_place (
     only_row boolean primary key default true check (only_row),
-    at       bigint not null,                          -- of the latest event, milliseconds since 1970
+    at       bigint not null,                          -- of the latest event of an administrator, milliseconds since 1970
+    user_at  bigint not null,                          -- of the latest event of a user
     events   text[] not null,                          -- ids of the latest ones
     owner    varchar(32),                              -- who applies them now, until then
     until    timestamptz not null
 );
+alter table sync_place add column if not exists user_at bigint not null default 0;
 
 -- Full passes over all users, and their reports.
 create table if not exists sync_runs (

@@ -99,7 +99,7 @@ func (s *server) exchange(ctx context.Context, c caller, token string) (tokens, 
 		case err != nil:
 			return tokens{}, err
 		case t.Leased:
-			answer, err := s.rotate(ctx, c, t.session, token)
+			answer, err := s.rotate(ctx, c, t.session, t.Of, token)
 			if !errors.Is(err, errLeaseLost) {
 				return answer, err
 			} // the session has just ended, or we were too slow: look again
@@ -131,11 +131,19 @@ func (s *server) exchange(ctx context.Context, c caller, token string) (tokens, 
 // rotate asks Keycloak for the next tokens and keeps its answer for the grace time,
 // sealed by a key that only the holder of the old token can make. Dying after F2 loses
 // an answer of Keycloak: the client's next try gets another when the lease has ended, as
-// refreshTokenMaxReuse 1 allows once.
-func (s *server) rotate(ctx context.Context, c caller, session session, token string) (tokens, error) {
+// refreshTokenMaxReuse 1 allows once. Tokens that do not say what is true of u here, since
+// somebody has changed that in Keycloak, are replaced at once.
+func (s *server) rotate(ctx context.Context, c caller, session session, u user, token string) (tokens, error) {
 	ctx, cancel := context.WithTimeout(ctx, rotationTime)
 	defer cancel()
 	next, err := s.kc.refresh(ctx, token) // F2
+	if err == nil {
+		if claims, _ := readClaims(next.AccessToken); !claims.say(u) {
+			if err = s.reconcile(ctx, c, u.KeycloakID); !again(err) {
+				next, err = s.kc.refresh(ctx, next.RefreshToken)
+			}
+		}
+	}
 	switch {
 	case errors.Is(err, errInvalidGrant): // ended by idleness, its maximum or an administrator
 		s.log.InfoContext(ctx, "a session has ended in Keycloak", "session", session.ID, "error", err)

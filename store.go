@@ -258,7 +258,7 @@ func (f *filter) list(columns, table, order string, limit int) string {
 	for _, scan := range f.scans {
 		scans = append(scans, fmt.Sprintf(`(select * from %s where %s order by %s limit %d)`, table, strings.Join(f.conditions, " and ")+scan, order, limit))
 	}
-	return fmt.Sprintf(`select %s from (%s) rows order by %s limit %d`, columns, strings.Join(scans, " union all "), order, limit)
+	return fmt.Sprintf(`select %s from (%s) %s order by %s limit %d`, columns, strings.Join(scans, " union all "), table, order, limit)
 }
 
 func nullString(s string) *string {

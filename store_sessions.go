@@ -61,6 +61,7 @@ func (st *store) addSession(ctx context.Context, c caller, subject string, s ses
 // refreshToken is a refresh token that somebody has shown, and its session.
 type refreshToken struct {
 	session
+	Of     user      // whose; only what is in claims
 	UsedAt time.Time // zero: not yet
 	Answer []byte    // sealed; nil before it was used and some time after the grace time
 	Leased bool      // the caller is the one who exchanges it
@@ -79,9 +80,11 @@ func (st *store) takeRefreshToken(ctx context.Context, hash string, now time.Tim
 					where s.session_id = refresh_tokens.session_id and s.ended_at is null and u.is_active)
 			returning session_id)
 		select s.session_id, s.keycloak_session_id, s.user_id, s.expires_at, s.ended_at is not null or not u.is_active,
-			coalesce(t.used_at, 'epoch'), t.answer, exists (select from leased)
+			coalesce(t.used_at, 'epoch'), t.answer, exists (select from leased), u.keycloak_id, u.role, u.network_id, u.station_id
 		from refresh_tokens t join sessions s using (session_id) join users u using (user_id) where t.token_hash = $1`, hash, now, now.Add(rotationLease)).
-		Scan(&t.ID, &t.KeycloakID, &t.UserID, &t.ExpiresAt, &t.Ended, &t.UsedAt, &t.Answer, &t.Leased)
+		Scan(&t.ID, &t.KeycloakID, &t.UserID, &t.ExpiresAt, &t.Ended, &t.UsedAt, &t.Answer, &t.Leased,
+			&t.Of.KeycloakID, &t.Of.Role, &t.Of.NetworkID, &t.Of.StationID)
+	t.Of.ID = t.UserID
 	return t, storeError(err)
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"slices"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -12,56 +13,48 @@ import (
 // syncUser is a user as sync looks at it.
 type syncUser struct {
 	user
-	Due         bool // Keycloak does not have all of it yet: settleUser brings it there
-	Registering bool // the life of a registration has it in hand; not so if only a new address is unconfirmed
+	Due                 bool // Keycloak does not have all of it yet: settleUser brings it there
+	NamesDue, EnableDue bool // these among it, see owedUser
 }
 
-const syncUserColumns = userColumns + `, due_at is not null, source = 'web' and not is_verified and exists (
-	select from user_registrations r where r.user_id = users.user_id and r.status <> 'verified')`
+const syncUserColumns = userColumns + `, due_at is not null, names_due, enable_due`
 
 // syncUser returns the user with an id in Keycloak, or errNotFound.
 func (st *store) syncUser(ctx context.Context, keycloakID string) (syncUser, error) {
 	return one[syncUser](ctx, st.pool, `select `+syncUserColumns+` from users where keycloak_id = $1`, keycloakID)
 }
 
-// syncUsers returns the users with these ids in Keycloak by id, and which of the
-// registrations are known.
-func (st *store) syncUsers(ctx context.Context, keycloakIDs, registrations []string) (map[string]syncUser, map[string]bool, error) {
-	rows, _ := st.pool.Query(ctx, `select `+syncUserColumns+` from users where keycloak_id = any($1)`, keycloakIDs)
+// syncUsers returns the users that are here of some of Keycloak, by id there. Those that are
+// on their way here are known: by a registration that is not settled, or an invitation.
+func (st *store) syncUsers(ctx context.Context, page []keycloakUser) (here map[string]syncUser, known map[string]bool, err error) {
+	var ids, registrations, users []string
+	for _, ku := range page {
+		ids = append(ids, ku.id())
+		registrations, users = append(registrations, ku.attribute(attrRegistrationID)), append(users, ku.attribute(attrUserID))
+	}
+	rows, _ := st.pool.Query(ctx, `select `+syncUserColumns+` from users where keycloak_id = any($1)`, ids)
 	list, err := pgx.CollectRows(rows, pgx.RowToStructByPos[syncUser])
 	if err != nil {
 		return nil, nil, storeError(err)
 	}
-	users, known := map[string]syncUser{}, map[string]bool{}
+	here, known = map[string]syncUser{}, map[string]bool{}
 	for _, u := range list {
-		users[u.KeycloakID] = u
+		here[u.KeycloakID] = u
 	}
-	rows, _ = st.pool.Query(ctx, `select registration_id from user_registrations where registration_id = any($1)`, registrations)
-	ids, err := pgx.CollectRows(rows, pgx.RowTo[string])
-	for _, id := range ids {
-		known[id] = true
+	rows, _ = st.pool.Query(ctx, `
+		select registration_id from user_registrations where registration_id = any($1) and (status = 'pending' or due_at is not null)
+		union all select user_id from users where user_id = any($2) and keycloak_id = 'unborn:' || user_id`, registrations, users)
+	open, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	for _, ku := range page {
+		known[ku.id()] = slices.Contains(open, ku.attribute(attrRegistrationID)) || slices.Contains(open, ku.attribute(attrUserID))
 	}
-	return users, known, storeError(err)
+	return here, known, storeError(err)
 }
 
-// claim is the address and username that a user of Keycloak should have here.
-type claim struct{ KeycloakID, Email, Username string }
-
-// taken returns the claims that another live user stands against, by id in Keycloak.
-func (st *store) taken(ctx context.Context, claims []claim) (map[string]bool, error) {
-	ids, emails, usernames := make([]string, len(claims)), make([]string, len(claims)), make([]string, len(claims))
-	for i, c := range claims {
-		ids[i], emails[i], usernames[i] = c.KeycloakID, c.Email, c.Username
-	}
-	rows, _ := st.pool.Query(ctx, `
-		select id from unnest($1::text[], $2::text[], $3::text[]) c (id, email, username)
-		where exists (select from users u where deleted_at is null and keycloak_id <> id
-			and (lower(u.email) = lower(c.email) or lower(u.username) = lower(c.username)))`, ids, emails, usernames)
-	found, err := pgx.CollectRows(rows, pgx.RowTo[string])
-	taken := map[string]bool{}
-	for _, id := range found {
-		taken[id] = true
-	}
+// taken says whether another live user has the address or username that u should have.
+func (st *store) taken(ctx context.Context, u user) (taken bool, err error) {
+	err = st.pool.QueryRow(ctx, `select exists (select from users where deleted_at is null and keycloak_id <> $1
+		and (lower(email) = lower($2) or lower(username) = lower($3)))`, u.KeycloakID, u.Email, u.Username).Scan(&taken)
 	return taken, storeError(err)
 }
 
@@ -70,11 +63,11 @@ func (st *store) registrationOfUser(ctx context.Context, id userID) (registratio
 	return st.oneRegistration(ctx, `where user_id = $1 and status <> 'verified'`, id)
 }
 
-// liveKeycloakIDs calls f with the id in Keycloak of every live user.
+// liveKeycloakIDs calls f with the id in Keycloak of every live user that has one.
 func (st *store) liveKeycloakIDs(ctx context.Context, f func(id string)) error {
 	after := ""
 	for {
-		rows, _ := st.pool.Query(ctx, `select keycloak_id from users where keycloak_id > $1 and is_active order by keycloak_id limit 10000`, after)
+		rows, _ := st.pool.Query(ctx, `select keycloak_id from users where keycloak_id > $1 and is_active and keycloak_id not like 'unborn:%' order by keycloak_id limit 10000`, after)
 		ids, err := pgx.CollectRows(rows, pgx.RowTo[string])
 		if err != nil || len(ids) == 0 {
 			return storeError(err)
@@ -92,45 +85,42 @@ func (st *store) countUsers(ctx context.Context) (n int, err error) {
 }
 
 // oweUser makes it due to bring Keycloak's user, which has these claims, to where ours is,
-// and withdraws the tokens that say something else.
-func (st *store) oweUser(ctx context.Context, c caller, id userID, has map[string][]string, now time.Time) error {
-	return st.tx(ctx, func(tx pgx.Tx) error {
-		u, err := one[user](ctx, tx, `update users set due_at = coalesce(due_at, $2) where user_id = $1 returning `+userColumns, id, now)
+// and withdraws the tokens that say something else. errRace: u has changed.
+func (st *store) oweUser(ctx context.Context, c caller, u user, has map[string][]string, now time.Time) (user, error) {
+	err := st.tx(ctx, func(tx pgx.Tx) (err error) {
+		u, err = one[user](ctx, tx, `update users set due_at = coalesce(due_at, $3), updated_at = $3 where user_id = $1 and updated_at = $2
+			returning `+userColumns, u.ID, u.UpdatedAt, now)
+		if errors.Is(err, errNotFound) {
+			err = errRace
+		}
 		if err != nil {
 			return err
 		}
 		if err := withdraw(ctx, tx, u.withdrawal()); err != nil {
 			return err
 		}
-		return writeAudit(ctx, tx, c, now, entry{Action: "user.assert", Target: string(id), Network: u.NetworkID,
+		return writeAudit(ctx, tx, c, now, entry{Action: "user.assert", Target: string(u.ID), Network: u.NetworkID,
 			Details: map[string]any{"role": u.Role, "network_id": u.NetworkID, "station_id": u.StationID, "is_active": u.IsActive, "keycloak": has}})
 	})
+	return u, err
 }
 
 // takeOver inserts a user that only Keycloak had, with these claims, and its registration,
-// if it came by one. Tokens that say something else are withdrawn. errConflict: a live user
-// has the address or username, or the address or the registration is known here.
-func (st *store) takeOver(ctx context.Context, c caller, u user, reg registration, has map[string][]string, now time.Time) error {
+// if it came by one that is not known here. Tokens that say something else are withdrawn.
+// errConflict: a live user has the address or username, or somebody registers with it.
+func (st *store) takeOver(ctx context.Context, c caller, u user, reg registration, has map[string][]string) error {
+	now := u.CreatedAt
 	err := st.tx(ctx, func(tx pgx.Tx) error {
 		due := &now
 		if reg.State == pending { // a user to be brought into step; this one's registration has its own due_at
 			due = nil
 		}
-		insert := func(id userID) (bool, error) {
-			tag, err := tx.Exec(ctx, `
-				insert into users (user_id, keycloak_id, email, username, first_name, last_name, is_verified, role, source,
-					is_active, deleted_at, created_at, updated_at, due_at)
-				values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $12, $13) on conflict (user_id) do nothing`,
-				id, u.KeycloakID, u.Email, u.Username, nullString(u.FirstName), nullString(u.LastName), u.IsVerified, u.Role, u.Source,
-				u.IsActive, u.DeletedAt, now, due)
-			return tag.RowsAffected() == 1, err
-		}
-		ok, err := insert(u.ID)
-		if err == nil && !ok { // the id that Keycloak's user has is another's here
-			u.ID = newUserID()
-			_, err = insert(u.ID)
-		}
-		if err != nil {
+		if _, err := tx.Exec(ctx, `
+			insert into users (user_id, keycloak_id, email, username, first_name, last_name, is_verified, role, source,
+				is_active, deleted_at, created_at, updated_at, due_at)
+			values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $12, $13)`,
+			u.ID, u.KeycloakID, u.Email, u.Username, nullString(u.FirstName), nullString(u.LastName), u.IsVerified, u.Role, u.Source,
+			u.IsActive, u.DeletedAt, now, due); err != nil {
 			return err
 		}
 		if reg.ID != "" {
@@ -138,7 +128,7 @@ func (st *store) takeOver(ctx context.Context, c caller, u user, reg registratio
 				insert into user_registrations (registration_id, email, username, first_name, last_name, verification_token, verification_code,
 					status, keycloak_id, user_id, expires_at, verified_at, created_at, locale, with_password, mail_state, due_at)
 				values ($1, $2, $3, $4, $5, $6, $7, $8::text, $9, $10, $11, case when $8::text = 'verified' then $12::timestamptz end, $13, $14, $15, 'sent',
-					case when $8::text = 'pending' then $12::timestamptz end)`,
+					case when $8::text = 'pending' then $12::timestamptz end) on conflict (registration_id) do nothing`,
 				reg.ID, reg.Email, reg.Username, nullString(reg.FirstName), nullString(reg.LastName), reg.TokenHash, nullString(reg.CodeHash),
 				reg.State, reg.KeycloakID, u.ID, reg.ExpiresAt, now, reg.CreatedAt, reg.Locale, reg.WithPassword); err != nil {
 				return err
@@ -158,18 +148,20 @@ func (st *store) takeOver(ctx context.Context, c caller, u user, reg registratio
 
 // syncPlace is how far Keycloak's events have been applied, and by whom they are now.
 type syncPlace struct {
-	At     int64    // of the latest event, milliseconds since 1970
-	Events []string // ids of the latest ones: those of a short time may come again
+	At     [len(eventSources)]int64 // of the latest event of each source, milliseconds since 1970
+	Events []string                 // ids of the latest ones: those of a short time may come again
 	Owner  string
 }
 
 // takeSyncPlace makes the caller the only one who applies events, for syncBeat. It begins
-// now where there was none. errNotFound: another does.
-func (st *store) takeSyncPlace(ctx context.Context, owner string, now time.Time) (syncPlace, error) {
-	return one[syncPlace](ctx, st.pool, `
-		insert into sync_place as p (at, events, owner, until) values ($3, '{}', $1, $4)
+// now where there was none, or a little earlier, as clocks differ. errNotFound: another does.
+func (st *store) takeSyncPlace(ctx context.Context, owner string, now time.Time) (p syncPlace, err error) {
+	err = st.pool.QueryRow(ctx, `
+		insert into sync_place as p (at, user_at, events, owner, until) values ($3, $3, '{}', $1, $4)
 		on conflict (only_row) do update set owner = $1, until = $4 where p.owner is null or p.until <= $2
-		returning at, events, owner`, owner, now, now.UnixMilli(), now.Add(syncBeat))
+		returning at, user_at, events, owner`, owner, now, now.Add(-syncBeat).UnixMilli(), now.Add(syncBeat)).
+		Scan(&p.At[0], &p.At[1], &p.Events, &p.Owner)
+	return p, storeError(err)
 }
 
 // keepSyncPlace is a sign of life of who applies events. errLeaseLost: it came too late.
@@ -183,7 +175,7 @@ func (st *store) keepSyncPlace(ctx context.Context, owner string, now time.Time)
 
 // leaveSyncPlace records the place and lets another go on.
 func (st *store) leaveSyncPlace(ctx context.Context, p syncPlace) error {
-	_, err := st.pool.Exec(ctx, `update sync_place set at = $2, events = $3, owner = null where owner = $1`, p.Owner, p.At, p.Events)
+	_, err := st.pool.Exec(ctx, `update sync_place set at = $2, user_at = $3, events = $4, owner = null where owner = $1`, p.Owner, p.At[0], p.At[1], p.Events)
 	return storeError(err)
 }
 

@@ -29,13 +29,15 @@ type user struct {
 	CreatedAt   time.Time  `json:"created_at"`
 	UpdatedAt   time.Time  `json:"updated_at"`
 	DeletedAt   *time.Time `json:"deleted_at" nullable:"true"`
+	Registering bool       `json:"-"` // the life of a registration has it in hand; not so if only a new address is unconfirmed
 }
 
 // unborn is what the keycloak_id of a user begins with that Keycloak does not have yet.
 const unborn = "unborn:"
 
 const userColumns = `user_id, regexp_replace(keycloak_id, '^unborn:.*', ''), email, username, coalesce(first_name, ''), coalesce(last_name, ''), coalesce(phone, ''),
-	coalesce(photo, ''), is_verified, role, network_id, station_id, source, is_active, last_login_at, created_at, updated_at, deleted_at`
+	coalesce(photo, ''), is_verified, role, network_id, station_id, source, is_active, last_login_at, created_at, updated_at, deleted_at,
+	source = 'web' and not is_verified and exists (select from user_registrations r where r.user_id = users.user_id and r.status <> 'verified')`
 
 // user returns one user, deleted or not, or errNotFound.
 func (st *store) user(ctx context.Context, id userID) (user, error) {
@@ -306,7 +308,7 @@ func (st *store) keepWithdrawn(ctx context.Context, id userID) error {
 // confirmUser makes an invited user verified: Keycloak lets in only whose address is.
 func (st *store) confirmUser(ctx context.Context, c caller, id userID, now time.Time) error {
 	return st.tx(ctx, func(tx pgx.Tx) error {
-		tag, err := tx.Exec(ctx, `update users set is_verified = true where user_id = $1 and source = 'internal' and not is_verified`, id)
+		tag, err := tx.Exec(ctx, `update users set is_verified = true, updated_at = $2 where user_id = $1 and source = 'internal' and not is_verified`, id, now)
 		if err != nil || tag.RowsAffected() == 0 {
 			return err
 		}

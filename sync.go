@@ -1,8 +1,10 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
+	"net/http"
 	"slices"
 	"strings"
 	"time"
@@ -30,6 +32,7 @@ const (
 	diffDeleted  difference = "deleted_here"
 	diffUnknown  difference = "unknown_here"
 	diffConflict difference = "conflict"
+	diffUnread   difference = "not_compared"
 )
 
 // meanings say of each class what it is, what is done, and what nobody can know.
@@ -40,38 +43,50 @@ var meanings = map[difference]string{
 	diffDisabled: "Disabled in Keycloak: deleted here. Only restore undoes that.",
 	diffMissing:  "Not in Keycloak: deleted here.",
 	diffDeleted:  "Deleted here and enabled in Keycloak: disabled there. If this database was restored, it may have been restored since: nobody knows.",
-	diffUnknown:  "Only in Keycloak: taken over as a user without scope. What Keycloak says of role and scope is on record (user.take_over).",
+	diffUnknown:  "Only in Keycloak: taken over as a user without scope. What Keycloak says of role and scope is on record (user.take_over). A registration that has ended here ends there.",
 	diffConflict: "Another user has its address or username here, or it has no address: left as it is, for an administrator.",
+	diffUnread:   "A store has failed for this user alone: not compared.",
 }
 
 // syncAction is how a change that follows Keycloak is on record.
 const syncAction = "user.sync"
 
-// differences lists how a user here differs from Keycloak's.
+// differences lists how a user here differs from Keycloak's, also if that is due and will
+// be gone in a moment.
 func differences(u syncUser, ku keycloakUser) (all []difference) {
 	switch {
-	case u.Due:
-		return nil
 	case u.Registering && ku.verified():
 		return []difference{diffVerified}
 	case u.Registering:
 		return nil
 	}
-	if now := ku.profileOf(u.user); now.Email != u.Email || now.Username != u.Username || now.FirstName != u.FirstName || now.LastName != u.LastName {
+	now := u.following(ku)
+	if now.Email != u.Email || now.Username != u.Username || now.FirstName != u.FirstName || now.LastName != u.LastName {
 		all = append(all, diffProfile)
 	}
-	if u.IsVerified != ku.verified() {
+	if now.IsVerified != u.IsVerified {
 		all = append(all, diffVerified)
 	}
 	if !ku.hasClaims(u.user) {
 		all = append(all, diffRole)
 	}
-	if u.IsActive && !ku.enabled() {
+	if now.IsActive != u.IsActive {
 		all = append(all, diffDisabled)
 	} else if !u.IsActive && ku.enabled() {
 		all = append(all, diffDeleted)
 	}
 	return all
+}
+
+// following is u as it should be here after what was done in Keycloak.
+func (u syncUser) following(ku keycloakUser) user {
+	now := ku.profileOf(u.user)
+	if u.NamesDue {
+		now.FirstName, now.LastName = u.FirstName, u.LastName
+	}
+	now.IsVerified = ku.verified()
+	now.IsActive = u.IsActive && (ku.enabled() || u.EnableDue)
+	return now
 }
 
 // profileOf is u with Keycloak's e-mail address, username and names. Addresses and
@@ -96,16 +111,24 @@ func (ku keycloakUser) registers() bool { return !ku.verified() && ku.attribute(
 // in the same transaction (U1). errConflict: the user can't be taken over, or can't have
 // the address that it has in Keycloak.
 func (s *server) reconcile(ctx context.Context, c caller, keycloakID string) error {
-	for {
+	var stuck error // why ours does not get there, though Keycloak answers
+	for settled := false; ; {
 		u, err := s.store.syncUser(ctx, keycloakID)
 		here := !errors.Is(err, errNotFound)
 		if err != nil && here {
 			return err
 		}
-		if u.Due { // ours goes first, or it would look like a difference
-			if _, err := s.settleUser(ctx, c, u.ID); err != nil {
+		if u.Due && stuck == nil { // ours goes first, or it would look like a difference
+			if _, stuck = s.settleUser(ctx, c, u.ID); again(stuck) {
+				return stuck
+			}
+			continue
+		}
+		if u.Registering && !settled { // what the repair loop would do
+			if err := s.settleRegistration(ctx, c, u.ID); err != nil {
 				return err
 			}
+			settled = true
 			continue
 		}
 		ku, err := s.kc.user(ctx, keycloakID) // after ours: what is changed here meanwhile is noticed
@@ -113,17 +136,26 @@ func (s *server) reconcile(ctx context.Context, c caller, keycloakID string) err
 		switch {
 		case err != nil && !missing:
 			return err
-		case !here && missing:
+		case u.Registering, !here && missing:
 			return nil
 		case !here:
 			return s.takeOver(ctx, c, ku)
-		case u.Registering:
-			return s.settleRegistration(ctx, c, u.ID)
 		}
-		if err = s.follow(ctx, c, u, ku, missing); !errors.Is(err, errRace) {
-			return err
+		if err = s.follow(ctx, c, u, ku, missing); errors.Is(err, errRace) {
+			continue
 		}
+		if err == nil && stuck != nil { // unless nothing is owed any more
+			if u, err = s.store.syncUser(ctx, keycloakID); u.Due {
+				err = errors.Join(err, stuck)
+			}
+		}
+		return err
 	}
+}
+
+// again says whether err means that the same may succeed in a moment.
+func again(err error) bool {
+	return err != nil && asProblem(err).Status == http.StatusServiceUnavailable
 }
 
 // settleRegistration does what the repair loop would do: it concludes, or ends what is
@@ -144,67 +176,103 @@ func (s *server) settleRegistration(ctx context.Context, c caller, id userID) er
 // follow does here what was done to an account in Keycloak, and undoes there what only
 // this service may do. errRace: the account was changed here meanwhile.
 func (s *server) follow(ctx context.Context, c caller, u syncUser, ku keycloakUser, missing bool) error {
-	apply := func(profile bool) error {
-		_, err := s.changeUser(ctx, c, u.ID, syncAction, func(now user) (user, error) {
-			at := s.now()
-			if !now.UpdatedAt.Equal(u.UpdatedAt) {
-				return now, errRace
+	var err error
+	asserted := !u.Due && !missing && (!ku.hasClaims(u.user) || !u.IsActive && ku.enabled())
+	if asserted {
+		if u.user, err = s.store.oweUser(ctx, c, u.user, ku.claims(), s.now()); err != nil {
+			return err
+		}
+	}
+	now, conflict := u.user, false
+	if missing {
+		now.IsActive = false
+	} else {
+		if now = u.following(ku); now.Email != u.Email || now.Username != u.Username {
+			if conflict, err = s.conflicts(ctx, now); err != nil {
+				return err
 			}
-			if !missing && profile {
-				now = ku.profileOf(now)
-			}
-			if !missing {
-				now.IsVerified = ku.verified()
-			}
-			if now.IsActive && (missing || !ku.enabled()) {
-				now.IsActive, now.DeletedAt = false, &at
+		}
+		if conflict { // the address waits; who was disabled doesn't
+			now.Email, now.Username, now.FirstName, now.LastName = u.Email, u.Username, u.FirstName, u.LastName
+		}
+	}
+	if u.IsActive && !now.IsActive {
+		at := s.now()
+		now.DeletedAt = &at
+	}
+	if now != u.user {
+		_, err = s.changeUser(ctx, c, u.ID, syncAction, func(before user) (user, error) {
+			if !before.UpdatedAt.Equal(u.UpdatedAt) {
+				return before, errRace
 			}
 			return now, nil
 		})
-		if err != nil && asProblem(err).slug() == problemUserExists.slug() {
-			return errConflict
-		}
-		return err
+		conflict = conflict || err != nil && asProblem(err).slug() == problemUserExists.slug() // taken at this moment
+	} else if asserted {
+		_, err = s.settleUser(ctx, c, u.ID)
 	}
-	conflict := !missing && gocloak.PString(ku.Email) == ""
-	err := apply(!conflict)
-	if errors.Is(err, errConflict) { // the address waits; who was disabled doesn't
-		conflict, err = true, apply(false)
-	}
-	if err == nil && !missing && (!ku.hasClaims(u.user) || !u.IsActive && ku.enabled()) {
-		if err = s.store.oweUser(ctx, c, u.ID, ku.claims(), s.now()); err == nil {
-			_, err = s.settleUser(ctx, c, u.ID)
-		}
-	}
-	if err == nil && conflict {
-		return errConflict
+	if conflict {
+		err = errConflict
 	}
 	return err
 }
 
-// takeOver makes an account of somebody whom only Keycloak knows: a user without scope,
-// whatever Keycloak says. A registration that this database does not know, because it was
-// restored, goes on where it was.
-func (s *server) takeOver(ctx context.Context, c caller, ku keycloakUser) error {
+// conflicts says whether a user can't have the address or username that it should have.
+func (s *server) conflicts(ctx context.Context, u user) (bool, error) {
+	if u.Email == "" || !u.IsActive {
+		return u.Email == "", nil
+	}
+	return s.store.taken(ctx, u)
+}
+
+// newcomer is a user that only Keycloak knows, as it should be here: without scope, whatever
+// Keycloak says.
+func (s *server) newcomer(ku keycloakUser) user {
 	now := s.now()
 	u := ku.profileOf(user{ID: userID(ku.attribute(attrUserID)), KeycloakID: ku.id(), Role: roleUser, Source: sourceInternal,
-		IsVerified: ku.verified(), IsActive: true, CreatedAt: now, UpdatedAt: now})
+		IsVerified: ku.verified(), IsActive: ku.enabled() || ku.registers(), CreatedAt: now, UpdatedAt: now})
+	if !u.IsActive {
+		u.DeletedAt = &now
+	}
+	if ku.attribute(attrRegistrationID) != "" {
+		u.Source = sourceWeb
+	}
+	return u
+}
+
+// takeOver makes an account of somebody whom only Keycloak knows. A registration that this
+// database does not know, because it was restored, goes on where it was; one that it knows
+// is settled.
+func (s *server) takeOver(ctx context.Context, c caller, ku keycloakUser) error {
+	u := s.newcomer(ku)
 	if u.Email == "" {
 		return errConflict
 	}
-	if !userIDPattern.MatchString(string(u.ID)) {
+	switch owner, err := s.store.user(ctx, u.ID); {
+	case err == nil && owner.KeycloakID == "": // I2: its id is not here yet
+		_, err = s.settleUser(ctx, c, owner.ID)
+		return err
+	case err != nil && !errors.Is(err, errNotFound):
+		return err
+	case err == nil, !userIDPattern.MatchString(string(u.ID)):
 		u.ID = newUserID()
 	}
-	if !ku.enabled() && !ku.registers() {
-		u.IsActive, u.DeletedAt = false, &now
-	}
 	var reg registration
-	if id := registrationID(ku.attribute(attrRegistrationID)); id != "" {
-		u.Source = sourceWeb
+	if u.Source == sourceWeb {
+		id := registrationID(ku.attribute(attrRegistrationID))
+		known, err := s.store.registration(ctx, id)
+		if err == nil && (known.State == pending || ku.registers()) { // R2, or ended: E2
+			if known, err = s.lease(ctx, id); err == nil {
+				err = s.settle(ctx, c, known)
+			}
+			return err
+		} else if err != nil && !errors.Is(err, errNotFound) {
+			return err
+		}
 		reg = s.registrationOf(u, ku)
 		reg.ID = id
 	}
-	if err := s.store.takeOver(ctx, c, u, reg, ku.claims(), now); err != nil {
+	if err := s.store.takeOver(ctx, c, u, reg, ku.claims()); err != nil {
 		return err
 	}
 	_, err := s.settleUser(ctx, c, u.ID)
@@ -232,6 +300,7 @@ func (s *server) registrationOf(u user, ku keycloakUser) registration {
 const (
 	eventsInterval = 5 * time.Second  // the longest pause between two looks at the events
 	eventsOverlap  = 10 * time.Second // an event may become visible so long after its time
+	eventsPatience = 10 * time.Minute // with a user for whom a store fails; then it is left to the full pass
 )
 
 // syncEvents applies what Keycloak's events say since the last time. Instances do it one
@@ -252,31 +321,46 @@ func (s *server) syncEvents(ctx context.Context) error {
 }
 
 func (s *server) applyEvents(ctx context.Context, place *syncPlace) error {
-	events, latest, err := s.kc.userEvents(ctx, place.At-eventsOverlap.Milliseconds())
+	alive := func() error { return s.store.keepSyncPlace(ctx, place.Owner, s.now()) }
+	next := syncPlace{Owner: place.Owner, Events: []string{}}
+	var events []userEvent
+	for source := range eventSources {
+		found, latest, err := s.kc.userEvents(ctx, source, place.At[source]-eventsOverlap.Milliseconds(), alive)
+		if err != nil {
+			return err
+		}
+		events = append(events, found...)
+		next.At[source] = min(max(place.At[source], latest), s.now().UnixMilli()) // a place in the future would lose all until then
+	}
+	slices.SortStableFunc(events, func(a, b userEvent) int { return cmp.Compare(a.At, b.At) })
+	seen, queued := map[string]bool{}, map[string]bool{}
+	for _, id := range place.Events {
+		seen[id] = true
+	}
+	var users []string
+	for _, e := range events {
+		if !seen[e.ID] && !queued[e.UserID] {
+			users, queued[e.UserID] = append(users, e.UserID), true
+		}
+	}
+	if err := s.notTooMany(ctx, users, alive); err != nil {
+		return err
+	}
+	left, err := s.eachUser(ctx, users, func(id string) error { return s.reconcile(ctx, system("sync"), id) }, alive)
 	if err != nil {
 		return err
 	}
-	next := syncPlace{At: max(place.At, latest), Events: []string{}, Owner: place.Owner}
-	var users []string
+	kept := func(e userEvent) bool { // for the next time
+		return !seen[e.ID] && slices.Contains(left, e.UserID) && s.now().Sub(time.UnixMilli(e.At)) < eventsPatience
+	}
 	for _, e := range events {
-		if !slices.Contains(place.Events, e.ID) && !slices.Contains(users, e.UserID) {
-			users = append(users, e.UserID)
+		if kept(e) {
+			next.At[e.Source] = min(next.At[e.Source], e.At)
 		}
-		if e.At >= next.At-eventsOverlap.Milliseconds() {
+	}
+	for _, e := range events {
+		if !kept(e) && e.At >= next.At[e.Source]-eventsOverlap.Milliseconds() {
 			next.Events = append(next.Events, e.ID)
-		}
-	}
-	if err := s.notTooMany(ctx, users, place.Owner); err != nil {
-		return err
-	}
-	for _, id := range users {
-		err := s.reconcile(ctx, system("sync"), id)
-		if err != nil && !errors.Is(err, errUnavailable) {
-			s.log.WarnContext(ctx, "a user is not in step", "keycloak_id", id, "error", err)
-			err = nil
-		}
-		if err = errors.Join(err, s.store.keepSyncPlace(ctx, place.Owner, s.now())); err != nil {
-			return err
 		}
 	}
 	*place = next
@@ -284,7 +368,7 @@ func (s *server) applyEvents(ctx context.Context, place *syncPlace) error {
 }
 
 // notTooMany is tooMany for users that have an event.
-func (s *server) notTooMany(ctx context.Context, users []string, owner string) error {
+func (s *server) notTooMany(ctx context.Context, users []string, alive func() error) error {
 	if len(users) <= syncFew {
 		return nil
 	}
@@ -292,5 +376,31 @@ func (s *server) notTooMany(ctx context.Context, users []string, owner string) e
 	if err := s.limit(ctx, &run); err != nil {
 		return err
 	}
-	return s.inspectAll(ctx, &run, users, func(*syncRun) error { return s.store.keepSyncPlace(ctx, owner, s.now()) })
+	return s.inspectAll(ctx, &run, users, func(*syncRun) error { return alive() })
+}
+
+// eachUser does something with one user after the other. A failure holds up nobody: those
+// for whom a store fails are returned, to be tried again. It ends if none of them is to
+// blame, as Keycloak does not answer at all, or fails for one after the other.
+func (s *server) eachUser(ctx context.Context, users []string, do func(id string) error, alive func() error) (left []string, err error) {
+	inRow := 0
+	for _, id := range users {
+		err := do(id)
+		switch {
+		case again(err):
+			if inRow++; inRow == 3 || s.kc.ping(ctx) != nil {
+				return left, err
+			}
+			left = append(left, id)
+		default:
+			inRow = 0
+		}
+		if err != nil {
+			s.log.WarnContext(ctx, "a user is not in step", "keycloak_id", id, "error", err)
+		}
+		if err := alive(); err != nil {
+			return left, err
+		}
+	}
+	return left, nil
 }

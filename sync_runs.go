@@ -7,11 +7,10 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"math"
 	"slices"
 	"strings"
 	"time"
-
-	"github.com/Nerzal/gocloak/v13"
 )
 
 // A full pass over all users: for an operator, for an administrator, and once a day. It
@@ -46,14 +45,8 @@ type syncRun struct {
 	Differences map[difference]*syncClass `json:"differences" description:"By class."`
 	Detail      string                    `json:"detail" description:"Why it was stopped or has failed."`
 
-	planned []planned
-	most    int // users that it may disable or take over
-}
-
-// planned is a user that differs, or that a survey does not show to be in step.
-type planned struct {
-	keycloakID string
-	found      []difference
+	planned map[string][]difference // of users, by id in Keycloak
+	most    int                     // users that it may disable or take over
 }
 
 // syncClass is what a run has found of one class of differences.
@@ -79,7 +72,10 @@ func (run *syncRun) note(keycloakID, name string, found ...difference) {
 		}
 	}
 	if len(found) > 0 {
-		run.planned = append(run.planned, planned{keycloakID, found})
+		if run.planned == nil {
+			run.planned = map[string][]difference{}
+		}
+		run.planned[keycloakID] = found
 	}
 }
 
@@ -105,6 +101,9 @@ func (s *server) limit(ctx context.Context, run *syncRun) error {
 		run.Total, err = s.kc.countUsers(ctx)
 	}
 	run.most = max(syncFew, max(ours, run.Total)*s.cfg.SyncMaxShare/100)
+	if s.cfg.SyncMaxShare == 100 { // those missing and those unknown may be more than all
+		run.most = math.MaxInt
+	}
 	return err
 }
 
@@ -124,104 +123,48 @@ func (run syncRun) tooMany() error {
 		changes, run.most))
 }
 
-// inspect notes how one user differs.
-func (s *server) inspect(ctx context.Context, run *syncRun, keycloakID string) error {
-	ku, err := s.kc.user(ctx, keycloakID)
-	if err == nil {
-		return s.compare(ctx, run, []keycloakUser{ku})
-	} else if !errors.Is(err, errNotFound) {
-		return err
-	}
-	u, err := s.store.syncUser(ctx, keycloakID)
-	switch {
-	case errors.Is(err, errNotFound), err == nil && (u.Due || !u.IsActive):
-		return nil
-	case err == nil && u.Registering: // no account yet: its registration ends
-		run.planned = append(run.planned, planned{keycloakID, nil})
-	case err == nil:
-		run.note(keycloakID, string(u.ID), diffMissing)
-	}
-	return err
-}
-
-// inspectAll inspects one after the other: with the wrong realm that ends early.
-func (s *server) inspectAll(ctx context.Context, run *syncRun, keycloakIDs []string, progress func(*syncRun) error) error {
-	for _, id := range keycloakIDs {
-		err := errors.Join(s.inspect(ctx, run, id), progress(run))
-		if err == nil && !run.DryRun {
-			err = run.tooMany()
-		}
-		if err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// compare notes how users of Keycloak differ from ours.
-func (s *server) compare(ctx context.Context, run *syncRun, page []keycloakUser) error {
-	var ids, registrations []string
-	for _, ku := range page {
-		ids, registrations = append(ids, ku.id()), append(registrations, ku.attribute(attrRegistrationID))
-	}
-	ours, registered, err := s.store.syncUsers(ctx, ids, registrations)
-	if err != nil {
-		return err
-	}
-	found := make([][]difference, len(page))
-	var claims []claim
-	for i, ku := range page {
-		u, here := ours[ku.id()]
-		switch {
-		case here:
-			found[i] = differences(u, ku)
-		case !registered[ku.attribute(attrRegistrationID)]: // otherwise the repair loop adopts or deletes it
-			found[i] = []difference{diffUnknown}
-		}
-		lives := ku.enabled() && (!here || u.IsActive) || !here && ku.registers()
-		if lives && (slices.Contains(found[i], diffProfile) || slices.Contains(found[i], diffUnknown)) {
-			claims = append(claims, claim{ku.id(), gocloak.PString(ku.Email), gocloak.PString(ku.Username)})
-		}
-	}
-	taken := map[string]bool{}
-	if len(claims) > 0 {
-		if taken, err = s.store.taken(ctx, claims); err != nil {
-			return err
-		}
-	}
-	for i, ku := range page {
-		name := cmp.Or(string(ours[ku.id()].ID), ku.id())
-		for j, d := range found[i] {
-			if (d == diffProfile || d == diffUnknown) && (taken[ku.id()] || gocloak.PString(ku.Email) == "") {
-				found[i][j] = diffConflict
-			}
-		}
-		run.note(ku.id(), name, found[i]...)
-	}
-	return nil
-}
-
-// survey compares all users, page by page. Those that come or go meanwhile may be missed,
-// and are found by their events; none is reported as missing that is there.
+// survey looks at all users, page by page, and inspects those that differ. Those that come
+// or go meanwhile may be missed, and are found by their events.
 func (s *server) survey(ctx context.Context, run *syncRun, progress func(*syncRun) error) error {
 	if err := s.limit(ctx, run); err != nil {
 		return err
 	}
+	type listed struct {
+		users []keycloakUser
+		err   error
+	}
+	list := func(first int) <-chan listed {
+		page := make(chan listed, 1)
+		go func() {
+			users, err := s.kc.usersPage(ctx, first, syncPage)
+			page <- listed{users, err}
+		}()
+		return page
+	}
 	seen := map[[16]byte]bool{}
-	for first, last := 0, false; !last; first += syncPage {
-		page, err := s.kc.usersPage(ctx, first, syncPage)
-		if err != nil {
-			return err
+	coming := list(0)
+	for first := 0; coming != nil; {
+		page := <-coming
+		if page.err != nil {
+			return page.err
 		}
-		last = len(page) < syncPage
-		page = slices.DeleteFunc(page, func(ku keycloakUser) bool { // moved by one that came
+		coming = nil
+		if len(page.users) == syncPage { // Keycloak goes on while this one is compared
+			first += syncPage
+			coming = list(first)
+		}
+		users := slices.DeleteFunc(page.users, func(ku keycloakUser) bool { // moved by one that came
 			id := shortDigest(ku.id())
 			moved := seen[id]
 			seen[id] = true
 			return moved
 		})
-		run.Checked += len(page)
-		if err := errors.Join(s.compare(ctx, run, page), progress(run)); err != nil {
+		run.Checked += len(users)
+		differ, err := s.differing(ctx, users)
+		if err == nil {
+			err = s.inspectAll(ctx, run, differ, progress)
+		}
+		if err = errors.Join(err, progress(run)); err != nil {
 			return err
 		}
 	}
@@ -236,41 +179,99 @@ func (s *server) survey(ctx context.Context, run *syncRun, progress func(*syncRu
 	return s.inspectAll(ctx, run, missing, progress)
 }
 
-// repairAll reconciles the users that a survey has found. Those in conflict have another
-// try when the others are done: the address may be free then. One that can't be repaired
-// holds up nobody.
-func (s *server) repairAll(ctx context.Context, c caller, run *syncRun, progress func(*syncRun) error) error {
-	todo := run.planned
-	for range 2 {
-		var again []planned
-		for i, p := range todo {
-			err := s.reconcile(ctx, c, p.keycloakID)
-			switch {
-			case errors.Is(err, errUnavailable):
+// differing returns those of a page that seem to differ. The page was read before our rows.
+func (s *server) differing(ctx context.Context, page []keycloakUser) (ids []string, err error) {
+	here, known, err := s.store.syncUsers(ctx, page)
+	for _, ku := range page {
+		u, ok := here[ku.id()]
+		if ok && len(differences(u, ku)) > 0 || !ok && !known[ku.id()] {
+			ids = append(ids, ku.id())
+		}
+	}
+	return ids, err
+}
+
+// inspect notes how one user differs.
+func (s *server) inspect(ctx context.Context, run *syncRun, keycloakID string) error {
+	ku, err := s.kc.user(ctx, keycloakID)
+	missing := errors.Is(err, errNotFound)
+	if err != nil && !missing {
+		return err
+	}
+	ku.ID = &keycloakID
+	here, known, err := s.store.syncUsers(ctx, []keycloakUser{ku})
+	if err != nil {
+		return err
+	}
+	u, ok := here[keycloakID]
+	var found []difference
+	now := s.newcomer(ku)
+	switch {
+	case ok && missing && u.IsActive:
+		found = []difference{diffMissing}
+	case ok && !missing:
+		found, now = differences(u, ku), u.following(ku)
+	case !ok && !missing && !known[keycloakID]: // otherwise the repair loop adopts or deletes it
+		found = []difference{diffUnknown}
+	}
+	for i, d := range found {
+		if d == diffProfile || d == diffUnknown {
+			conflict, err := s.conflicts(ctx, now)
+			if err != nil {
 				return err
+			}
+			if conflict {
+				found[i] = diffConflict
+			}
+		}
+	}
+	run.note(keycloakID, cmp.Or(string(u.ID), keycloakID), found...)
+	return nil
+}
+
+// inspectAll inspects one after the other: with the wrong realm that ends early.
+func (s *server) inspectAll(ctx context.Context, run *syncRun, keycloakIDs []string, progress func(*syncRun) error) error {
+	unread, err := s.eachUser(ctx, keycloakIDs, func(id string) error { return s.inspect(ctx, run, id) }, func() error {
+		if err := progress(run); err != nil || run.DryRun {
+			return err
+		}
+		return run.tooMany()
+	})
+	for _, id := range unread {
+		run.note(id, id, diffUnread)
+	}
+	return err
+}
+
+// repairAll reconciles the users that a survey has found. Those in conflict have another
+// try when the others are done: the address may be free then.
+func (s *server) repairAll(ctx context.Context, c caller, run *syncRun, progress func(*syncRun) error) error {
+	todo := slices.Sorted(maps.Keys(run.planned))
+	for range 2 {
+		var conflicts []string
+		_, err := s.eachUser(ctx, todo, func(id string) error {
+			err := s.reconcile(ctx, c, id)
+			switch {
 			case errors.Is(err, errConflict):
-				again = append(again, p)
-			case err != nil:
-				s.log.WarnContext(ctx, "a user is not in step", "keycloak_id", p.keycloakID, "error", err)
-			default:
-				for _, d := range p.found {
+				conflicts = append(conflicts, id)
+			case err == nil:
+				for _, d := range run.planned[id] {
 					run.Differences[d].Repaired++
 				}
 			}
-			if i%10 == 0 {
-				if err := progress(run); err != nil {
-					return err
-				}
-			}
+			return err
+		}, func() error { return progress(run) })
+		if err != nil {
+			return err
 		}
-		todo = again
+		todo = conflicts
 	}
 	return nil
 }
 
 // runSync makes a full pass that has begun. Killed anywhere, it has repaired some users and
 // left the others as they were.
-func (s *server) runSync(ctx context.Context, c caller, run syncRun, show func(syncRun)) syncRun {
+func (s *server) runSync(ctx context.Context, c caller, run syncRun, show func(syncRun)) (syncRun, error) {
 	progress := func(run *syncRun) error {
 		show(*run)
 		if s.stopping.Load() {
@@ -312,7 +313,7 @@ func (s *server) runSync(ctx context.Context, c caller, run syncRun, show func(s
 		s.log.ErrorContext(ctx, "the end of a sync is not on record", "sync", run.ID, "error", err)
 	}
 	show(run)
-	return run
+	return run, err
 }
 
 // syncDaily makes a full pass when the last one was a day ago.
@@ -323,10 +324,8 @@ func (s *server) syncDaily(ctx context.Context) error {
 	} else if err != nil {
 		return err
 	}
-	if run = s.runSync(ctx, system("sync"), run, func(syncRun) {}); run.Status != "done" {
-		return fmt.Errorf("%s: %s", run.Status, run.Detail)
-	}
-	return nil
+	_, err = s.runSync(ctx, system("sync"), run, func(syncRun) {})
+	return err
 }
 
 type startSyncIn struct {
@@ -382,7 +381,7 @@ func (s *server) syncCommand(ctx context.Context, dryRun bool, operator string, 
 	} else if err != nil {
 		return err
 	}
-	run = s.runSync(ctx, c, run, func(run syncRun) {
+	run, _ = s.runSync(ctx, c, run, func(run syncRun) {
 		fmt.Fprintf(out, "\r%d of %d users looked at, %d differences, %d repaired", run.Checked, run.Total, run.found(), run.found()-run.remain())
 	})
 	fmt.Fprintf(out, "\n%s %s\n", run.Status, run.Detail)

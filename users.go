@@ -65,7 +65,7 @@ func (p principal) may(do action, u user) error {
 		return problemForbidden.saying("Nobody changes their own role or scope, or deletes themselves.")
 	case !manages:
 		return problemForbidden
-	case u.Source == sourceWeb && !u.IsVerified: // its registration's flow has it in hand
+	case u.Registering: // its registration's flow has it in hand
 		return problemAccountNotVerified.saying("The e-mail address of this account is not confirmed yet.")
 	}
 	return nil
@@ -305,8 +305,8 @@ func (s *server) bringUser(ctx context.Context, c caller, u *owedUser) (err erro
 		if err = s.store.bornUser(ctx, u.user); err != nil { // I3
 			return err
 		}
-	} else if err = s.kc.assign(ctx, u.user, u.Enable, u.Names); errors.Is(err, errNotFound) { // U2
-		return nil // nothing is owed to a user that is missing in Keycloak: sync disables it here
+	} else if err = s.kc.assign(ctx, u.user, u.Enable, u.Names); errors.Is(err, errNotFound) && !u.IsActive { // U2
+		return nil // nothing is owed to a user that is gone in Keycloak, once sync has deleted it here
 	} else if err != nil {
 		return err
 	}

@@ -89,11 +89,11 @@ func (s *server) closeMailWindow(ctx context.Context, reg registration) error {
 	defer cancel()
 	var err error
 	for range 2 {
-		var now registration
-		if now, err = s.store.registration(ctx, reg.ID); err == nil && now.State == verified {
-			return nil
+		var user keycloakUser
+		if user, err = s.kc.user(ctx, reg.KeycloakID); err == nil && !user.verified() {
+			err = s.kc.setEnabled(ctx, reg.KeycloakID, false)
 		}
-		if err = s.kc.setEnabled(ctx, reg.KeycloakID, false); err == nil {
+		if err == nil {
 			return nil
 		}
 	}
@@ -221,13 +221,14 @@ func (s *server) checkedUser(ctx context.Context, c caller, reg registration, in
 
 // finish makes a leased registration an account in both stores. V3 removes the
 // token and with it the key of the code's hash; so the code gets another key
-// first, or who sends it again could not be told that all is well.
+// first, or who sends it again could not be told that all is well. An account that is
+// disabled was disabled since, and stays so.
 func (s *server) finish(ctx context.Context, c caller, reg registration, user keycloakUser) error {
 	var err error
 	if code := user.attribute(attrCode); code != "" {
 		err = s.store.rekeyCode(ctx, reg, codeHash(reg.TokenHash, code))
 	}
-	if err == nil {
+	if err == nil && !user.account() {
 		err = s.kc.activate(ctx, user) // V3
 	}
 	if err != nil {
