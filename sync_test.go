@@ -936,3 +936,343 @@ func (w *world) noEvents() {
 	w.exec(`insert into sync_place (at, user_at, events, owner, until) values (0, 0, '{}', 'another', 'infinity')
 		on conflict (only_row) do update set owner = 'another', until = 'infinity'`)
 }
+
+// What sync must not do, and what it must not forget.
+func TestSyncRules(t *testing.T) {
+	s := newSeeds()
+	w := newWorld(t, map[string]string{"JOB_INTERVAL": "0", "RESEND_COOLDOWN": "1ms"}, s.inKeycloak(0, 12)...)
+	v, _ := w.another(nil)
+	admin := w.signsIn(w.administrator())
+	fromKeycloak := func(id string) (ku body) {
+		w.Helper()
+		w.admin("GET", "/users/"+id, nil, &ku)
+		return ku
+	}
+	confirmed := func(email string, enabled bool) { // as V3 leaves it, but for enabled
+		w.Helper()
+		id := w.keycloakID(email)
+		ku := fromKeycloak(id)
+		for _, name := range []string{attrURL, attrToken, attrCode} {
+			delete(ku["attributes"].(body), name)
+		}
+		maps.Copy(ku, body{"emailVerified": true, "enabled": enabled, "requiredActions": []string{}})
+		w.admin("PUT", "/users/"+id, ku, nil)
+	}
+	row := func(email string) string {
+		w.Helper()
+		return w.value(`select coalesce(min(case when is_active then 'active' else 'deleted' end || case when is_verified then '' else ', not confirmed' end
+			|| case when due_at is null then '' else ', due' end), 'none') from users where lower(email) = lower($1)`, email)
+	}
+	is := func(email, want string) {
+		w.Helper()
+		if got := row(email); got != want {
+			w.Errorf("%s is %s, not %s", email, got, want)
+		}
+	}
+	finds := func(settings map[string]string, want map[difference]int) {
+		w.Helper()
+		found, repaired, out, err := w.sync(settings)
+		if diff := cmp.Diff(want, found); diff != "" || err != nil || !maps.Equal(found, repaired) {
+			w.Errorf("%v: found %s\n%s", err, diff, out)
+		}
+	}
+	stopped := func() {
+		w.Helper()
+		before := w.seenHere()
+		if _, _, out, err := w.sync(nil); err == nil || !strings.Contains(out, "stopped") {
+			w.Errorf("%v: %s", err, out)
+		}
+		if diff := cmp.Diff(before, w.seenHere()); diff != "" {
+			w.Error(diff)
+		}
+	}
+
+	w.Run("a limit of 100 % is none", func() {
+		s.here(w, 100, 112)
+		stopped()
+		finds(map[string]string{"SYNC_MAX_SHARE": "100"}, map[difference]int{diffUnknown: 12, diffMissing: 12})
+	})
+	w.Run("registrations count, too", func() {
+		var emails []string
+		for range 12 {
+			emails = append(emails, newEmail())
+			w.register(emails[len(emails)-1])
+		}
+		for _, email := range emails {
+			w.admin("DELETE", "/users/"+w.keycloakID(email), nil, nil)
+		}
+		stopped()
+		finds(map[string]string{"SYNC_MAX_SHARE": "100"}, map[difference]int{diffMissing: 12})
+		is(emails[0], "none")
+	})
+	for how, do := range map[string]func(string, link){
+		"by its event":       func(string, link) { w.command("jobs") },
+		"by a full pass":     func(string, link) { finds(nil, map[difference]int{diffVerified: 1}) },
+		"by the repair loop": func(email string, _ link) { w.settleNow(email); w.command("jobs") },
+		"by another click":   func(_ string, l link) { w.wants(w.do(verifying(l)), 200, ""); w.command("jobs") },
+		"when it is denied":  func(_ string, l link) { w.wants(w.do(cancelling(l)), 409, "already-verified"); w.command("jobs") },
+		"when it is begun again": func(email string, _ link) {
+			w.wants(w.do(registering(email, "")), 409, "user-exists")
+			w.command("jobs")
+		},
+		"when a mail is asked for": func(email string, _ link) { w.do(resending(email)); w.command("jobs") },
+	} {
+		w.Run("confirmed and disabled in Keycloak, "+how, func() {
+			email := newEmail()
+			l := registered(w, email, password)
+			confirmed(email, false)
+			do(email, l)
+			is(email, "deleted")
+			if fromKeycloak(w.keycloakID(email))["enabled"] != false {
+				w.Error("it was enabled")
+			}
+		})
+		w.Run("confirmed in Keycloak, "+how, func() {
+			email := newEmail()
+			l := registered(w, email, password)
+			confirmed(email, true)
+			do(email, l)
+			is(email, "active")
+			w.signsIn(email)
+		})
+	}
+	w.Run("confirmed in Keycloak before its id was here", func() {
+		var emails []string
+		for range 2 {
+			email := newEmail()
+			emails = append(emails, email)
+			registered(w, email, password)
+			confirmed(email, true)
+			w.exec(`update user_registrations set keycloak_id = null, user_id = null where email = $1`, email)
+			w.exec(`delete from users where email = $1`, email)
+			w.settleNow(email)
+		}
+		w.command("jobs")
+		for _, email := range emails {
+			is(email, "active")
+			w.signsIn(email)
+		}
+	})
+	w.Run("confirmed in Keycloak before its id was here, and its username is taken", func() {
+		email, other := newEmail(), newEmail()
+		registered(w, email, password)
+		w.account(other)
+		id := w.keycloakID(email)
+		confirmed(email, true)
+		w.exec(`update user_registrations set keycloak_id = null, user_id = null where email = $1`, email)
+		w.exec(`delete from users where email = $1`, email)
+		w.exec(`update users set username = $1 where email = $2`, email, other)
+		w.settleNow(email)
+		w.command("jobs")
+		if fromKeycloak(id)["enabled"] != true {
+			w.Error("it is not in Keycloak as it was")
+		}
+		w.exec(`update users set username = $1 where email = $1`, other)
+		finds(nil, map[difference]int{diffUnknown: 1})
+		w.signsIn(email)
+		w.exec(`update user_registrations set status = 'verified', user_id = u.user_id, keycloak_id = u.keycloak_id from users u where u.email = $1 and user_registrations.email = $1`, email)
+		w.exec(`insert into audit_log (audit_id, at, actor, action, target, outcome) select 'AUD-verified', now(), 'system:test', 'registration.verified', registration_id, 'ok' from user_registrations where email = $1`, email)
+	})
+	w.Run("an address that is not confirmed yet is managed", func() {
+		email, _ := w.signedIn()
+		w.admin("PUT", "/users/"+w.keycloakID(email), body{"email": "new-" + email, "emailVerified": false}, nil)
+		w.command("jobs")
+		is("new-"+email, "active, not confirmed")
+		path := "/" + w.userOf("new-"+email)
+		w.wants(w.do(managing(admin, "PATCH", path, body{"role": "operator", "network_id": "N1", "station_id": "S1"})), 200, "")
+		w.wants(w.do(managing(admin, "DELETE", path+"/sessions", nil)), 204, "")
+		w.wants(w.do(managing(admin, "DELETE", path, nil)), 204, "")
+		w.wants(w.do(managing(admin, "POST", path+"/restore", nil)), 200, "")
+		w.admin("PUT", "/users/"+w.keycloakID("new-"+email), body{"emailVerified": true}, nil)
+		w.command("jobs")
+		is("new-"+email, "active")
+	})
+	w.Run("an invitation that can't be mailed", func() {
+		w.mail.Close()
+		email := newEmail()
+		w.wants(w.do(managing(admin, "POST", "", body{"email": email})), 201, "")
+		is(email, "active, not confirmed, due")
+		w.admin("PUT", "/users/"+w.keycloakID(email), body{"enabled": false, "firstName": "Grace"}, nil)
+		w.command("jobs")
+		is(email, "deleted, not confirmed")
+		if err := w.mail.Restart(); err != nil {
+			w.Fatal(err)
+		}
+		if got := w.value(`select first_name from users where email = $1`, email); got != "Grace" {
+			w.Errorf("the name is %s", got)
+		}
+	})
+	w.Run("a registration that has ended", func() {
+		email := newEmail()
+		l := registered(w, email, password)
+		id := w.keycloakID(email)
+		ku := fromKeycloak(id)
+		w.wants(w.do(cancelling(l)), 200, "")
+		delete(ku, "id")
+		w.admin("POST", "/users", ku, nil) // as a restored Keycloak has it
+		finds(nil, map[difference]int{diffUnknown: 1})
+		is(email, "none")
+		if left := w.inKeycloak(email); left != 0 {
+			w.Errorf("%d users are left in Keycloak", left)
+		}
+		maps.Copy(ku, body{"emailVerified": true, "enabled": true, "requiredActions": []string{}})
+		w.admin("POST", "/users", ku, nil)
+		finds(nil, map[difference]int{diffUnknown: 1}) // and an account is never deleted
+		is(email, "active")
+		w.admin("DELETE", "/users/"+w.keycloakID(email), nil, nil)
+		w.exec(`delete from users where email = $1`, email)
+	})
+	w.Run("an invitation whose id is not here", func() {
+		email := newEmail()
+		w.wants(w.do(managing(admin, "POST", "", body{"email": email})), 201, "")
+		w.exec(`update users set keycloak_id = $1 || user_id, due_at = 'infinity' where email = $2`, unborn, email)
+		finds(nil, map[difference]int{})
+		w.exec(`update users set due_at = now() where email = $1`, email)
+		w.command("jobs")
+		is(email, "active, not confirmed")
+	})
+	w.Run("a refresh says what is true here", func() {
+		email, a := w.signedIn()
+		w.edits(w.keycloakID(email), body{attrRoles: []string{roleAdmin}, attrNetworkID: []string{"NET-1"}})
+		a = w.refreshed(a)
+		if claims := unpacked(a.text("access_token"), 1); fmt.Sprintf("%v %v", claims["roles"], claims["network_id"]) != "[user] X" {
+			w.Errorf("the token says %v", claims)
+		}
+		w.wants(w.do(bearing(validatePath, w.refreshed(a).text("access_token"))), 200, "")
+	})
+	w.Run("a role asserted by several is asserted once", func() {
+		email := newEmail()
+		w.account(email)
+		w.edits(w.keycloakID(email), body{attrRoles: []string{roleAdmin}})
+		for i, a := range w.at([]string{w.url, v.url}, signingIn(email, password), signingIn(email, password), signingIn(email, password), signingIn(email, password)) {
+			if w.wants(a, 200, ""); fmt.Sprint(unpacked(a.text("access_token"), 1)["roles"]) != "[user]" {
+				w.Errorf("sign-in %d: %v", i, a)
+			}
+		}
+		if n := w.value(`select count(*)::text from audit_log where action = 'user.assert' and target = $1`, w.userOf(email)); n != "1" {
+			w.Errorf("%s times", n)
+		}
+	})
+	w.Run("several sign-ins of one whom only Keycloak knows", func() {
+		for range 4 {
+			email := newEmail()
+			w.admin("POST", "/users", body{"username": email, "email": email, "enabled": true, "emailVerified": true,
+				"credentials": []body{{"type": "password", "value": password, "temporary": false}}}, nil)
+			for _, a := range w.at([]string{w.url, v.url}, signingIn(email, password), signingIn(email, password), signingIn(email, password)) {
+				w.wants(a, 200, "")
+			}
+		}
+	})
+	w.Run("what changes during a dry run is no difference", func() {
+		email := newEmail()
+		l := registered(w, email, password)
+		there, release := w.kc.holdAt("^list_users ", true)
+		ended := make(chan string)
+		go func() {
+			found, _, out, err := w.sync(nil, "-dry-run")
+			ended <- fmt.Sprint(len(found), err, out)
+		}()
+		<-there
+		w.wants(w.do(verifying(l)), 200, "")
+		release()
+		if got := <-ended; !strings.HasPrefix(got, "0 <nil>") {
+			w.Error(got)
+		}
+	})
+	w.Run("a user for whom Keycloak fails", func() {
+		var emails []string
+		rename := func(name string) {
+			for _, email := range emails {
+				w.admin("PUT", "/users/"+w.keycloakID(email), body{"firstName": name}, nil)
+			}
+		}
+		names := func() string {
+			return w.value(`select string_agg(first_name, ' ' order by created_at) from users where email = any($1)`, emails)
+		}
+		for range 5 {
+			emails = append(emails, newEmail())
+			w.account(emails[len(emails)-1])
+		}
+		one := "^get_user .*" + w.keycloakID(emails[1])
+		rename("Ada")
+		w.kc.on(one, lost)
+		w.command("jobs")
+		before := names()
+		w.kc.on(one, 0)
+		w.command("jobs")
+		if got := names(); got != "Ada Ada Ada Ada Ada" || strings.Count(before, "Ada") != 4 {
+			w.Errorf("the events: %s, then %s", before, got)
+		}
+		w.noEvents()
+		rename("Grace")
+		w.kc.on(one, lost)
+		found, repaired, out, err := w.sync(nil)
+		w.kc.on(one, 0)
+		if want := (map[difference]int{diffProfile: 4, diffUnread: 1}); !errors.Is(err, errDiffer) || !maps.Equal(found, want) || repaired[diffProfile] != 4 || repaired[diffUnread] != 0 {
+			w.Errorf("%v: %s", err, out)
+		}
+		finds(nil, map[difference]int{diffProfile: 1})
+		w.exec(`update sync_place set owner = null, at = $1, user_at = $1`, time.Now().UnixMilli())
+		rename("Joan")
+		w.kc.on("^get_user ", lost) // for all
+		if err := run(w.Context(), []string{"jobs"}, func(name string) string { return w.env[name] }, new(bytes.Buffer), w.logs); err == nil {
+			w.Error("the events are applied")
+		}
+		w.kc.on("^get_user ", 0)
+		w.command("jobs")
+		if got := names(); got != "Joan Joan Joan Joan Joan" {
+			w.Error(got)
+		}
+	})
+	w.Run("a registration in other hands", func() {
+		email := newEmail()
+		registered(w, email, password)
+		w.exec(`update user_registrations set lease_owner = 'another', due_at = 'infinity' where email = $1`, email)
+		w.admin("DELETE", "/users/"+w.keycloakID(email), nil, nil)
+		w.command("jobs")
+		is(email, "active, not confirmed")
+		w.exec(`update user_registrations set lease_owner = null where email = $1`, email)
+		w.command("jobs")
+		is(email, "none")
+	})
+	w.Run("a place in the future", func() {
+		email := newEmail()
+		w.account(email)
+		w.exec(`update sync_place set at = $1, user_at = $1`, time.Now().Add(time.Hour).UnixMilli())
+		w.command("jobs")
+		w.admin("PUT", "/users/"+w.keycloakID(email), body{"firstName": "Grace"}, nil)
+		w.command("jobs")
+		if got := w.value(`select first_name from users where email = $1`, email); got != "Grace" {
+			w.Errorf("the name is %s", got)
+		}
+	})
+	w.Run("what is due stays due in the wrong realm", func() {
+		email := newEmail()
+		w.account(email)
+		w.exec(`update users set first_name = 'Grace', names_due = true, due_at = now() where email = $1`, email)
+		id := w.keycloakID(email)
+		w.exec(`update users set keycloak_id = '00000000-0000-4000-8000-000000000001' where email = $1`, email)
+		w.command("jobs")
+		is(email, "active, due")
+		w.exec(`update users set keycloak_id = $1, due_at = now() where email = $2`, id, email)
+		w.command("jobs")
+		is(email, "active")
+		if got := fromKeycloak(w.keycloakID(email))["firstName"]; got != "Grace" {
+			w.Errorf("the name is %v", got)
+		}
+	})
+}
+
+// settleNow makes the registrations of an address due.
+func (w *world) settleNow(email string) {
+	w.Helper()
+	w.exec(`update user_registrations set due_at = now() where email = $1`, email)
+}
+
+// inKeycloak is how many users there have an address.
+func (w *world) inKeycloak(email string) int {
+	w.Helper()
+	var users []body
+	w.admin("GET", "/users?exact=true&email="+url.QueryEscape(email), nil, &users)
+	return len(users)
+}
