@@ -245,7 +245,7 @@ func TestCrash(t *testing.T) {
 			"user.remove, registration.cancelled no_keycloak_user", is("cancelled")},
 		{"C2, replaced, no password", without, registered, register, "delete_user", true, "",
 			"user.remove, user.create, registration.mail", opens},
-		{"C1, cancelled", with, registered, cancel, "get_user", false, "", "user.remove", is("cancelled")},
+		{"C1, cancelled", with, registered, cancel, "delete_user", false, "", "user.remove", is("cancelled")},
 		{"C2, cancelled", with, registered, cancel, "delete_user", true, "", "user.remove", is("cancelled")},
 		{"V2", with, registered, verify, "activate_user", false, "", "", opens},
 		{"V3", with, registered, verify, "activate_user", true, "", "registration.verified", is("verified")},

@@ -22,6 +22,7 @@ type realmView struct {
 	Events struct {
 		EventsEnabled, AdminEventsEnabled, AdminEventsDetailsEnabled bool
 		EnabledEventTypes                                            []string
+		EventsExpiration                                             int
 	}
 	Profile struct{ Attributes []profileAttribute }
 	Server  struct{ Themes map[string][]theme }
@@ -32,7 +33,7 @@ type realmView struct {
 		BruteForceProtected, RevokeRefreshToken, InternationalizationEnabled  bool
 		RefreshTokenMaxReuse, AccessTokenLifespan                             int
 		SSLRequired, EmailTheme                                               string
-		SMTPServer                                                            map[string]string
+		SMTPServer, Attributes                                                map[string]string
 	}
 	Actions []struct {
 		Alias   string
@@ -87,6 +88,8 @@ var realmParts = []realmPart{
 		"Realm settings → Events → ", []realmRule{
 			{"user events", func(v realmView) bool { return v.Events.EventsEnabled },
 				`User events settings: switch "Save events" on. Sync reads them.`},
+			{"expiration", func(v realmView) bool { return mayExpire(v.Events.EventsExpiration) },
+				`User events settings: set "Expiration" to a day or more. Sync reads what has happened during an outage.`},
 			{"event types", func(v realmView) bool { return !lacks(v.Events.EnabledEventTypes, userEventTypes...) },
 				"User events settings: add the saved types " + strings.Join(userEventTypes, ", ") + "."},
 			{"admin events", func(v realmView) bool { return v.Events.AdminEventsEnabled },
@@ -144,6 +147,10 @@ var realmParts = []realmPart{
 		{"refresh token max reuse", func(v realmView) bool {
 			return !v.Realm.RevokeRefreshToken || v.Realm.RefreshTokenMaxReuse == 1
 		}, `Tokens: set "Refresh Token Max Reuse" to 1. With 0 one lost answer ends a session.`},
+		{"admin events' expiration", func(v realmView) bool {
+			seconds, err := strconv.Atoi(v.Realm.Attributes["adminEventsExpiration"])
+			return err != nil || mayExpire(seconds)
+		}, `Events → Admin events settings: set "Expiration" to a day or more. Sync reads what has happened during an outage.`},
 		{"access token lifespan", func(v realmView) bool { return mayLive(v.Realm.AccessTokenLifespan) },
 			`Tokens: set "Access Token Lifespan" to 5 minutes. Withdrawals are kept for one hour.`},
 	}},
@@ -190,6 +197,10 @@ var realmParts = []realmPart{
 			}, `Advanced → Fine grain OpenID Connect configuration: set "Access token signature algorithm" to RS256.`},
 		}},
 }
+
+// mayExpire says whether events are kept until sync has certainly read them, in seconds; 0 is
+// for ever.
+func mayExpire(seconds int) bool { return seconds == 0 || seconds >= int(syncDaily.Seconds()) }
 
 // ownAttribute is one that Keycloak would drop silently if it were not declared, and that
 // people must neither change nor see.

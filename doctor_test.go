@@ -216,6 +216,11 @@ func TestDoctor(t *testing.T) {
 		{"no events", set("/events/config", "eventsEnabled", false), "events: user events"},
 		{"no admin events", set("/events/config", "adminEventsEnabled", false), "events: admin events"},
 		{"representations", set("/events/config", "adminEventsDetailsEnabled", true), "events: no representations"},
+		{"events of an hour", set("/events/config", "eventsExpiration", 3600), "events: expiration"},
+		{"events for ever", set("/events/config", "eventsExpiration", 0), ""},
+		{"admin events of an hour", func() func() {
+			return w.edit("", func(rep map[string]any) { rep["attributes"].(map[string]any)["adminEventsExpiration"] = "3600" })
+		}, "realm: admin events' expiration"},
 		{"a type too few", set("/events/config", "enabledEventTypes", without("UPDATE_EMAIL")), "events: event types"},
 		{"exactly the types", set("/events/config", "enabledEventTypes", userEventTypes), ""},
 
@@ -601,7 +606,7 @@ func TestRealmRulesAreComplete(t *testing.T) {
 		"resetPasswordAllowed", "rememberMe", "supportedLocales", "defaultLocale", "passwordPolicy", "permanentLockout",
 		"failureFactor", "waitIncrementSeconds", "maxFailureWaitSeconds", "maxDeltaTimeSeconds", "quickLoginCheckMilliSeconds",
 		"ssoSessionIdleTimeout", "ssoSessionMaxLifespan", "actionTokenGeneratedByAdminLifespan", "actionTokenGeneratedByUserLifespan",
-		"eventsExpiration", "eventsListeners", "attributes.adminEventsExpiration", // what expires before sync has read it, its daily pass finds
+		"eventsExpiration", "eventsListeners", "attributes.adminEventsExpiration", // without them events stay for ever
 		"smtpServer.port", "smtpServer.fromDisplayName", "smtpServer.ssl", "smtpServer.starttls", "smtpServer.auth",
 		ours + "clientId", ours + "name", ours + "description", ours + "protocol", ours + "serviceAccountsEnabled", ours + "baseUrl",
 		ours + "webOrigins", ours + "optionalClientScopes", ours + "redirectUris.2", ours + "attributes.post.logout.redirect.uris",

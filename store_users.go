@@ -37,7 +37,7 @@ const unborn = "unborn:"
 
 const userColumns = `user_id, regexp_replace(keycloak_id, '^unborn:.*', ''), email, username, coalesce(first_name, ''), coalesce(last_name, ''), coalesce(phone, ''),
 	coalesce(photo, ''), is_verified, role, network_id, station_id, source, is_active, last_login_at, created_at, updated_at, deleted_at,
-	source = 'web' and not is_verified and exists (select from user_registrations r where r.user_id = users.user_id and r.status <> 'verified')`
+	source = 'web' and not is_verified and 0 < (select count(*) from user_registrations r where r.user_id = users.user_id and r.status <> 'verified')`
 
 // user returns one user, deleted or not, or errNotFound.
 func (st *store) user(ctx context.Context, id userID) (user, error) {
