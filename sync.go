@@ -261,7 +261,7 @@ func (s *server) takeOver(ctx context.Context, c caller, ku keycloakUser) error 
 	if u.Source == sourceWeb {
 		id := registrationID(ku.attribute(attrRegistrationID))
 		known, err := s.store.registration(ctx, id)
-		if err == nil && (known.State == pending || ku.registers()) { // R2, or ended: E2
+		if err == nil && (known.State == pending || known.State != verified && ku.registers()) { // R2, or ended: E2
 			if known, err = s.lease(ctx, id); err == nil {
 				err = s.settle(ctx, c, known)
 			}
