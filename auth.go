@@ -125,8 +125,11 @@ func (s *server) accountOf(ctx context.Context, c caller, subject string) (user,
 			return u, taken
 		}
 		u, err = s.store.userByKeycloakID(ctx, subject) // also if another sign-in was faster
-		if errors.Is(err, errNotFound) && taken != nil {
-			err = problemAccountSetupRequired.saying("Another account here has this e-mail address or username. Please ask an administrator.")
+		if errors.Is(err, errNotFound) {                // in conflict; else it is gone again, or its registration has just ended
+			err = problemAccountSetupRequired
+			if taken != nil {
+				err = problemAccountSetupRequired.saying("This account does not fit in here, perhaps since another one has its e-mail address or username. Please ask an administrator.")
+			}
 		}
 	}
 	if err != nil {
@@ -141,16 +144,8 @@ func (s *server) accountOf(ctx context.Context, c caller, subject string) (user,
 	if u.Source == sourceInternal {
 		return u, s.store.confirmUser(ctx, c, u.ID, s.now())
 	}
-	reg, err := s.store.registrationByLogin(ctx, u.Email)
-	if err == nil {
-		if reg, err = s.touch(ctx, c, reg); err == nil && reg.State == pending {
-			err = s.settle(ctx, c, reg)
-		}
-	}
-	if errors.Is(err, errNotFound) { // it has changed its address, and confirmed that one in Keycloak
-		err = s.reconcile(ctx, c, subject)
-	}
-	if err != nil && !errors.Is(err, errConflict) {
+	// Its registration is not concluded, or it has a new address, confirmed in Keycloak.
+	if err := s.reconcile(ctx, c, subject); err != nil && !errors.Is(err, errConflict) {
 		return u, err
 	}
 	if u, err = s.store.userByKeycloakID(ctx, subject); err == nil && !u.IsVerified {

@@ -10,8 +10,8 @@ import (
 )
 
 // usersPage returns some users in a fixed order, with their attributes. Keycloak takes 1 to
-// 3 ms for each: with a hundred thousand users half a second for the page itself, hence not
-// too few; in pages of a thousand and more each costs more again.
+// 3 ms for each, and with a hundred thousand users half a second for the page itself, hence
+// not too few; in pages of a thousand and more each costs more again.
 func (k *keycloak) usersPage(ctx context.Context, first, limit int) ([]keycloakUser, error) {
 	var page []keycloakUser
 	err := k.asService(ctx, "list_users", func(ctx context.Context, token string) error {
@@ -62,9 +62,10 @@ var userEventTypes = []string{"REGISTER", "UPDATE_PROFILE", "UPDATE_EMAIL", "VER
 
 // userEvents returns what has happened to users since a time, according to one source, other
 // than by this service; and the time of the latest event, this service's own included, so
-// that those are not read again and again. It calls alive after each page.
+// that those are not read again and again. It calls alive after each page. The next page
+// begins at the time of the last event, as others may have expired meanwhile: some come twice.
 func (k *keycloak) userEvents(ctx context.Context, source int, since int64, alive func() error) (all []userEvent, latest int64, err error) {
-	for first := 0; ; first += eventsPage {
+	for first := 0; ; {
 		var page []struct {
 			ID           string `json:"id"`
 			Time         int64  `json:"time"`
@@ -104,6 +105,9 @@ func (k *keycloak) userEvents(ctx context.Context, source int, since int64, aliv
 		}
 		if len(page) < eventsPage {
 			return all, latest, nil
+		}
+		if first += eventsPage; latest > since {
+			since, first = latest, 0
 		}
 	}
 }

@@ -261,10 +261,12 @@ create table if not exists sync_place (
     at       bigint not null,                          -- of the latest event of an administrator, milliseconds since 1970
     user_at  bigint not null,                          -- of the latest event of a user
     events   text[] not null,                          -- ids of the latest ones
+    left_users text[] not null default '{}',           -- in Keycloak: to be looked at again
     owner    varchar(32),                              -- who applies them now, until then
     until    timestamptz not null
 );
 alter table sync_place add column if not exists user_at bigint not null default 0;
+alter table sync_place add column if not exists left_users text[] not null default '{}';
 
 -- Full passes over all users, and their reports.
 create table if not exists sync_runs (

@@ -132,7 +132,7 @@ func (s *server) exchange(ctx context.Context, c caller, token string) (tokens, 
 // sealed by a key that only the holder of the old token can make. Dying after F2 loses
 // an answer of Keycloak: the client's next try gets another when the lease has ended, as
 // refreshTokenMaxReuse 1 allows once. Tokens that do not say what is true of u here, since
-// somebody has changed that in Keycloak, are replaced at once.
+// somebody has changed that in Keycloak, are replaced at once; dying then ends the session.
 func (s *server) rotate(ctx context.Context, c caller, session session, u user, token string) (tokens, error) {
 	ctx, cancel := context.WithTimeout(ctx, rotationTime)
 	defer cancel()

@@ -150,6 +150,7 @@ func (st *store) takeOver(ctx context.Context, c caller, u user, reg registratio
 type syncPlace struct {
 	At     [len(eventSources)]int64 // of the latest event of each source, milliseconds since 1970
 	Events []string                 // ids of the latest ones: those of a short time may come again
+	Left   []string                 // users who had an event, and for whom a store failed
 	Owner  string
 }
 
@@ -159,8 +160,8 @@ func (st *store) takeSyncPlace(ctx context.Context, owner string, now time.Time)
 	err = st.pool.QueryRow(ctx, `
 		insert into sync_place as p (at, user_at, events, owner, until) values ($3, $3, '{}', $1, $4)
 		on conflict (only_row) do update set owner = $1, until = $4 where p.owner is null or p.until <= $2
-		returning at, user_at, events, owner`, owner, now, now.Add(-syncBeat).UnixMilli(), now.Add(syncBeat)).
-		Scan(&p.At[0], &p.At[1], &p.Events, &p.Owner)
+		returning at, user_at, events, left_users, owner`, owner, now, now.Add(-syncBeat).UnixMilli(), now.Add(syncBeat)).
+		Scan(&p.At[0], &p.At[1], &p.Events, &p.Left, &p.Owner)
 	return p, storeError(err)
 }
 
@@ -175,20 +176,20 @@ func (st *store) keepSyncPlace(ctx context.Context, owner string, now time.Time)
 
 // leaveSyncPlace records the place and lets another go on.
 func (st *store) leaveSyncPlace(ctx context.Context, p syncPlace) error {
-	_, err := st.pool.Exec(ctx, `update sync_place set at = $2, user_at = $3, events = $4, owner = null where owner = $1`, p.Owner, p.At[0], p.At[1], p.Events)
+	_, err := st.pool.Exec(ctx, `update sync_place set at = $2, user_at = $3, events = $4, left_users = $5, owner = null where owner = $1`,
+		p.Owner, p.At[0], p.At[1], p.Events, p.Left)
 	return storeError(err)
 }
 
 // beginSync begins a full pass, unless one runs, or the last one that was to repair was
 // begun after since, or has failed after failed: errConflict, with that one.
 func (st *store) beginSync(ctx context.Context, c caller, dryRun bool, now, since, failed time.Time) (run syncRun, err error) {
+	if err := st.endKilledSync(ctx, now); err != nil {
+		return run, err
+	}
 	run = syncRun{ID: newSyncID(), DryRun: dryRun, Status: "running", StartedAt: now, Differences: map[difference]*syncClass{}}
 	err = st.tx(ctx, func(tx pgx.Tx) error {
 		if _, err := tx.Exec(ctx, `select pg_advisory_xact_lock(7207)`); err != nil {
-			return err
-		}
-		if _, err := tx.Exec(ctx, `update sync_runs set status = 'failed', ended_at = $1, detail = 'It was killed.' where status = 'running' and seen_at < $2`,
-			now, now.Add(-syncBeat)); err != nil {
 			return err
 		}
 		last, err := one[struct {
@@ -197,7 +198,9 @@ func (st *store) beginSync(ctx context.Context, c caller, dryRun bool, now, sinc
 			StartedAt time.Time
 			EndedAt   *time.Time
 		}](ctx, tx, `
-			select sync_id, status, started_at, ended_at from sync_runs where status = 'running' or not dry_run order by started_at desc limit 1`)
+			select sync_id, status, started_at, ended_at from sync_runs where status = 'running' union all
+			(select sync_id, status, started_at, ended_at from sync_runs where not dry_run order by started_at desc limit 1)
+			order by ended_at desc nulls first limit 1`)
 		switch {
 		case errors.Is(err, errNotFound):
 		case err != nil:
@@ -213,6 +216,21 @@ func (st *store) beginSync(ctx context.Context, c caller, dryRun bool, now, sinc
 		return writeAudit(ctx, tx, c, now, entry{Action: "sync.begin", Target: string(run.ID), Details: map[string]any{"dry_run": dryRun}})
 	})
 	return run, err
+}
+
+// endKilledSync records the end of a run that has shown no progress for syncBeat.
+func (st *store) endKilledSync(ctx context.Context, now time.Time) error {
+	return st.tx(ctx, func(tx pgx.Tx) error {
+		var killed string
+		err := tx.QueryRow(ctx, `update sync_runs set status = 'failed', ended_at = $1, detail = 'It was killed.' where status = 'running' and seen_at < $2
+			returning sync_id`, now, now.Add(-syncBeat)).Scan(&killed)
+		if errors.Is(err, pgx.ErrNoRows) {
+			return nil
+		} else if err != nil {
+			return err
+		}
+		return writeAudit(ctx, tx, system("sync"), now, entry{Action: "sync.end", Target: killed, Outcome: "failed", Reason: "killed"})
+	})
 }
 
 // saveSync records a run's progress. errLeaseLost: it was given up.

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/Nerzal/gocloak/v13"
 	gonanoid "github.com/matoous/go-nanoid/v2"
@@ -44,7 +45,7 @@ var meanings = map[difference]string{
 	diffMissing:  "Not in Keycloak: deleted here.",
 	diffDeleted:  "Deleted here and enabled in Keycloak: disabled there. If this database was restored, it may have been restored since: nobody knows.",
 	diffUnknown:  "Only in Keycloak: taken over as a user without scope. What Keycloak says of role and scope is on record (user.take_over). A registration that has ended here ends there.",
-	diffConflict: "Another user has its address or username here, or it has no address: left as it is, for an administrator.",
+	diffConflict: "Another user has its address or username here, or it has no address, or one too long: left as it is, for an administrator.",
 	diffUnread:   "A store has failed for this user alone: not compared.",
 }
 
@@ -187,12 +188,12 @@ func (s *server) follow(ctx context.Context, c caller, u syncUser, ku keycloakUs
 	if missing {
 		now.IsActive = false
 	} else {
-		if now = u.following(ku); now.Email != u.Email || now.Username != u.Username {
+		if now = u.following(ku); now != u.user {
 			if conflict, err = s.conflicts(ctx, now); err != nil {
 				return err
 			}
 		}
-		if conflict { // the address waits; who was disabled doesn't
+		if conflict { // the profile waits; who was disabled doesn't
 			now.Email, now.Username, now.FirstName, now.LastName = u.Email, u.Username, u.FirstName, u.LastName
 		}
 	}
@@ -217,12 +218,18 @@ func (s *server) follow(ctx context.Context, c caller, u syncUser, ku keycloakUs
 	return err
 }
 
-// conflicts says whether a user can't have the address or username that it should have.
+// conflicts says whether a user can't have the address, username or names that it should have.
 func (s *server) conflicts(ctx context.Context, u user) (bool, error) {
-	if u.Email == "" || !u.IsActive {
-		return u.Email == "", nil
+	if !u.fits() || !u.IsActive {
+		return !u.fits(), nil
 	}
 	return s.store.taken(ctx, u)
+}
+
+// fits says whether u can be here: Keycloak's imports know no limits.
+func (u user) fits() bool {
+	return u.Email != "" && utf8.RuneCountInString(u.Email) <= 255 && utf8.RuneCountInString(u.Username) <= 100 &&
+		utf8.RuneCountInString(u.FirstName) <= 100 && utf8.RuneCountInString(u.LastName) <= 100
 }
 
 // newcomer is a user that only Keycloak knows, as it should be here: without scope, whatever
@@ -245,7 +252,7 @@ func (s *server) newcomer(ku keycloakUser) user {
 // is settled.
 func (s *server) takeOver(ctx context.Context, c caller, ku keycloakUser) error {
 	u := s.newcomer(ku)
-	if u.Email == "" {
+	if !u.fits() {
 		return errConflict
 	}
 	switch owner, err := s.store.user(ctx, u.ID); {
@@ -300,7 +307,6 @@ func (s *server) registrationOf(u user, ku keycloakUser) registration {
 const (
 	eventsInterval = 5 * time.Second  // the longest pause between two looks at the events
 	eventsOverlap  = 10 * time.Second // an event may become visible so long after its time
-	eventsPatience = 10 * time.Minute // with a user for whom a store fails; then it is left to the full pass
 )
 
 // syncEvents applies what Keycloak's events say since the last time. Instances do it one
@@ -324,6 +330,7 @@ func (s *server) applyEvents(ctx context.Context, place *syncPlace) error {
 	alive := func() error { return s.store.keepSyncPlace(ctx, place.Owner, s.now()) }
 	next := syncPlace{Owner: place.Owner, Events: []string{}}
 	var events []userEvent
+	var err error
 	for source := range eventSources {
 		found, latest, err := s.kc.userEvents(ctx, source, place.At[source]-eventsOverlap.Milliseconds(), alive)
 		if err != nil {
@@ -337,31 +344,23 @@ func (s *server) applyEvents(ctx context.Context, place *syncPlace) error {
 	for _, id := range place.Events {
 		seen[id] = true
 	}
-	var users []string
+	users := place.Left
+	for _, id := range users {
+		queued[id] = true
+	}
 	for _, e := range events {
 		if !seen[e.ID] && !queued[e.UserID] {
 			users, queued[e.UserID] = append(users, e.UserID), true
+		}
+		if e.At >= next.At[e.Source]-eventsOverlap.Milliseconds() {
+			next.Events = append(next.Events, e.ID)
 		}
 	}
 	if err := s.notTooMany(ctx, users, alive); err != nil {
 		return err
 	}
-	left, err := s.eachUser(ctx, users, func(id string) error { return s.reconcile(ctx, system("sync"), id) }, alive)
-	if err != nil {
+	if next.Left, err = s.eachUser(ctx, users, func(ctx context.Context, id string) error { return s.reconcile(ctx, system("sync"), id) }, alive); err != nil {
 		return err
-	}
-	kept := func(e userEvent) bool { // for the next time
-		return !seen[e.ID] && slices.Contains(left, e.UserID) && s.now().Sub(time.UnixMilli(e.At)) < eventsPatience
-	}
-	for _, e := range events {
-		if kept(e) {
-			next.At[e.Source] = min(next.At[e.Source], e.At)
-		}
-	}
-	for _, e := range events {
-		if !kept(e) && e.At >= next.At[e.Source]-eventsOverlap.Milliseconds() {
-			next.Events = append(next.Events, e.ID)
-		}
 	}
 	*place = next
 	return nil
@@ -379,28 +378,54 @@ func (s *server) notTooMany(ctx context.Context, users []string, alive func() er
 	return s.inspectAll(ctx, &run, users, func(*syncRun) error { return alive() })
 }
 
-// eachUser does something with one user after the other. A failure holds up nobody: those
-// for whom a store fails are returned, to be tried again. It ends if none of them is to
-// blame, as Keycloak does not answer at all, or fails for one after the other.
-func (s *server) eachUser(ctx context.Context, users []string, do func(id string) error, alive func() error) (left []string, err error) {
-	inRow := 0
-	for _, id := range users {
-		err := do(id)
-		switch {
-		case again(err):
-			if inRow++; inRow == 3 || s.kc.ping(ctx) != nil {
-				return left, err
+// eachUser does something with one user after the other, and once more with those in
+// conflict when the others are done: the address may be free then. A failure holds up
+// nobody: those for whom a store fails are returned, and with them the conflicts that they
+// may be the cause of. It ends if Keycloak fails for all.
+func (s *server) eachUser(ctx context.Context, users []string, do func(ctx context.Context, id string) error, alive func() error) ([]string, error) {
+	left := []string{}
+	for range 2 {
+		var conflicts []string
+		for _, id := range users {
+			err := func() error {
+				ctx, cancel := detached(ctx, flowTime)
+				defer cancel()
+				return do(ctx, id)
+			}()
+			if err != nil {
+				s.log.WarnContext(ctx, "a user is not in step", "keycloak_id", id, "error", err)
 			}
-			left = append(left, id)
-		default:
-			inRow = 0
+			if errors.Is(err, errConflict) {
+				conflicts = append(conflicts, id)
+			} else if err != nil {
+				if _, err := s.list(ctx, 0, 1); err != nil {
+					return nil, err
+				}
+				left = append(left, id)
+			}
+			if err := alive(); err != nil {
+				return nil, err
+			}
 		}
-		if err != nil {
-			s.log.WarnContext(ctx, "a user is not in step", "keycloak_id", id, "error", err)
-		}
-		if err := alive(); err != nil {
-			return left, err
-		}
+		users = conflicts
+	}
+	if len(left) > 0 {
+		left = append(left, users...)
 	}
 	return left, nil
+}
+
+// list returns a page of Keycloak's users. A pass is long, and need not end by one call
+// that has failed for the moment.
+func (s *server) list(ctx context.Context, first, limit int) (users []keycloakUser, err error) {
+	for range 3 {
+		if users, err = s.kc.usersPage(ctx, first, limit); !again(err) {
+			break
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(time.Second):
+		}
+	}
+	return users, err
 }

@@ -17,7 +17,7 @@ import (
 // finds everything before it changes anything, so that the wrong realm can be noticed.
 
 const (
-	syncPage     = 250             // users that Keycloak lists at once: see usersPage
+	syncPage     = 500             // users that Keycloak lists at once: see usersPage
 	syncBeat     = time.Minute     // whoever has shown no progress for so long was killed
 	syncDaily    = 24 * time.Hour  // between two full passes
 	syncPause    = 5 * time.Minute // before one that has failed is tried again
@@ -136,7 +136,7 @@ func (s *server) survey(ctx context.Context, run *syncRun, progress func(*syncRu
 	list := func(first int) <-chan listed {
 		page := make(chan listed, 1)
 		go func() {
-			users, err := s.kc.usersPage(ctx, first, syncPage)
+			users, err := s.list(ctx, first, syncPage)
 			page <- listed{users, err}
 		}()
 		return page
@@ -231,7 +231,7 @@ func (s *server) inspect(ctx context.Context, run *syncRun, keycloakID string) e
 
 // inspectAll inspects one after the other: with the wrong realm that ends early.
 func (s *server) inspectAll(ctx context.Context, run *syncRun, keycloakIDs []string, progress func(*syncRun) error) error {
-	unread, err := s.eachUser(ctx, keycloakIDs, func(id string) error { return s.inspect(ctx, run, id) }, func() error {
+	unread, err := s.eachUser(ctx, keycloakIDs, func(ctx context.Context, id string) error { return s.inspect(ctx, run, id) }, func() error {
 		if err := progress(run); err != nil || run.DryRun {
 			return err
 		}
@@ -243,30 +243,18 @@ func (s *server) inspectAll(ctx context.Context, run *syncRun, keycloakIDs []str
 	return err
 }
 
-// repairAll reconciles the users that a survey has found. Those in conflict have another
-// try when the others are done: the address may be free then.
+// repairAll reconciles the users that a survey has found.
 func (s *server) repairAll(ctx context.Context, c caller, run *syncRun, progress func(*syncRun) error) error {
-	todo := slices.Sorted(maps.Keys(run.planned))
-	for range 2 {
-		var conflicts []string
-		_, err := s.eachUser(ctx, todo, func(id string) error {
-			err := s.reconcile(ctx, c, id)
-			switch {
-			case errors.Is(err, errConflict):
-				conflicts = append(conflicts, id)
-			case err == nil:
-				for _, d := range run.planned[id] {
-					run.Differences[d].Repaired++
-				}
+	_, err := s.eachUser(ctx, slices.Sorted(maps.Keys(run.planned)), func(ctx context.Context, id string) error {
+		err := s.reconcile(ctx, c, id)
+		if err == nil {
+			for _, d := range run.planned[id] {
+				run.Differences[d].Repaired++
 			}
-			return err
-		}, func() error { return progress(run) })
-		if err != nil {
-			return err
 		}
-		todo = conflicts
-	}
-	return nil
+		return err
+	}, func() error { return progress(run) })
+	return err
 }
 
 // runSync makes a full pass that has begun. Killed anywhere, it has repaired some users and

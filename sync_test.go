@@ -624,12 +624,33 @@ func TestSyncSignIn(t *testing.T) {
 		w.wants(w.login(email, password), 403, "account-setup-required")
 		p := w.person()
 		p.isTold(p.comesBack(p.signsIn(p.begins(app), email)), 403, "Account setup required",
-			"Another account here has this e-mail address or username. Please ask an administrator.", "/auth/login?return_to="+url.QueryEscape(app))
+			"This account does not fit in here, perhaps since another one has its e-mail address or username. Please ask an administrator.", "/auth/login?return_to="+url.QueryEscape(app))
 		w.exec(`update users set email = $1 where email = $2`, other, email)
 		says(email, w.signsIn(email))
 	})
 	w.Run("disabled", func() {
 		w.wants(w.login(create(body{"enabled": false}), password), 403, "account-disabled")
+	})
+	w.Run("deleted meanwhile", func() {
+		email := create(nil)
+		there, release := w.kc.holdAt("^get_user ", false)
+		got := make(chan answer)
+		go func() { got <- w.login(email, password) }()
+		<-there
+		w.admin("DELETE", "/users/"+w.inKeycloak(email)[0], nil, nil)
+		release()
+		w.wants(<-got, 403, "account-setup-required")
+	})
+	w.Run("a name that is too long", func() {
+		email := newEmail()
+		w.admin("POST", "/partialImport", body{"ifResourceExists": "FAIL", "users": []body{{"username": email, "email": email, "enabled": true, "emailVerified": true,
+			"firstName": strings.Repeat("Ä", 101), "credentials": []body{{"type": "password", "value": password, "temporary": false}}}}}, nil)
+		w.wants(w.login(email, password), 403, "account-setup-required")
+		if found, _, out, err := w.sync(nil); !errors.Is(err, errDiffer) || found[diffConflict] != 1 {
+			w.Errorf("%v: %s", err, out)
+		}
+		w.admin("PUT", "/users/"+w.inKeycloak(email)[0], body{"firstName": strings.Repeat("Ä", 100)}, nil)
+		says(email, w.signsIn(email))
 	})
 }
 
@@ -639,7 +660,7 @@ func TestSyncRuns(t *testing.T) {
 	if out, err := exec.Command("go", "build", "-o", binary, ".").CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	const n = 300
+	const n = 600 // two pages
 	s := newSeeds()
 	users := s.inKeycloak(0, n)
 	for i := range 60 {
@@ -713,7 +734,11 @@ func TestSyncRuns(t *testing.T) {
 				w.Fatal(err)
 			}
 			release()
-			time.Sleep(500 * time.Millisecond)
+			if outage.name == "Keycloak" {
+				ends(a.text("sync_id"))
+			} else {
+				time.Sleep(500 * time.Millisecond)
+			}
 			if err := outage.end(); err != nil {
 				w.Fatal(err)
 			}
@@ -733,6 +758,17 @@ func TestSyncRuns(t *testing.T) {
 			})
 		})
 	}
+	w.Run("Keycloak is lost for a moment", func() {
+		w.kc.on("^list_users ", lost)
+		calls := w.kc.count("list_users")
+		a := w.do(start(w, true))
+		w.wants(a, 202, "")
+		w.eventually("a call that fails", 20*time.Second, func() bool { return w.kc.count("list_users") > calls })
+		w.kc.on("^list_users ", 0)
+		if a := ends(a.text("sync_id")); a.text("status") != "done" {
+			w.Errorf("it has failed: %v", a)
+		}
+	})
 	w.Run("killed again and again", func() {
 		env := func() (all []string) {
 			for name, value := range w.env {
@@ -791,18 +827,33 @@ func TestSyncRuns(t *testing.T) {
 		if runs() == before {
 			w.Error("not once a day")
 		}
+		last := w.value(`update sync_runs set status = 'running', ended_at = null, seen_at = now() - interval '61 seconds'
+			where started_at = (select max(started_at) from sync_runs where not dry_run) returning sync_id`)
+		before = runs()
+		w.command("jobs")
+		if a := status(last); a.text("status") != "failed" || runs() != before {
+			w.Errorf("killed, and now %s, %s instead of %s runs", a, runs(), before)
+		}
+		if got := w.value(`select outcome || ' ' || reason from audit_log where action = 'sync.end' and target = $1 order by number desc limit 1`, last); got != "failed killed" {
+			w.Errorf("its end is on record as %s", got)
+		}
+		w.exec(`update sync_runs set ended_at = ended_at - interval '6 minutes' where sync_id = $1`, last)
+		w.command("jobs")
+		if runs() == before {
+			w.Error("after one was killed no other is made")
+		}
 	})
 	w.Run("too many at once", func() {
-		w.exec(`update users set is_active = false, deleted_at = now() where keycloak_id like $1 || '%' and keycloak_id > $2`, string(s), s.keycloakID(n-40))
+		w.exec(`update users set is_active = false, deleted_at = now() where keycloak_id like $1 || '%' and keycloak_id > $2`, string(s), s.keycloakID(n-80))
 		before := w.seenHere()
 		_, _, out, err := w.sync(nil)
-		if err == nil || errors.Is(err, errDiffer) || !strings.Contains(out, "stopped At least 31 users would be disabled or taken over, and SYNC_MAX_SHARE allows 30.") {
+		if err == nil || errors.Is(err, errDiffer) || !strings.Contains(out, "stopped At least 61 users would be disabled or taken over, and SYNC_MAX_SHARE allows 60.") {
 			w.Errorf("%v: %s", err, out)
 		}
 		if diff := cmp.Diff(before, w.seenHere()); diff != "" {
 			w.Error(diff)
 		}
-		if _, repaired, out, err := w.sync(map[string]string{"SYNC_MAX_SHARE": "100"}); err != nil || repaired[diffDeleted] != 39 {
+		if _, repaired, out, err := w.sync(map[string]string{"SYNC_MAX_SHARE": "100"}); err != nil || repaired[diffDeleted] != 79 {
 			w.Errorf("%v: %s", err, out)
 		}
 	})
@@ -813,7 +864,7 @@ func TestSyncRuns(t *testing.T) {
 		if err == nil || !strings.Contains(out, "stopped") {
 			w.Errorf("%v: %s", err, out)
 		}
-		if n := empty.kc.count("get_user") - looked; n > 40 {
+		if n := empty.kc.count("get_user") - looked; n > 70 {
 			w.Errorf("it took %d calls to notice", n)
 		}
 	})
@@ -1112,8 +1163,8 @@ func TestSyncRules(t *testing.T) {
 		w.admin("POST", "/users", ku, nil) // as a restored Keycloak has it
 		finds(nil, map[difference]int{diffUnknown: 1})
 		is(email, "none")
-		if left := w.inKeycloak(email); left != 0 {
-			w.Errorf("%d users are left in Keycloak", left)
+		if left := w.inKeycloak(email); len(left) > 0 {
+			w.Errorf("in Keycloak %v is left", left)
 		}
 		maps.Copy(ku, body{"emailVerified": true, "enabled": true, "requiredActions": []string{}})
 		w.admin("POST", "/users", ku, nil)
@@ -1193,16 +1244,19 @@ func TestSyncRules(t *testing.T) {
 			emails = append(emails, newEmail())
 			w.account(emails[len(emails)-1])
 		}
-		one := "^get_user .*" + w.keycloakID(emails[1])
+		some := "^get_user .*(" + w.keycloakID(emails[0]) + "|" + w.keycloakID(emails[1]) + "|" + w.keycloakID(emails[2]) + ")"
 		rename("Ada")
-		w.kc.on(one, lost)
+		w.kc.on(some, lost)
 		w.command("jobs")
 		before := names()
-		w.kc.on(one, 0)
+		w.exec(`update sync_place set at = at + 3600000, user_at = user_at + 3600000`) // their events are long over
 		w.command("jobs")
-		if got := names(); got != "Ada Ada Ada Ada Ada" || strings.Count(before, "Ada") != 4 {
+		w.kc.on(some, 0)
+		w.command("jobs")
+		if got := names(); got != "Ada Ada Ada Ada Ada" || strings.Count(before, "Ada") != 2 {
 			w.Errorf("the events: %s, then %s", before, got)
 		}
+		one := "^get_user .*" + w.keycloakID(emails[1])
 		w.noEvents()
 		rename("Grace")
 		w.kc.on(one, lost)
@@ -1214,14 +1268,33 @@ func TestSyncRules(t *testing.T) {
 		finds(nil, map[difference]int{diffProfile: 1})
 		w.exec(`update sync_place set owner = null, at = $1, user_at = $1`, time.Now().UnixMilli())
 		rename("Joan")
-		w.kc.on("^get_user ", lost) // for all
+		w.kc.on("^(get_user|list_users) ", lost) // for all
 		if err := run(w.Context(), []string{"jobs"}, func(name string) string { return w.env[name] }, new(bytes.Buffer), w.logs); err == nil {
 			w.Error("the events are applied")
 		}
-		w.kc.on("^get_user ", 0)
+		w.kc.on("^(get_user|list_users) ", 0)
 		w.command("jobs")
 		if got := names(); got != "Joan Joan Joan Joan Joan" {
 			w.Error(got)
+		}
+	})
+	w.Run("one who gets the address that another has given up", func() {
+		var ids []string
+		for range 2 {
+			email := newEmail()
+			w.account(email)
+			ids = append(ids, w.keycloakID(email))
+		}
+		emails := []string{newEmail(), newEmail()}
+		becomes := func(who int, email string) { w.admin("PUT", "/users/"+ids[who], body{"email": email}, nil) }
+		becomes(0, emails[1])
+		w.command("jobs")
+		becomes(1, newEmail()) // looked at first, when the address is not free yet
+		becomes(0, emails[0])
+		becomes(1, emails[1])
+		w.command("jobs")
+		if got := w.value(`select string_agg(email, ' ' order by created_at) from users where keycloak_id = any($1)`, ids); got != strings.Join(emails, " ") {
+			w.Errorf("they have %s", got)
 		}
 	})
 	w.Run("a registration in other hands", func() {
@@ -1269,10 +1342,13 @@ func (w *world) settleNow(email string) {
 	w.exec(`update user_registrations set due_at = now() where email = $1`, email)
 }
 
-// inKeycloak is how many users there have an address.
-func (w *world) inKeycloak(email string) int {
+// inKeycloak returns the ids of the users there who have an address.
+func (w *world) inKeycloak(email string) (ids []string) {
 	w.Helper()
 	var users []body
 	w.admin("GET", "/users?exact=true&email="+url.QueryEscape(email), nil, &users)
-	return len(users)
+	for _, u := range users {
+		ids = append(ids, u["id"].(string))
+	}
+	return ids
 }
