@@ -125,8 +125,8 @@ func (s *server) accountOf(ctx context.Context, c caller, subject string) (user,
 			return u, taken
 		}
 		u, err = s.store.userByKeycloakID(ctx, subject) // also if another sign-in was faster
-		if errors.Is(err, errNotFound) {                // in conflict; else it is gone again, or its registration has just ended
-			err = problemAccountSetupRequired
+		if errors.Is(err, errNotFound) {
+			err = problemAccountSetupRequired // it is gone again, or its registration has just ended
 			if taken != nil {
 				err = problemAccountSetupRequired.saying("This account does not fit in here, perhaps since another one has its e-mail address or username. Please ask an administrator.")
 			}

@@ -330,7 +330,6 @@ func (s *server) applyEvents(ctx context.Context, place *syncPlace) error {
 	alive := func() error { return s.store.keepSyncPlace(ctx, place.Owner, s.now()) }
 	next := syncPlace{Owner: place.Owner, Events: []string{}}
 	var events []userEvent
-	var err error
 	for source := range eventSources {
 		found, latest, err := s.kc.userEvents(ctx, source, place.At[source]-eventsOverlap.Milliseconds(), alive)
 		if err != nil {
@@ -359,9 +358,11 @@ func (s *server) applyEvents(ctx context.Context, place *syncPlace) error {
 	if err := s.notTooMany(ctx, users, alive); err != nil {
 		return err
 	}
-	if next.Left, err = s.eachUser(ctx, users, func(ctx context.Context, id string) error { return s.reconcile(ctx, system("sync"), id) }, alive); err != nil {
+	left, err := s.eachUser(ctx, users, func(ctx context.Context, id string) error { return s.reconcile(ctx, system("sync"), id) }, alive)
+	if err != nil {
 		return err
 	}
+	next.Left = left
 	*place = next
 	return nil
 }
