@@ -119,40 +119,34 @@ func (s *server) openSession(ctx context.Context, c caller, token *oauth2.Token,
 // too. A verification that died between the two stores (V3) is finished first.
 func (s *server) accountOf(ctx context.Context, c caller, subject string) (user, error) {
 	u, err := s.store.userByKeycloakID(ctx, subject)
-	if errors.Is(err, errNotFound) { // created in Keycloak
-		taken := s.reconcile(ctx, c, subject)
-		if taken != nil && !errors.Is(taken, errConflict) {
-			return u, taken
+	// Created in Keycloak; or its registration is not concluded, or it has a new address,
+	// confirmed in Keycloak.
+	if errors.Is(err, errNotFound) || err == nil && u.IsActive && !u.IsVerified && u.Source != sourceInternal {
+		unfit := s.reconcile(ctx, c, subject)
+		if unfit != nil && !errors.Is(unfit, errConflict) {
+			return u, unfit
 		}
 		u, err = s.store.userByKeycloakID(ctx, subject) // also if another sign-in was faster
-		if errors.Is(err, errNotFound) {
-			err = problemAccountSetupRequired // it is gone again, or its registration has just ended
-			if taken != nil {
-				err = problemAccountSetupRequired.saying("This account does not fit in here, perhaps since another one has its e-mail address or username. Please ask an administrator.")
-			}
+		if errors.Is(err, errNotFound) && unfit != nil {
+			return u, problemAccountUnfit
 		}
 	}
-	if err != nil {
+	switch {
+	case errors.Is(err, errNotFound): // it is gone again, or its registration has just ended
+		return u, problemAccountSetupRequired
+	case err != nil:
 		return u, err
-	}
-	if !u.IsActive {
+	case !u.IsActive:
 		return u, problemAccountDisabled.about(string(u.ID)) // the stricter store wins
-	}
-	if u.IsVerified {
+	case u.IsVerified:
 		return u, nil
-	}
-	if u.Source == sourceInternal {
+	case u.Source == sourceInternal:
 		return u, s.store.confirmUser(ctx, c, u.ID, s.now())
 	}
-	// Its registration is not concluded, or it has a new address, confirmed in Keycloak.
-	if err := s.reconcile(ctx, c, subject); err != nil && !errors.Is(err, errConflict) {
-		return u, err
-	}
-	if u, err = s.store.userByKeycloakID(ctx, subject); err == nil && !u.IsVerified {
-		err = problemAccountNotVerified.about(string(u.ID))
-	}
-	return u, err
+	return u, problemAccountNotVerified.about(string(u.ID))
 }
+
+var problemAccountUnfit = problemAccountSetupRequired.saying("This account does not fit in here: another one may have its e-mail address or username. Please ask an administrator.")
 
 // loginError says why Keycloak has let nobody in. An account that waits for its
 // confirmation is disabled in Keycloak, whatever the password, and only not fully

@@ -34,7 +34,10 @@ func newAuditID() auditID               { return auditID("AUD-" + gonanoid.Must(
 
 func newSyncID() syncID { return syncID("SYN-" + gonanoid.Must(16)) }
 
-var userIDPattern = regexp.MustCompile(`^USR-[A-Za-z0-9_-]{16}$`)
+var (
+	userIDPattern         = regexp.MustCompile(`^USR-[A-Za-z0-9_-]{16}$`)
+	registrationIDPattern = regexp.MustCompile(`^REG-[A-Za-z0-9_-]{16}$`)
+)
 
 // keycloakIDPattern is what an id of Keycloak looks like: 36 characters of a user,
 // 24 of a session. Ids go into Keycloak's URLs, so whatever does not match is

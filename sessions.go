@@ -139,7 +139,7 @@ func (s *server) rotate(ctx context.Context, c caller, session session, u user, 
 	next, err := s.kc.refresh(ctx, token) // F2
 	if err == nil {
 		if claims, _ := readClaims(next.AccessToken); !claims.say(u) {
-			if err = s.reconcile(ctx, c, u.KeycloakID); !again(err) {
+			if err = s.reconcile(ctx, c, u.KeycloakID); err == nil || errors.Is(err, errConflict) {
 				next, err = s.kc.refresh(ctx, next.RefreshToken)
 			}
 		}

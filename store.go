@@ -128,7 +128,7 @@ func storeError(err error) error {
 		return fmt.Errorf("%w: %s", errConflict, pg.ConstraintName)
 	case errors.As(err, &pg):
 		switch pg.Code[:2] {
-		case "08", "53", "57": // connection, resources (too many clients), operator (shutdown, starting up, timeout)
+		case "08", "40", "53", "57": // connection, deadlock, resources (too many clients), operator (shutdown, starting up, timeout)
 			return fmt.Errorf("%w: postgresql: %s", errUnavailable, pg.Message)
 		}
 		if pg.Code == "42P01" { // undefined_table: migrate has not come through yet

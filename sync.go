@@ -10,6 +10,8 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"auth-service/templates"
+
 	"github.com/Nerzal/gocloak/v13"
 	gonanoid "github.com/matoous/go-nanoid/v2"
 )
@@ -45,7 +47,7 @@ var meanings = map[difference]string{
 	diffMissing:  "Not in Keycloak: deleted here.",
 	diffDeleted:  "Deleted here and enabled in Keycloak: disabled there. If this database was restored, it may have been restored since: nobody knows.",
 	diffUnknown:  "Only in Keycloak: taken over as a user without scope. What Keycloak says of role and scope is on record (user.take_over). A registration that has ended here ends there.",
-	diffConflict: "Another user has its address or username here, or it has no address, or one too long: left as it is, for an administrator.",
+	diffConflict: "Another user has its address or username here, or it has no address, or something too long: left as it is, for an administrator.",
 	diffUnread:   "A store has failed for this user alone: not compared.",
 }
 
@@ -241,7 +243,7 @@ func (s *server) newcomer(ku keycloakUser) user {
 	if !u.IsActive {
 		u.DeletedAt = &now
 	}
-	if ku.attribute(attrRegistrationID) != "" {
+	if registrationIDPattern.MatchString(ku.attribute(attrRegistrationID)) {
 		u.Source = sourceWeb
 	}
 	return u
@@ -290,7 +292,7 @@ func (s *server) takeOver(ctx context.Context, c caller, ku keycloakUser) error 
 // knows it.
 func (s *server) registrationOf(u user, ku keycloakUser) registration {
 	reg := registration{Email: u.Email, Username: u.Username, FirstName: u.FirstName, LastName: u.LastName, State: verified,
-		KeycloakID: u.KeycloakID, UserID: u.ID, Locale: ku.attribute(attrLocale), CreatedAt: u.CreatedAt, WithPassword: true,
+		KeycloakID: u.KeycloakID, UserID: u.ID, Locale: templates.Language("", ku.attribute(attrLocale)), CreatedAt: u.CreatedAt, WithPassword: true,
 		TokenHash: tokenHash(newToken())} // nobody's: the mail's is known no more
 	if ku.CreatedTimestamp != nil {
 		reg.CreatedAt = time.UnixMilli(*ku.CreatedTimestamp).UTC()
@@ -307,6 +309,7 @@ func (s *server) registrationOf(u user, ku keycloakUser) registration {
 const (
 	eventsInterval = 5 * time.Second  // the longest pause between two looks at the events
 	eventsOverlap  = 10 * time.Second // an event may become visible so long after its time
+	eventsRetries  = 5                // of users for whom a store has failed, at each look: each may take long
 )
 
 // syncEvents applies what Keycloak's events say since the last time. Instances do it one
@@ -343,10 +346,7 @@ func (s *server) applyEvents(ctx context.Context, place *syncPlace) error {
 	for _, id := range place.Events {
 		seen[id] = true
 	}
-	users := place.Left
-	for _, id := range users {
-		queued[id] = true
-	}
+	var users []string
 	for _, e := range events {
 		if !seen[e.ID] && !queued[e.UserID] {
 			users, queued[e.UserID] = append(users, e.UserID), true
@@ -358,11 +358,19 @@ func (s *server) applyEvents(ctx context.Context, place *syncPlace) error {
 	if err := s.notTooMany(ctx, users, alive); err != nil {
 		return err
 	}
-	left, err := s.eachUser(ctx, users, func(ctx context.Context, id string) error { return s.reconcile(ctx, system("sync"), id) }, alive)
+	left := slices.DeleteFunc(slices.Clone(place.Left), func(id string) bool { return queued[id] })
+	retried := min(len(left), eventsRetries)
+	failed, err := s.eachUser(ctx, slices.Concat(users, left[:retried]),
+		func(ctx context.Context, id string) error { return s.reconcile(ctx, system("sync"), id) }, alive)
 	if err != nil {
 		return err
 	}
-	next.Left = left
+	next.Left = left[retried:]
+	for id, err := range failed {
+		if again(err) { // others are for the full pass to tell of
+			next.Left = append(next.Left, id)
+		}
+	}
 	*place = next
 	return nil
 }
@@ -379,13 +387,13 @@ func (s *server) notTooMany(ctx context.Context, users []string, alive func() er
 	return s.inspectAll(ctx, &run, users, func(*syncRun) error { return alive() })
 }
 
-// eachUser does something with one user after the other, and once more with those in
-// conflict when the others are done: the address may be free then. A failure holds up
-// nobody: those for whom a store fails are returned, and with them the conflicts that they
-// may be the cause of. It ends if Keycloak fails for all.
-func (s *server) eachUser(ctx context.Context, users []string, do func(ctx context.Context, id string) error, alive func() error) ([]string, error) {
-	left := []string{}
-	for range 2 {
+// eachUser does something with one user after the other, and again with those in conflict
+// while that helps: an address may be free then. A failure holds up nobody: those who failed
+// are returned, unless it was by conflict. It ends if Keycloak fails for all.
+func (s *server) eachUser(ctx context.Context, users []string, do func(ctx context.Context, id string) error, alive func() error) (map[string]error, error) {
+	failed := map[string]error{}
+	for before := -1; len(users) > 0 && len(users) != before; {
+		before = len(users)
 		var conflicts []string
 		for _, id := range users {
 			err := func() error {
@@ -393,40 +401,39 @@ func (s *server) eachUser(ctx context.Context, users []string, do func(ctx conte
 				defer cancel()
 				return do(ctx, id)
 			}()
-			if err != nil {
-				s.log.WarnContext(ctx, "a user is not in step", "keycloak_id", id, "error", err)
-			}
-			if errors.Is(err, errConflict) {
-				conflicts = append(conflicts, id)
-			} else if err != nil {
-				if _, err := s.list(ctx, 0, 1); err != nil {
-					return nil, err
-				}
-				left = append(left, id)
-			}
 			if err := alive(); err != nil {
 				return nil, err
 			}
+			switch {
+			case err == nil:
+				continue
+			case errors.Is(err, errConflict):
+				conflicts = append(conflicts, id)
+			default:
+				failed[id] = err
+				if _, err := s.list(ctx, 0, 1); err != nil {
+					return nil, err
+				}
+			}
+			s.log.WarnContext(ctx, "a user is not in step", "keycloak_id", id, "error", err)
 		}
 		users = conflicts
 	}
-	if len(left) > 0 {
-		left = append(left, users...)
-	}
-	return left, nil
+	return failed, nil
 }
 
 // list returns a page of Keycloak's users. A pass is long, and need not end by one call
 // that has failed for the moment.
 func (s *server) list(ctx context.Context, first, limit int) (users []keycloakUser, err error) {
-	for range 3 {
-		if users, err = s.kc.usersPage(ctx, first, limit); !again(err) {
-			break
+	ctx, cancel := context.WithTimeout(ctx, flowTime) // less than syncBeat
+	defer cancel()
+	for try := 1; ; try++ {
+		if users, err = s.kc.usersPage(ctx, first, limit); !again(err) || try == 3 {
+			return users, err
 		}
 		select {
 		case <-ctx.Done():
 		case <-time.After(time.Second):
 		}
 	}
-	return users, err
 }

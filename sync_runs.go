@@ -231,13 +231,13 @@ func (s *server) inspect(ctx context.Context, run *syncRun, keycloakID string) e
 
 // inspectAll inspects one after the other: with the wrong realm that ends early.
 func (s *server) inspectAll(ctx context.Context, run *syncRun, keycloakIDs []string, progress func(*syncRun) error) error {
-	unread, err := s.eachUser(ctx, keycloakIDs, func(ctx context.Context, id string) error { return s.inspect(ctx, run, id) }, func() error {
+	failed, err := s.eachUser(ctx, keycloakIDs, func(ctx context.Context, id string) error { return s.inspect(ctx, run, id) }, func() error {
 		if err := progress(run); err != nil || run.DryRun {
 			return err
 		}
 		return run.tooMany()
 	})
-	for _, id := range unread {
+	for id := range failed {
 		run.note(id, id, diffUnread)
 	}
 	return err

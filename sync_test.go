@@ -624,7 +624,7 @@ func TestSyncSignIn(t *testing.T) {
 		w.wants(w.login(email, password), 403, "account-setup-required")
 		p := w.person()
 		p.isTold(p.comesBack(p.signsIn(p.begins(app), email)), 403, "Account setup required",
-			"This account does not fit in here, perhaps since another one has its e-mail address or username. Please ask an administrator.", "/auth/login?return_to="+url.QueryEscape(app))
+			problemAccountUnfit.Detail, "/auth/login?return_to="+url.QueryEscape(app))
 		w.exec(`update users set email = $1 where email = $2`, other, email)
 		says(email, w.signsIn(email))
 	})
@@ -641,10 +641,33 @@ func TestSyncSignIn(t *testing.T) {
 		release()
 		w.wants(<-got, 403, "account-setup-required")
 	})
-	w.Run("a name that is too long", func() {
+	imports := func(change body) string { // which Keycloak does not look into
+		w.Helper()
 		email := newEmail()
-		w.admin("POST", "/partialImport", body{"ifResourceExists": "FAIL", "users": []body{{"username": email, "email": email, "enabled": true, "emailVerified": true,
-			"firstName": strings.Repeat("Ä", 101), "credentials": []body{{"type": "password", "value": password, "temporary": false}}}}}, nil)
+		u := body{"username": email, "email": email, "enabled": true, "emailVerified": true,
+			"credentials": []body{{"type": "password", "value": password, "temporary": false}}}
+		maps.Copy(u, change)
+		w.admin("POST", "/partialImport", body{"ifResourceExists": "FAIL", "users": []body{u}}, nil)
+		return email
+	}
+	w.Run("what Keycloak itself would refuse", func() {
+		email := imports(body{"firstName": "<Ada>"})
+		for range 2 {
+			w.wants(w.login(email, password), 403, "account-setup-required")
+		}
+		w.admin("PUT", "/users/"+w.inKeycloak(email)[0], body{"firstName": "Ada"}, nil)
+		says(email, w.signsIn(email))
+	})
+	w.Run("ids and a locale that are none of ours", func() {
+		email := imports(body{"attributes": body{attrLocale: []string{"de-Latn-DE-1996-x-something"}, attrUserID: []string{"7"},
+			attrRegistrationID: []string{"7"}}})
+		says(email, w.signsIn(email))
+		w.edits(w.keycloakID(email), body{attrRegistrationID: []string{}})
+		email = imports(body{"attributes": body{attrLocale: []string{"de-Latn-DE-1996-x-something"}, attrRegistrationID: []string{string(newRegistrationID())}}})
+		says(email, w.signsIn(email))
+	})
+	w.Run("a name that is too long", func() {
+		email := imports(body{"firstName": strings.Repeat("Ä", 101)})
 		w.wants(w.login(email, password), 403, "account-setup-required")
 		if found, _, out, err := w.sync(nil); !errors.Is(err, errDiffer) || found[diffConflict] != 1 {
 			w.Errorf("%v: %s", err, out)
@@ -1278,23 +1301,57 @@ func TestSyncRules(t *testing.T) {
 			w.Error(got)
 		}
 	})
-	w.Run("one who gets the address that another has given up", func() {
-		var ids []string
-		for range 2 {
+	w.Run("addresses that others have given up", func() {
+		var ids, emails []string
+		for range 4 {
 			email := newEmail()
 			w.account(email)
-			ids = append(ids, w.keycloakID(email))
+			ids, emails = append(ids, w.keycloakID(email)), append(emails, newEmail())
 		}
-		emails := []string{newEmail(), newEmail()}
 		becomes := func(who int, email string) { w.admin("PUT", "/users/"+ids[who], body{"email": email}, nil) }
-		becomes(0, emails[1])
+		for who := range 3 {
+			becomes(who, emails[who+1])
+		}
 		w.command("jobs")
-		becomes(1, newEmail()) // looked at first, when the address is not free yet
-		becomes(0, emails[0])
-		becomes(1, emails[1])
+		for who := range 3 {
+			becomes(3-who, newEmail()) // looked at first, when the address is not free here
+		}
+		for who := range 4 {
+			becomes(who, emails[who])
+		}
 		w.command("jobs")
 		if got := w.value(`select string_agg(email, ' ' order by created_at) from users where keycloak_id = any($1)`, ids); got != strings.Join(emails, " ") {
 			w.Errorf("they have %s", got)
+		}
+	})
+	w.Run("many for whom Keycloak fails", func() {
+		var emails, ids []string
+		for range 8 {
+			emails = append(emails, newEmail())
+			w.account(emails[len(emails)-1])
+			ids = append(ids, w.keycloakID(emails[len(emails)-1]))
+		}
+		looked := func() int {
+			n := w.kc.count("get_user")
+			w.command("jobs")
+			return (w.kc.count("get_user") - n) / 2 // a GET that is lost is tried once more
+		}
+		for _, id := range ids {
+			w.admin("PUT", "/users/"+id, body{"firstName": "Ada"}, nil)
+		}
+		some := "^get_user .*(" + strings.Join(ids, "|") + ")"
+		w.kc.on(some, lost)
+		if first, second := looked(), looked(); first != 8 || second != eventsRetries {
+			w.Errorf("%d and %d were looked at", first, second)
+		}
+		w.kc.on(some, 0)
+		w.command("jobs")
+		w.command("jobs")
+		if n := w.value(`select count(*)::text from users where first_name = 'Ada' and email = any($1)`, emails); n != "8" {
+			w.Errorf("%s have arrived", n)
+		}
+		if got := w.value(`select left_users::text from sync_place`); got != "{}" {
+			w.Errorf("left are %s", got)
 		}
 	})
 	w.Run("a registration in other hands", func() {
