@@ -146,8 +146,6 @@ func (s *server) accountOf(ctx context.Context, c caller, subject string) (user,
 	return u, problemAccountNotVerified.about(string(u.ID))
 }
 
-var problemAccountUnfit = problemAccountSetupRequired.saying("This account does not fit in here: another one may have its e-mail address or username. Please ask an administrator.")
-
 // loginError says why Keycloak has let nobody in. An account that waits for its
 // confirmation is disabled in Keycloak, whatever the password, and only not fully
 // set up while its mail is being sent.

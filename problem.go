@@ -53,6 +53,7 @@ var (
 	problemAccountNotVerified    = newProblem(403, "account-not-verified", "Account not verified", "The e-mail address of this account is not confirmed yet. Look into your mailbox.")
 	problemAccountDisabled       = newProblem(403, "account-disabled", "Account disabled", "This account is disabled.")
 	problemAccountSetupRequired  = newProblem(403, "account-setup-required", "Account setup required", "This account is not set up completely.")
+	problemAccountUnfit          = problemAccountSetupRequired.saying("This account does not fit in here: another one may have its e-mail address or username. Please ask an administrator.")
 	problemNotFound              = newProblem(404, "not-found", "Not found", "There is nothing at this address.")
 	problemRegistrationNotFound  = newProblem(404, "registration-not-found", "No registration", "There is no open registration for this.")
 	problemUserNotFound          = newProblem(404, "user-not-found", "No such user", "There is no such user, or none that you may see.")
