@@ -108,7 +108,7 @@ func endSomeFloods(ctx context.Context, tx pgx.Tx, now time.Time) (ended int, er
 		if counted <= 0 {
 			continue
 		}
-		if err := writeAudit(ctx, tx, caller{Actor: cmp.Or(f.Actor, "anonymous"), Address: f.Network}, now, entry{Action: f.Action, Outcome: "refused",
+		if err := writeAudit(ctx, tx, caller{Actor: cmp.Or(f.Actor, anonymous), Address: f.Network}, now, entry{Action: f.Action, Outcome: "refused",
 			Reason: f.Reason, Details: map[string]any{"count": counted, "minute": f.Minute}}); err != nil {
 			return 0, err
 		}

@@ -108,6 +108,9 @@ func (s *server) openSession(ctx context.Context, c caller, token *oauth2.Token,
 		row.UserID = u.ID
 		if out.tokens, err = s.rotate(ctx, c, row, u, token.RefreshToken); err != nil { // nobody has its tokens
 			_, ended := s.signOut(ctx, c, u.ID, row.ID, entry{Action: "session.end", Reason: "unfinished"})
+			if asProblem(err).slug() == problemInvalidRefreshToken.slug() { // disabled at this moment
+				err = problemAccountDisabled.about(string(u.ID))
+			}
 			return loginOut{}, errors.Join(err, ended)
 		}
 	}
@@ -252,13 +255,12 @@ func (s *server) forgotPassword(ctx context.Context, c caller, in forgotIn) (noC
 		ctx, cancel := detached(ctx, mailTimeout+keycloakTimeout)
 		defer cancel()
 		u, err := s.kc.userByLogin(ctx, in.Email)
-		pending := err == nil && !u.verified() && u.attribute(attrRegistrationID) != ""
-		if errors.Is(err, errNotFound) || err == nil && !u.enabled() || pending {
+		if errors.Is(err, errNotFound) || err == nil && (!u.enabled() || u.registers()) {
 			return
 		}
 		if err == nil {
 			actions := choosePassword
-			if !u.verified() { // invited, and the invitation is lost or too old
+			if !u.verified() { // a new address; or invited, and the invitation is lost or too old
 				actions = invitation
 			}
 			err = s.kc.sendMail(ctx, u.id(), u.attribute(attrLocale), resetLifespan, actions)

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"maps"
 	"net/http"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -119,16 +120,25 @@ func attributesOf(u user) map[string][]string {
 		attrNetworkID: {cmp.Or(u.NetworkID, noScope)}, attrStationID: {cmp.Or(u.StationID, noScope)}}
 }
 
-// claims are the attributes that become claims.
+// claims are the attributes that become claims. They go on record: what can't be one of
+// ours may be personal.
 func (ku keycloakUser) claims() map[string][]string {
 	claims := map[string][]string{}
 	for name := range attributesOf(user{}) {
-		if ku.Attributes != nil {
-			claims[name] = (*ku.Attributes)[name]
+		if ku.Attributes == nil {
+			continue
+		}
+		for _, value := range (*ku.Attributes)[name] {
+			if !claimPattern.MatchString(value) {
+				value = "?"
+			}
+			claims[name] = append(claims[name], value)
 		}
 	}
 	return claims
 }
+
+var claimPattern = regexp.MustCompile(`^[A-Za-z0-9_.-]{1,32}$`)
 
 // hasClaims says whether they are what they should be.
 func (ku keycloakUser) hasClaims(u user) bool {

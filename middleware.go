@@ -34,6 +34,8 @@ type caller struct {
 	Language  string // Accept-Language as sent, for mails and pages
 }
 
+const anonymous = "anonymous"
+
 // system is the caller of a background loop.
 func system(loop string) caller { return caller{Actor: "system:" + loop} }
 
@@ -271,7 +273,7 @@ func (s *server) caller(r *http.Request) caller {
 		agent = strings.ToValidUTF8(agent[:300], "")
 	}
 	p, known := r.Context().Value(principalKey{}).(principal)
-	actor := "anonymous"
+	actor := anonymous
 	if known {
 		actor = string(p.UserID)
 	}

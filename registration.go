@@ -399,6 +399,9 @@ func (s *server) settle(ctx context.Context, c caller, reg registration) error {
 	case !known: // R1, no password
 		return s.createAgain(ctx, c, reg)
 
+	case !user.registers(): // an administrator of Keycloak has removed what the link is compared with
+		return s.end(ctx, c, reg, cancelled, "no_token")
+
 	case reg.Mail == mailQueued: // R3, R4, M1 … M3
 		_, err := s.sendAgain(ctx, c, reg, user, false)
 		return err

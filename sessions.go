@@ -152,7 +152,7 @@ func (s *server) rotate(ctx context.Context, c caller, session session, u user, 
 		}
 		return tokens{}, problemInvalidRefreshToken.about(string(session.UserID))
 	case err != nil:
-		return tokens{}, errors.Join(err, s.store.releaseRefreshToken(ctx, tokenHash(token)))
+		return tokens{}, errors.Join(err, s.store.releaseRefreshToken(context.WithoutCancel(ctx), tokenHash(token)))
 	}
 	answer := tokensOf(next, session.ID)
 	plain, err := json.Marshal(answer)

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"maps"
 	"net/http"
 	"slices"
 	"strings"
@@ -114,6 +115,9 @@ func (ku keycloakUser) registers() bool { return !ku.verified() && ku.attribute(
 // in the same transaction (U1). errConflict: the user can't be taken over, or can't have
 // the address that it has in Keycloak.
 func (s *server) reconcile(ctx context.Context, c caller, keycloakID string) error {
+	if c.Actor == anonymous { // who signs in has not done what is found then
+		c.Actor = system("sync").Actor
+	}
 	var stuck error // why ours does not get there, though Keycloak answers
 	for settled := false; ; {
 		u, err := s.store.syncUser(ctx, keycloakID)
@@ -210,11 +214,11 @@ func (s *server) follow(ctx context.Context, c caller, u syncUser, ku keycloakUs
 			}
 			return now, nil
 		})
-		conflict = conflict || err != nil && asProblem(err).slug() == problemUserExists.slug() // taken at this moment
-	} else if asserted {
+	}
+	if err == nil && asserted {
 		_, err = s.settleUser(ctx, c, u.ID)
 	}
-	if conflict {
+	if err == nil && conflict || err != nil && asProblem(err).slug() == problemUserExists.slug() { // taken at this moment
 		err = errConflict
 	}
 	return err
@@ -366,8 +370,9 @@ func (s *server) applyEvents(ctx context.Context, place *syncPlace) error {
 		return err
 	}
 	next.Left = left[retried:]
-	for id, err := range failed {
-		if again(err) { // others are for the full pass to tell of
+	moment := slices.ContainsFunc(slices.Collect(maps.Values(failed)), again)
+	for id, err := range failed { // others are for the full pass to tell of
+		if again(err) || moment && errors.Is(err, errConflict) { // which may be with one of those
 			next.Left = append(next.Left, id)
 		}
 	}
@@ -389,7 +394,7 @@ func (s *server) notTooMany(ctx context.Context, users []string, alive func() er
 
 // eachUser does something with one user after the other, and again with those in conflict
 // while that helps: an address may be free then. A failure holds up nobody: those who failed
-// are returned, unless it was by conflict. It ends if Keycloak fails for all.
+// are returned. It ends if Keycloak fails for all.
 func (s *server) eachUser(ctx context.Context, users []string, do func(ctx context.Context, id string) error, alive func() error) (map[string]error, error) {
 	failed := map[string]error{}
 	for before := -1; len(users) > 0 && len(users) != before; {
@@ -414,10 +419,16 @@ func (s *server) eachUser(ctx context.Context, users []string, do func(ctx conte
 				if _, err := s.list(ctx, 0, 1); err != nil {
 					return nil, err
 				}
+				if err := alive(); err != nil {
+					return nil, err
+				}
 			}
 			s.log.WarnContext(ctx, "a user is not in step", "keycloak_id", id, "error", err)
 		}
 		users = conflicts
+	}
+	for _, id := range users {
+		failed[id] = errConflict
 	}
 	return failed, nil
 }

@@ -631,6 +631,21 @@ func TestSyncSignIn(t *testing.T) {
 	w.Run("disabled", func() {
 		w.wants(w.login(create(body{"enabled": false}), password), 403, "account-disabled")
 	})
+	w.Run("disabled meanwhile", func() {
+		email := newEmail()
+		w.account(email)
+		w.edits(w.keycloakID(email), body{attrRoles: []string{roleAdmin}})
+		there, release := w.kc.holdAt("^get_user ", false)
+		got := make(chan answer)
+		go func() { got <- w.login(email, password) }()
+		<-there
+		w.admin("PUT", "/users/"+w.keycloakID(email), body{"enabled": false}, nil)
+		release()
+		w.wants(<-got, 403, "account-disabled")
+		if got := w.value(`select actor from audit_log where action = 'user.sync' and target = $1`, w.userOf(email)); got != "system:sync" {
+			w.Errorf("it is on record as done by %s", got)
+		}
+	})
 	w.Run("deleted meanwhile", func() {
 		email := create(nil)
 		there, release := w.kc.holdAt("^get_user ", false)
@@ -1147,11 +1162,45 @@ func TestSyncRules(t *testing.T) {
 		w.exec(`update user_registrations set status = 'verified', user_id = u.user_id, keycloak_id = u.keycloak_id from users u where u.email = $1 and user_registrations.email = $1`, email)
 		w.exec(`insert into audit_log (audit_id, at, actor, action, target, outcome) select 'AUD-verified', now(), 'system:test', 'registration.verified', registration_id, 'ok' from user_registrations where email = $1`, email)
 	})
+	w.Run("a registration that is edited in Keycloak", func() {
+		email := newEmail()
+		l := registered(w, email, password)
+		id := w.keycloakID(email)
+		w.edits(id, body{attrRoles: []string{roleAdmin}})
+		w.admin("PUT", "/users/"+id, body{"email": "new-" + email, "firstName": "Ada"}, nil)
+		w.command("jobs")
+		is(email, "active, not confirmed")
+		w.wants(w.do(verifying(l)), 200, "")
+		is("new-"+email, "active")
+		if got := fmt.Sprint(fromKeycloak(id)["attributes"].(body)[attrRoles]); got != "[user]" {
+			w.Errorf("its role in Keycloak is %s", got)
+		}
+	})
+	w.Run("a registration whose token is removed in Keycloak", func() {
+		for _, mailed := range []bool{true, false} {
+			email := newEmail()
+			if !mailed {
+				w.mail.Close()
+			}
+			w.register(email)
+			w.admin("PUT", "/users/"+w.keycloakID(email), body{"email": email, "attributes": body{}}, nil)
+			if !mailed {
+				if err := w.mail.Restart(); err != nil {
+					w.Fatal(err)
+				}
+			}
+			w.wants(w.do(resending(email)), 503, "unavailable")
+			w.wants(w.do(resending(email)), 404, "registration-not-found")
+			is(email, "none")
+		}
+	})
 	w.Run("an address that is not confirmed yet is managed", func() {
 		email, _ := w.signedIn()
 		w.admin("PUT", "/users/"+w.keycloakID(email), body{"email": "new-" + email, "emailVerified": false}, nil)
 		w.command("jobs")
 		is("new-"+email, "active, not confirmed")
+		w.wants(w.do(forgetting("new-"+email)), 202, "")
+		w.eventually("the mail", 20*time.Second, func() bool { return len(w.mail.To("new-"+email)) == 1 })
 		path := "/" + w.userOf("new-"+email)
 		w.wants(w.do(managing(admin, "PATCH", path, body{"role": "operator", "network_id": "N1", "station_id": "S1"})), 200, "")
 		w.wants(w.do(managing(admin, "DELETE", path+"/sessions", nil)), 204, "")

@@ -195,8 +195,15 @@ func (s *server) checkedUser(ctx context.Context, c caller, reg registration, in
 	user, err := s.kc.user(ctx, reg.KeycloakID)
 	if errors.Is(err, errNotFound) {
 		// Not created yet, or deleted by an administrator: settle knows.
-		if err := s.settle(ctx, c, reg); err != nil {
+		err = s.settle(ctx, c, reg)
+		if err == nil {
+			reg, err = s.store.registration(ctx, reg.ID)
+		}
+		switch {
+		case err != nil:
 			return user, err
+		case reg.State == pending: // it is created now, with another code
+			return user, problemInvalidCode.about(string(reg.ID))
 		}
 		return user, problemVerificationCancelled.about(string(reg.ID))
 	}
@@ -237,7 +244,14 @@ func (s *server) finish(ctx context.Context, c caller, reg registration, user ke
 	}
 	// Dying here (V3) leaves an account in Keycloak that is pending here: a second
 	// click, a sign-in or the repair loop finds it verified and goes on.
-	return s.store.conclude(ctx, c, reg, s.now()) // V4
+	if err := s.store.conclude(ctx, c, reg, s.now()); err != nil { // V4
+		return err
+	}
+	// What was changed in Keycloak while it waited comes here, or goes there, now.
+	if err := s.reconcile(ctx, c, reg.KeycloakID); err != nil {
+		s.log.WarnContext(ctx, "a user is not in step", "keycloak_id", reg.KeycloakID, "error", err)
+	}
+	return nil
 }
 
 func (s *server) verifyAnswer(ctx context.Context, reg registration, in verifyIn, already bool) verifyOut {
@@ -313,8 +327,8 @@ func (s *server) resend(ctx context.Context, c caller, in resendIn) (resendOut, 
 		return resendOut{}, problemResendLimit.retryAfter(reg.ExpiresAt.Sub(s.now())).about(string(reg.ID))
 	}
 	user, err := s.kc.user(ctx, reg.KeycloakID)
-	if err != nil || user.verified() {
-		// Unfinished, deleted, or verified already: settle knows, if Keycloak answers.
+	if err != nil || !user.registers() {
+		// Unfinished, deleted, spoilt, or verified already: settle knows, if Keycloak answers.
 		if !errors.Is(err, errUnavailable) {
 			return resendOut{}, errors.Join(s.settle(ctx, c, reg), problemUnavailable.retryAfter(time.Second).because(err))
 		}
