@@ -920,7 +920,7 @@ func TestAuditEntries(t *testing.T) {
 		w.admin("POST", "/users", body{"username": mail("kim"), "enabled": true, "email": mail("kim"), "emailVerified": true,
 			"credentials": []body{{"type": "password", "value": password}}}, nil)
 	}, registers("kim"), 409, "registration.begin anonymous > reg:kim ok", `registration.cancelled anonymous > reg:kim ok user-exists {"user_id": "USR"}`, "register anonymous > refused user-exists")
-	step("sign-in, known to Keycloak only", nothing, logsIn("kim", password), 200, `user.take_over anonymous > kim ok {"role": "user", "source": "internal", "keycloak": {}, "is_active": true}`, `login kim > kim ok {"session_id": "SES"}`)
+	step("sign-in, known to Keycloak only", nothing, logsIn("kim", password), 200, `user.take_over system:sync > kim ok {"role": "user", "source": "internal", "keycloak": {}, "is_active": true}`, `login kim > kim ok {"session_id": "SES"}`)
 	step("register, refused by Keycloak", nothing, posts(registerPath, body{"email": mail("lee"), "password": "short"}), 400,
 		"registration.begin anonymous > reg:lee ok", `registration.cancelled anonymous > reg:lee ok invalid-request {"user_id": "USR"}`)
 	step("register", nothing, registers("bob"), 201, of("bob", began, created, mailed)...)

@@ -1194,6 +1194,15 @@ func TestSyncRules(t *testing.T) {
 			is(email, "none")
 		}
 	})
+	w.Run("a code for a registration that Keycloak does not have yet", func() {
+		email := newEmail()
+		l := registered(w, email, "")
+		w.admin("DELETE", "/users/"+w.keycloakID(email), nil, nil)
+		w.exec(`update user_registrations set keycloak_id = null, user_id = null, mail_state = 'queued' where email = $1`, email) // R1
+		w.exec(`delete from users where email = $1`, email)
+		w.wants(w.do(typing(email, other(l.Code))), 400, "invalid-code")
+		w.wants(w.do(verifying(w.readMail(email, 2))), 200, "")
+	})
 	w.Run("an address that is not confirmed yet is managed", func() {
 		email, _ := w.signedIn()
 		w.admin("PUT", "/users/"+w.keycloakID(email), body{"email": "new-" + email, "emailVerified": false}, nil)
