@@ -112,6 +112,13 @@ func (st *store) takeLease(ctx context.Context, id registrationID, owner string,
 	return reg, err
 }
 
+// holds says whether the caller still has the lease.
+func (st *store) holds(ctx context.Context, reg registration, now time.Time) (held bool, err error) {
+	err = st.pool.QueryRow(ctx, `select coalesce(lease_owner = $2 and due_at > $3, false) from user_registrations where registration_id = $1`,
+		reg.ID, reg.Lease, now).Scan(&held)
+	return held, storeError(err)
+}
+
 // takeDue leases one registration that the repair loop must look at, due before
 // the loop's start, or returns errNotFound. Instances that ask at the same time get
 // different ones.

@@ -1194,6 +1194,23 @@ func TestSyncRules(t *testing.T) {
 			is(email, "none")
 		}
 	})
+	w.Run("confirmed by another while its mail is sent", func() {
+		email := newEmail()
+		there, release := w.kc.holdAt("^send_mail ", true)
+		got := make(chan answer)
+		go func() { got <- w.do(registering(email, password)) }()
+		<-there
+		w.exec(`update user_registrations set lease_owner = 'another', due_at = 'infinity' where email = $1`, email) // ours has ended
+		confirmed(email, true)
+		release()
+		<-got
+		if fromKeycloak(w.keycloakID(email))["enabled"] != true {
+			w.Error("it was disabled")
+		}
+		w.exec(`update user_registrations set lease_owner = null, due_at = now() where email = $1`, email)
+		w.command("jobs")
+		is(email, "active")
+	})
 	w.Run("a code for a registration that Keycloak does not have yet", func() {
 		email := newEmail()
 		l := registered(w, email, "")

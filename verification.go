@@ -89,11 +89,15 @@ func (s *server) closeMailWindow(ctx context.Context, reg registration) error {
 	defer cancel()
 	var err error
 	for range 2 {
-		var user keycloakUser
-		if user, err = s.kc.user(ctx, reg.KeycloakID); err == nil && !user.verified() {
-			err = s.kc.setEnabled(ctx, reg.KeycloakID, false)
+		if held, lost := s.store.holds(ctx, reg, s.now()); lost != nil || !held { // Keycloak knows whether somebody has
+			var user keycloakUser
+			if user, err = s.kc.user(ctx, reg.KeycloakID); err != nil {
+				continue
+			} else if user.verified() {
+				return nil
+			}
 		}
-		if err == nil {
+		if err = s.kc.setEnabled(ctx, reg.KeycloakID, false); err == nil {
 			return nil
 		}
 	}
