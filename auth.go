@@ -108,7 +108,7 @@ func (s *server) openSession(ctx context.Context, c caller, token *oauth2.Token,
 		row.UserID = u.ID
 		if out.tokens, err = s.rotate(ctx, c, row, u, token.RefreshToken); err != nil { // nobody has its tokens
 			_, ended := s.signOut(ctx, c, u.ID, row.ID, entry{Action: "session.end", Reason: "unfinished"})
-			if asProblem(err).slug() == problemInvalidRefreshToken.slug() { // disabled at this moment
+			if errors.Is(err, problemInvalidRefreshToken) { // disabled at this moment
 				err = problemAccountDisabled.about(string(u.ID))
 			}
 			return loginOut{}, errors.Join(err, ended)

@@ -120,8 +120,8 @@ func attributesOf(u user) map[string][]string {
 		attrNetworkID: {cmp.Or(u.NetworkID, noScope)}, attrStationID: {cmp.Or(u.StationID, noScope)}}
 }
 
-// claims are the attributes that become claims. They go on record: what can't be one of
-// ours may be personal.
+// claims are the attributes that become claims, for the record: what can't be one of ours
+// may be personal.
 func (ku keycloakUser) claims() map[string][]string {
 	claims := map[string][]string{}
 	for name := range attributesOf(user{}) {
@@ -142,7 +142,12 @@ var claimPattern = regexp.MustCompile(`^[A-Za-z0-9_.-]{1,32}$`)
 
 // hasClaims says whether they are what they should be.
 func (ku keycloakUser) hasClaims(u user) bool {
-	return maps.EqualFunc(ku.claims(), attributesOf(u), slices.Equal)
+	for name, values := range attributesOf(u) {
+		if ku.Attributes == nil || !slices.Equal((*ku.Attributes)[name], values) {
+			return false
+		}
+	}
+	return true
 }
 
 // assign gives Keycloak's user our role and scope, in one call, and our names if they were

@@ -98,6 +98,12 @@ func (p problem) Error() string {
 
 func (p problem) Unwrap() error { return p.err }
 
+// Is makes problems of one type the same for errors.Is, whatever they say of the case.
+func (p problem) Is(target error) bool {
+	t, ok := target.(problem)
+	return ok && t.Type == p.Type
+}
+
 func (p problem) slug() string { return strings.TrimPrefix(p.Type, "/problems/") }
 
 // retryAfter tells the client how long to wait.

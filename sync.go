@@ -218,7 +218,7 @@ func (s *server) follow(ctx context.Context, c caller, u syncUser, ku keycloakUs
 	if err == nil && asserted {
 		_, err = s.settleUser(ctx, c, u.ID)
 	}
-	if err == nil && conflict || err != nil && asProblem(err).slug() == problemUserExists.slug() { // taken at this moment
+	if err == nil && conflict || errors.Is(err, problemUserExists) { // taken at this moment
 		err = errConflict
 	}
 	return err
@@ -397,7 +397,7 @@ func (s *server) notTooMany(ctx context.Context, users []string, alive func() er
 // are returned. It ends if Keycloak fails for all.
 func (s *server) eachUser(ctx context.Context, users []string, do func(ctx context.Context, id string) error, alive func() error) (map[string]error, error) {
 	failed := map[string]error{}
-	for before := -1; len(users) > 0 && len(users) != before; {
+	for before := -1; len(users) != before; {
 		before = len(users)
 		var conflicts []string
 		for _, id := range users {
@@ -409,26 +409,24 @@ func (s *server) eachUser(ctx context.Context, users []string, do func(ctx conte
 			if err := alive(); err != nil {
 				return nil, err
 			}
-			switch {
-			case err == nil:
+			if err == nil {
+				delete(failed, id)
 				continue
-			case errors.Is(err, errConflict):
-				conflicts = append(conflicts, id)
-			default:
-				failed[id] = err
-				if _, err := s.list(ctx, 0, 1); err != nil {
-					return nil, err
-				}
-				if err := alive(); err != nil {
-					return nil, err
-				}
 			}
+			failed[id] = err
 			s.log.WarnContext(ctx, "a user is not in step", "keycloak_id", id, "error", err)
+			if errors.Is(err, errConflict) {
+				conflicts = append(conflicts, id)
+				continue
+			}
+			if _, err := s.list(ctx, 0, 1); err != nil {
+				return nil, err
+			}
+			if err := alive(); err != nil {
+				return nil, err
+			}
 		}
 		users = conflicts
-	}
-	for _, id := range users {
-		failed[id] = errConflict
 	}
 	return failed, nil
 }

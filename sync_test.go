@@ -624,7 +624,7 @@ func TestSyncSignIn(t *testing.T) {
 		w.wants(w.login(email, password), 403, "account-setup-required")
 		p := w.person()
 		p.isTold(p.comesBack(p.signsIn(p.begins(app), email)), 403, "Account setup required",
-			problemAccountUnfit.Detail, "/auth/login?return_to="+url.QueryEscape(app))
+			"This account does not fit in here: another one may have its e-mail address or username. Please ask an administrator.", "/auth/login?return_to="+url.QueryEscape(app))
 		w.exec(`update users set email = $1 where email = $2`, other, email)
 		says(email, w.signsIn(email))
 	})
@@ -774,14 +774,15 @@ func TestSyncRuns(t *testing.T) {
 			release()
 			if outage.name == "Keycloak" {
 				ends(a.text("sync_id"))
-			} else {
-				time.Sleep(500 * time.Millisecond)
+			} else if err := w.logs.waitFor(20*time.Second, func(text string) bool { // nobody can say so there
+				return strings.Contains(text, `"the end of a sync is not on record","sync":"`+a.text("sync_id")+`"`)
+			}); err != nil {
+				w.Error(err)
 			}
 			if err := outage.end(); err != nil {
 				w.Fatal(err)
 			}
-			if outage.name == "PostgreSQL" { // nobody could say so: the next one does, when its time is over
-				time.Sleep(time.Second)
+			if outage.name == "PostgreSQL" { // the next one says so, when its time is over
 				w.exec(`update sync_runs set seen_at = now() - interval '61 seconds' where status = 'running'`)
 				w.eventually("the next", 20*time.Second, func() bool { return w.do(start(w, true)).Status != 503 })
 			}
