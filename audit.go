@@ -128,7 +128,7 @@ func (st *store) makeMonths(ctx context.Context, now time.Time) error {
 // auditIn asks for a part of the record.
 type auditIn struct {
 	pageIn
-	Actor   string    `query:"actor" maxLength:"100" example:"USR-V1StGXR8_Z5jdHi6" description:"Who did it: a user, anonymous, system:…, operator:…"`
+	Actor   string    `query:"actor" maxLength:"100" example:"USR-V1StGXR8_Z5jdHi6" description:"Who did it: a user, anonymous, system:…, cli:…"`
 	Target  string    `query:"target" maxLength:"100" example:"USR-V1StGXR8_Z5jdHi6" description:"The id of what was acted on."`
 	Action  string    `query:"action" maxLength:"50" example:"user.update"`
 	Outcome string    `query:"outcome" enum:"ok,refused,failed"`
@@ -140,7 +140,7 @@ type auditIn struct {
 type auditEntry struct {
 	ID        auditID        `json:"audit_id" example:"AUD-V1StGXR8_Z5jdHi6"`
 	At        time.Time      `json:"at"`
-	Actor     string         `json:"actor" example:"USR-V1StGXR8_Z5jdHi6" description:"A user, anonymous, system:…, operator:…"`
+	Actor     string         `json:"actor" example:"USR-V1StGXR8_Z5jdHi6" description:"A user, anonymous, system:…, cli:…"`
 	Action    string         `json:"action" example:"user.update"`
 	Target    string         `json:"target" example:"USR-V1StGXR8_Z5jdHi6"`
 	Outcome   string         `json:"outcome" enum:"ok,refused,failed"`

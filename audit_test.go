@@ -168,85 +168,6 @@ func readme(t testing.TB) string {
 	return string(text)
 }
 
-// formerAudit is the record of versions before partitions.
-const formerAudit = `
-	create table audit_log (
-		audit_id   varchar(32) primary key,
-		at         timestamptz not null,
-		actor      varchar(100) not null,
-		action     varchar(50) not null,
-		target     varchar(100) not null,
-		outcome    varchar(10) not null,
-		reason     varchar(100) not null default '',
-		ip_address varchar(50) not null default '',
-		user_agent text not null default '',
-		request_id varchar(64) not null default '',
-		details    jsonb not null default '{}',
-		constraint valid_outcome check (outcome in ('ok', 'refused', 'failed'))
-	);
-	create index audit_by_time on audit_log (at, audit_id);
-	create index audit_by_target on audit_log (target, at);
-	create index audit_by_actor on audit_log (actor, at);
-	create function audit_log_is_append_only() returns trigger language plpgsql as $$
-	begin
-		raise exception 'audit_log is append-only';
-	end $$;
-	create trigger audit_log_append_only before update or delete or truncate on audit_log
-		for each statement execute function audit_log_is_append_only();
-	create table schema_version (only_row boolean primary key default true check (only_row), sha256 varchar(64) not null, applied_at timestamptz not null);
-	insert into schema_version (sha256, applied_at) values ('an older one', now());`
-
-// A record of versions before partitions is kept, in its order, however long it takes.
-func TestAuditMigration(t *testing.T) {
-	t.Parallel() // a migration takes its time
-	r := emptyRecord(t)
-	r.exec(formerAudit)
-	const rows = 2000
-	// A statement may take longer than one of the service may.
-	r.exec(`create function takes_long() returns event_trigger language plpgsql as $$ begin perform pg_sleep(5.2); end $$;
-		create event trigger takes_long on ddl_command_end when tag in ('CREATE SEQUENCE') execute function takes_long()`)
-	// The later ones come first, as rows may lie anywhere in a table.
-	r.inOneSession(fmt.Sprintf(`insert into audit_log select 'AUD-' || lpad(i::text, 16, '0'), timestamptz '2025-12-31T21:00:00Z' + i * interval '1 hour',
-		'USR-' || i, 'login', 'USR-' || i, (array['ok', 'refused', 'failed'])[1 + i %% 3], 'reason', '192.0.2.7', 'agent', 'request-' || i, jsonb_build_object('n', i)
-		from generate_series(%d, 1, -1) i`, rows))
-	columns := strings.ReplaceAll(auditColumns, "network_id, ", "")
-	digest := `select count(*) || ' ' || md5(string_agg(concat_ws('|', ` + columns + `), ';' order by at)) from audit_log`
-	before := r.value(digest)
-	if out, err := r.command("migrate"); err != nil {
-		t.Fatalf("%v %s", err, out)
-	}
-	r.exec(`drop event trigger takes_long; drop function takes_long`)
-	for range 2 {
-		if after := r.value(digest); after != before {
-			t.Errorf("%s before, %s after", before, after)
-		}
-		if got := r.value(`select count(*)::text from (select row_number() over (order by at) = row_number() over (order by number) as same from audit_log) o where same`); got != fmt.Sprint(rows) {
-			t.Errorf("%s are where they were", got)
-		}
-		fresh := newRecord(t)
-		const shape = `select regexp_replace(indexdef, 'USING', 'using') from pg_indexes where tablename = 'audit_log'
-			union all select tgname::text from pg_trigger where tgrelid = 'audit_log'::regclass
-			union all select column_name || ' ' || data_type || coalesce(column_default, '') from information_schema.columns where table_name = 'audit_log' order by 1`
-		if diff := cmp.Diff(fresh.list(shape), r.list(shape)); diff != "" {
-			t.Errorf("-a new record +a migrated one\n%s", diff)
-		}
-		if got := r.list(`select relname from pg_class where relname like '%before%'`); got != "" {
-			t.Errorf("%s is left", got)
-		}
-		if out, err := r.command("migrate"); err != nil { // again
-			t.Fatalf("%v %s", err, out)
-		}
-	}
-	if got := r.value(`select string_agg(distinct tableoid::regclass::text, ' ') from audit_log where at < '2026-02-02'`); got != "audit_log_2025_12 audit_log_2026_01 audit_log_2026_02" {
-		t.Error(got)
-	}
-	refuses(t, r.pool, "audit_log is append-only", "delete from audit_log where at < '2026-01-01'", "truncate audit_log_2025_12")
-	r.write(1, time.Now())
-	if got := r.value(`select (max(number) - count(*))::text from audit_log`); got != "0" {
-		t.Errorf("numbers: %s more than entries", got)
-	}
-}
-
 // countedExactly fails unless refusals are on record one by one up to the bounds of each
 // minute, and all others as numbers.
 func (r *record) countedExactly(total int) {
@@ -381,7 +302,7 @@ func TestFloods(t *testing.T) {
 
 // A thousand requests from one address that all fail.
 func TestFloodOfLogins(t *testing.T) {
-	w := newWorld(t, map[string]string{"JOB_INTERVAL": "0"})
+	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0"})
 	v, _ := w.another(nil)
 	r := &record{TB: t, pool: w.pool}
 	const n = 1000
@@ -399,7 +320,7 @@ func TestFloodOfLogins(t *testing.T) {
 	if answers["401 invalid-credentials"] <= refusalsOfOne || answers["429 too-many-requests"] < n/2 || answers["401 invalid-credentials"]+answers["429 too-many-requests"] != n {
 		t.Errorf("answers: %v", answers)
 	}
-	s := idle(t, slog.New(slog.DiscardHandler), map[string]string{"DATABASE_URL": w.env["DATABASE_URL"]})
+	s := idle(t, slog.New(slog.DiscardHandler), map[string]string{"DATABASE_URL": w.vars["DATABASE_URL"]})
 	r.must(s.store.endFloods(t.Context(), time.Now().Add(2*time.Minute)))
 	r.countedExactly(n)
 	if got := r.value(`select (count(*) <= 3 * 2 * ($1 + 1))::text from audit_log where outcome = 'refused'`, refusalsOfOne); got != "true" { // of two kinds, in three minutes at most
@@ -424,7 +345,7 @@ func TestProductionRoles(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { // the last: the world needs its database until it has ended
+	t.Cleanup(func() { // the last: the env needs its database until it has ended
 		schemaSQL = former
 		if err := services.DropDatabase(context.Background(), db); err != nil {
 			t.Error(err)
@@ -494,7 +415,7 @@ func TestProductionRoles(t *testing.T) {
 	migrate()
 
 	// The whole way, with all jobs.
-	w := newWorld(t, map[string]string{"DATABASE_URL": serviceURL})
+	w := newEnv(t, map[string]string{"DATABASE_URL": serviceURL})
 	w.pool.Close()
 	if w.pool, err = pgxpool.New(t.Context(), services.DatabaseURL(db)); err != nil {
 		t.Fatal(err)
@@ -563,29 +484,29 @@ func TestProductionRoles(t *testing.T) {
 }
 
 // operate runs a subcommand as an operator does, beside the service.
-func (w *world) operate(args ...string) (string, error) {
+func (w *env) operate(args ...string) (string, error) {
 	var out bytes.Buffer
-	env := maps.Clone(w.env)
+	env := maps.Clone(w.vars)
 	env["USER"] = "tester"
 	err := run(w.Context(), args, func(name string) string { return env[name] }, &out, w.logs)
 	return out.String(), err
 }
 
 // patched changes a user by another's token.
-func (w *world) patched(by answer, email string, change body) answer {
+func (w *env) patched(by answer, email string, change body) answer {
 	w.Helper()
 	r := authorized(by.text("access_token"), "PATCH", "/api/v1/users/"+w.idOf(email))
 	r.json = change
 	return w.do(r)
 }
 
-func (w *world) idOf(email string) string {
+func (w *env) idOf(email string) string {
 	w.Helper()
 	return w.value(`select user_id from users where email = lower($1)`, email)
 }
 
 // appointed signs a new account in whom an administrator has given a role and a scope.
-func (w *world) appointed(by answer, role, network, station string) (email string, a answer) {
+func (w *env) appointed(by answer, role, network, station string) (email string, a answer) {
 	w.Helper()
 	email = newEmail()
 	w.account(email)
@@ -596,7 +517,7 @@ func (w *world) appointed(by answer, role, network, station string) (email strin
 const auditPath = "/api/v1/audit"
 
 // trail is the ids of the entries on a page, and the cursor of the next one.
-func (w *world) trail(who answer, query url.Values) (ids []string, next string) {
+func (w *env) trail(who answer, query url.Values) (ids []string, next string) {
 	w.Helper()
 	a := w.as(who, "GET", auditPath+"?"+query.Encode())
 	w.wants(a, 200, "")
@@ -607,7 +528,7 @@ func (w *world) trail(who answer, query url.Values) (ids []string, next string) 
 }
 
 func TestAuditTrail(t *testing.T) {
-	w := newWorld(t, map[string]string{"JOB_INTERVAL": "0"}) // nothing is recorded but what is asked for here
+	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0"}) // nothing is recorded but what is asked for here
 	root := newEmail()
 	w.account(root)
 	if out, err := w.operate("grant-admin", root); err != nil {
@@ -692,7 +613,7 @@ func TestAuditTrail(t *testing.T) {
 	}
 	elsewhere := moved.In(time.FixedZone("", -5*3600)).Format(time.RFC3339Nano)
 	seen := map[int]int{}
-	for _, actor := range []string{"", w.idOf(root), "anonymous", "operator:tester", "USR-nobody"} {
+	for _, actor := range []string{"", w.idOf(root), "anonymous", "cli:tester", "USR-nobody"} {
 		for _, target := range []string{"", w.idOf(ada)} {
 			for _, action := range []string{"", "user.update", "login"} {
 				for _, outcome := range []string{"", "ok", "refused", "failed"} {
@@ -779,7 +700,7 @@ func TestAuditTrail(t *testing.T) {
 // TestAuditEntries does one of everything, and looks at what is on record of it: exactly
 // that, and from whom it came.
 func TestAuditEntries(t *testing.T) {
-	w := newWorld(t, map[string]string{"RESEND_LIMIT": "3", "CORS_ALLOWED_ORIGINS": app})
+	w := newEnv(t, map[string]string{"RESEND_LIMIT": "3", "CORS_ALLOWED_ORIGINS": app})
 	w.noEvents() // what is changed in Keycloak here is found by who signs in
 	id := strings.ToLower(gonanoid.MustGenerate("abcdefghijklmnopqrstuvwxyz", 8))
 	mail := func(name string) string { return name + "@" + id + ".test" }
@@ -834,7 +755,7 @@ func TestAuditEntries(t *testing.T) {
 	}
 	cooled := func(name string) { w.minuteLater(mail(name)) }
 	keycloak := func(name string, change body) {
-		w.admin("PUT", "/users/"+w.value(`select keycloak_id from users where email = $1`, mail(name)), change, nil)
+		w.keycloakAdmin("PUT", "/users/"+w.value(`select keycloak_id from users where email = $1`, mail(name)), change, nil)
 	}
 	const began, created, mailed = "registration.begin anonymous > reg:%s ok", `user.create anonymous > %s ok {"role": "user", "source": "web", "registration_id": "reg:%[1]s"}`, "registration.mail anonymous > reg:%s ok"
 	of := func(name string, formats ...string) (want []string) {
@@ -917,7 +838,7 @@ func TestAuditEntries(t *testing.T) {
 	step("register, no JSON", nothing, func() call { return call{method: "POST", path: registerPath, body: "{}"} }, 415, "register anonymous > refused unsupported-media-type")
 	step("register, too large", nothing, posts(registerPath, body{"email": strings.Repeat("x", maxBody)}), 413, "register anonymous > refused payload-too-large")
 	step("register, known to Keycloak", func() {
-		w.admin("POST", "/users", body{"username": mail("kim"), "enabled": true, "email": mail("kim"), "emailVerified": true,
+		w.keycloakAdmin("POST", "/users", body{"username": mail("kim"), "enabled": true, "email": mail("kim"), "emailVerified": true,
 			"credentials": []body{{"type": "password", "value": password}}}, nil)
 	}, registers("kim"), 409, "registration.begin anonymous > reg:kim ok", `registration.cancelled anonymous > reg:kim ok user-exists {"user_id": "USR"}`, "register anonymous > refused user-exists")
 	step("sign-in, known to Keycloak only", nothing, logsIn("kim", password), 200, `user.take_over system:sync > kim ok {"role": "user", "source": "internal", "keycloak": {}, "is_active": true}`, `login kim > kim ok {"session_id": "SES"}`)
@@ -982,10 +903,10 @@ func TestAuditEntries(t *testing.T) {
 	out := func() call { return loggingOut(tokens["ada"].text("refresh_token")) }
 	step("logout", nothing, out, 204, `logout ada > ada ok logout {"sessions": ["SES"]}`)
 	step("logout again", nothing, out, 204)
-	step("sessions, withdrawn token: a GET", func() {
-		w.eventually("withdrawn", 5*time.Second, func() bool { return w.as(tokens["ada"], "GET", sessionsPath).Status == 401 })
+	step("sessions, revoked token: a GET", func() {
+		w.eventually("revoked", 5*time.Second, func() bool { return w.as(tokens["ada"], "GET", sessionsPath).Status == 401 })
 	}, as("ada", "GET", sessionsPath, nil), 401)
-	step("sessions, withdrawn token", nothing, as("ada", "DELETE", sessionsPath, nil), 401, "endSessions anonymous > refused unauthorized")
+	step("sessions, revoked token", nothing, as("ada", "DELETE", sessionsPath, nil), 401, "endSessions anonymous > refused unauthorized")
 	step("ada", nothing, logsIn("ada", password), 200, in)
 	step("own session, another's", nothing, as("ada", "DELETE", sessionsPath+"/SES-0123456789abcdef", nil), 404, "endSession ada > refused not-found")
 	step("own session", nothing, func() call { return as("ada", "DELETE", sessionsPath+"/"+tokens["ada"].text("session_id"), nil)() }, 204,
@@ -994,7 +915,7 @@ func TestAuditEntries(t *testing.T) {
 	step("ada", nothing, logsIn("ada", password), 200, in)
 	step("own sessions", nothing, as("ada", "DELETE", sessionsPath, nil), 204, `session.end ada > ada ok own {"sessions": ["SES", "SES"]}`)
 	step("ada", nothing, logsIn("ada", password), 200, in)
-	w.admin("DELETE", "/sessions/"+w.sid(tokens["ada"]), nil, nil)
+	w.keycloakAdmin("DELETE", "/sessions/"+w.sid(tokens["ada"]), nil, nil)
 	w.sessionsDue()
 	session := tokens["ada"].text("session_id")
 	w.eventually("ended in Keycloak", 20*time.Second, func() bool { return entries(`details->'sessions' ? $1`, session) != "" })
@@ -1015,15 +936,15 @@ func TestAuditEntries(t *testing.T) {
 	if _, err := w.operate("grant-admin", mail("nobody")); err == nil {
 		t.Error("nobody is an administrator")
 	}
-	exact("grant-admin", `actor = $1 and (ip_address, user_agent, request_id) = ('', '', '')`, "operator:tester",
-		[]string{`user.grant_admin operator:tester > root ok {"role": {"after": "admin", "before": "user"}}`})
+	exact("grant-admin", `actor = $1 and (ip_address, user_agent, request_id) = ('', '', '')`, "cli:tester",
+		[]string{`user.grant_admin cli:tester > root ok {"role": {"after": "admin", "before": "user"}}`})
 	step("root", nothing, logsIn("root", password), 200, `login root > root ok {"session_id": "SES"}`)
 	invite := body{"email": mail("ina"), "username": "ina-" + id, "role": "operator", "network_id": "NET-1", "station_id": "STA-1"}
 	step("create", nothing, as("root", "POST", "/api/v1/users", invite), 201,
 		`user.create root > ina ok @NET-1 {"role": "operator", "source": "internal", "network_id": "NET-1", "station_id": "STA-1"}`, "user.invite root > ina ok @NET-1")
 	step("create, known", nothing, as("root", "POST", "/api/v1/users", invite), 409, "createUser root > refused user-exists")
 	step("create, refused by Keycloak", func() {
-		w.admin("POST", "/users", body{"username": mail("kay"), "email": mail("kay")}, nil)
+		w.keycloakAdmin("POST", "/users", body{"username": mail("kay"), "email": mail("kay")}, nil)
 	}, as("root", "POST", "/api/v1/users", body{"email": mail("kay"), "network_id": "NET-1"}), 409,
 		`user.create root > USR ok @NET-1 {"role": "user", "source": "internal", "network_id": "NET-1", "station_id": ""}`, "user.remove root > USR ok keycloak @NET-1", "createUser root > refused user-exists")
 	step("create, no token", nothing, posts("/api/v1/users", invite), 401, "createUser anonymous > refused unauthorized")
@@ -1079,7 +1000,7 @@ func TestAuditEntries(t *testing.T) {
 	if said, err := w.operate("audit", "verify"); err != nil {
 		t.Errorf("%v %s", err, said)
 	}
-	exact("audit verify", `action = $1`, "audit.verify", []string{`audit.verify operator:tester > ok ` + w.value(`select details::text from audit_log where action = 'audit.verify'`)})
+	exact("audit verify", `action = $1`, "audit.verify", []string{`audit.verify cli:tester > ok ` + w.value(`select details::text from audit_log where action = 'audit.verify'`)})
 	if got := w.value(`select count(*)::text from audit_log`); got != fmt.Sprint(lines) { // and nothing else has happened
 		t.Errorf("%s entries, %d were looked at", got, lines)
 	}

@@ -22,8 +22,8 @@ import (
 
 // loginLimit bounds the attempts on one account, from wherever they come. Keycloak
 // locks an account after wrong passwords; this keeps the guessing away from it.
-func loginLimit(login string) limit {
-	return limit{"login:" + tokenHash(strings.ToLower(login)), 20, time.Minute, problemTooManyRequests}
+func loginLimit(login string) rateLimit {
+	return rateLimit{"login:" + tokenHash(strings.ToLower(login)), 20, time.Minute, problemTooManyRequests}
 }
 
 type loginIn struct {
@@ -33,7 +33,7 @@ type loginIn struct {
 }
 
 type loginOut struct {
-	tokens
+	tokenResponse
 	User loginUser `json:"user"`
 }
 
@@ -86,16 +86,16 @@ func (s *server) openSession(ctx context.Context, c caller, token *oauth2.Token,
 		}
 	}()
 	if nonce != "" {
-		if err := s.tokens.idToken(ctx, token, nonce); errors.Is(err, errUnavailable) {
+		if err := s.verifier.idToken(ctx, token, nonce); errors.Is(err, errUnavailable) {
 			return loginOut{}, err
 		} else if err != nil {
-			return loginOut{}, problemSignInIncomplete.because(err)
+			return loginOut{}, problemSignInIncomplete.withCause(err)
 		}
 	}
 	if token.RefreshToken == "" {
 		return loginOut{}, errors.New("keycloak issues no refresh tokens; see the client's setting \"use refresh tokens\"")
 	}
-	out = loginOut{tokens: tokensOf(token, newSessionID())}
+	out = loginOut{tokenResponse: newTokenResponse(token, newSessionID())}
 	row := session{ID: out.SessionID, KeycloakID: claims.SessionID,
 		ExpiresAt: s.now().Add(time.Duration(out.RefreshExpiresIn) * time.Second)}
 	u, err := s.store.addSession(ctx, c, claims.Subject, row, tokenHash(out.RefreshToken), s.now())
@@ -104,12 +104,12 @@ func (s *server) openSession(ctx context.Context, c caller, token *oauth2.Token,
 			u, err = s.store.addSession(ctx, c, claims.Subject, row, tokenHash(out.RefreshToken), s.now())
 		}
 	}
-	if err == nil && !claims.say(u) {
+	if err == nil && !claims.match(u) {
 		row.UserID = u.ID
-		if out.tokens, err = s.rotate(ctx, c, row, u, token.RefreshToken); err != nil { // nobody has its tokens
+		if out.tokenResponse, err = s.rotate(ctx, c, row, u, token.RefreshToken); err != nil { // nobody has its tokens
 			_, ended := s.signOut(ctx, c, u.ID, row.ID, entry{Action: "session.end", Reason: "unfinished"})
 			if errors.Is(err, problemInvalidRefreshToken) { // disabled at this moment
-				err = problemAccountDisabled.about(string(u.ID))
+				err = problemAccountDisabled.withTarget(string(u.ID))
 			}
 			return loginOut{}, errors.Join(err, ended)
 		}
@@ -140,13 +140,13 @@ func (s *server) accountOf(ctx context.Context, c caller, subject string) (user,
 	case err != nil:
 		return u, err
 	case !u.IsActive:
-		return u, problemAccountDisabled.about(string(u.ID)) // the stricter store wins
+		return u, problemAccountDisabled.withTarget(string(u.ID)) // the stricter store wins
 	case u.IsVerified:
 		return u, nil
 	case u.Source == sourceInternal:
 		return u, s.store.confirmUser(ctx, c, u.ID, s.now())
 	}
-	return u, problemAccountNotVerified.about(string(u.ID))
+	return u, problemAccountNotVerified.withTarget(string(u.ID))
 }
 
 // loginError says why Keycloak has let nobody in. An account that waits for its
@@ -161,16 +161,16 @@ func (s *server) loginError(ctx context.Context, name string, err error) error {
 	if lookup != nil {
 		return lookup
 	} else if wrong {
-		return problemInvalidCredentials.about(account)
+		return problemInvalidCredentials.withTarget(account)
 	}
 	reg, lookup := s.store.registrationByLogin(ctx, name)
 	if lookup == nil {
-		return problemAccountNotVerified.about(string(reg.ID))
+		return problemAccountNotVerified.withTarget(string(reg.ID))
 	} else if !errors.Is(lookup, errNotFound) {
 		return lookup
 	}
 	if errors.Is(err, errAccountDisabled) {
-		return problemAccountDisabled.about(account)
+		return problemAccountDisabled.withTarget(account)
 	}
 	u, lookup := s.kc.userByLogin(ctx, name)
 	if lookup != nil {
@@ -181,7 +181,7 @@ func (s *server) loginError(ctx context.Context, name string, err error) error {
 
 // setupRequired says what Keycloak still wants from a person whose password is right.
 func setupRequired(u keycloakUser) problem {
-	p := problemAccountSetupRequired.about(u.attribute(attrUserID))
+	p := problemAccountSetupRequired.withTarget(u.attribute(attrUserID))
 	sentences := map[string]string{
 		"UPDATE_PASSWORD":                "A new password has to be chosen first. Follow the link in your mail, or ask for a new one with \"forgot password\".",
 		"CONFIGURE_TOTP":                 "A one-time-code app has to be set up first. Please sign in on the sign-in server's page.",
@@ -195,11 +195,11 @@ func setupRequired(u keycloakUser) problem {
 	if u.RequiredActions != nil {
 		for _, action := range *u.RequiredActions {
 			if sentence, ok := sentences[action]; ok {
-				return p.saying(sentence)
+				return p.withDetail(sentence)
 			}
 		}
 	}
-	return p.saying("Something has to be set up first. Please sign in on the sign-in server's page.")
+	return p.withDetail("Something has to be set up first. Please sign in on the sign-in server's page.")
 }
 
 // readClaims reads a token that has just come from Keycloak's token endpoint itself;
@@ -242,7 +242,7 @@ const resetLifespan = time.Hour
 // same, and comes as fast, whether there is such an account or not, and when a limit
 // stands against the mail.
 func (s *server) forgotPassword(ctx context.Context, c caller, in forgotIn) (noContent, error) {
-	for _, l := range []limit{{"reset:" + tokenHash(strings.ToLower(in.Email)), 1, s.cfg.ResendCooldown, problemTooManyRequests}, mailsADay(in.Email)} {
+	for _, l := range []rateLimit{{"reset:" + tokenHash(strings.ToLower(in.Email)), 1, s.cfg.ResendCooldown, problemTooManyRequests}, mailsADay(in.Email)} {
 		var limited problem
 		if err := s.store.hit(ctx, l, s.now()); errors.As(err, &limited) {
 			s.recordRefusal(ctx, c, "forgotPassword", limited)
@@ -255,7 +255,7 @@ func (s *server) forgotPassword(ctx context.Context, c caller, in forgotIn) (noC
 		ctx, cancel := detached(ctx, mailTimeout+keycloakTimeout)
 		defer cancel()
 		u, err := s.kc.userByLogin(ctx, in.Email)
-		if errors.Is(err, errNotFound) || err == nil && (!u.enabled() || u.registers()) {
+		if errors.Is(err, errNotFound) || err == nil && (!u.enabled() || u.awaitsVerification()) {
 			return
 		}
 		if err == nil {
@@ -311,7 +311,7 @@ func newSignIn(browser, returnTo string, now time.Time) signIn {
 // resumeSignIn reads the state that Keycloak has sent back. It fails for one of another
 // browser, one that was altered, and one that took too long.
 func resumeSignIn(browser, state string, now time.Time) (signIn, error) {
-	notBegun := problemSignInIncomplete.saying("This sign-in was not begun in this browser.")
+	notBegun := problemSignInIncomplete.withDetail("This sign-in was not begun in this browser.")
 	encoded, mac, _ := strings.Cut(state, ".")
 	if browser == "" || !sameSecret(mac, derive(browser, "state", encoded)) {
 		return signIn{}, notBegun
@@ -323,7 +323,7 @@ func resumeSignIn(browser, state string, now time.Time) (signIn, error) {
 	}
 	ends, err := strconv.ParseInt(parts[1], 10, 64)
 	if err != nil || now.Unix() > ends {
-		return signIn{browser, state, parts[2]}, problemSignInIncomplete.saying("This sign-in took too long.")
+		return signIn{browser, state, parts[2]}, problemSignInIncomplete.withDetail("This sign-in took too long.")
 	}
 	return signIn{browser, state, parts[2]}, nil
 }
@@ -368,7 +368,7 @@ func (s *server) browserOf(r *http.Request) string {
 func (s *server) signInPage(_ context.Context, _ caller, r *http.Request) (view, error) {
 	returnTo := cmp.Or(r.FormValue("return_to"), afterSignIn)
 	if _, ok := returnURL(returnTo, origin(s.cfg.PublicURL), s.cfg.CORSOrigins); !ok {
-		return view{}, problemInvalidRequest.saying("return_to must be a path of this site or begin with an origin that is allowed.")
+		return view{}, problemInvalidRequest.withDetail("return_to must be a path of this site or begin with an origin that is allowed.")
 	}
 	flow := newSignIn(cmp.Or(s.browserOf(r), newToken()), returnTo, s.now())
 	return view{Status: http.StatusSeeOther,
@@ -386,8 +386,8 @@ func (s *server) callbackPage(ctx context.Context, c caller, r *http.Request) (v
 	defer cancel()
 	flow, err := resumeSignIn(s.browserOf(r), r.FormValue("state"), s.now()) // L0
 	if err == nil {
-		used := problemSignInIncomplete.saying("This sign-in is over already. Perhaps the page was loaded twice.")
-		err = s.store.hit(ctx, limit{"sign-in:" + tokenHash(flow.state), 1, 2 * signInTime, used}, s.now())
+		used := problemSignInIncomplete.withDetail("This sign-in is over already. Perhaps the page was loaded twice.")
+		err = s.store.hit(ctx, rateLimit{"sign-in:" + tokenHash(flow.state), 1, 2 * signInTime, used}, s.now())
 	}
 	if err != nil {
 		return view{}, signInAgain(flow, err)
@@ -407,15 +407,15 @@ func (s *server) callbackPage(ctx context.Context, c caller, r *http.Request) (v
 func (s *server) finishSignIn(ctx context.Context, c caller, r *http.Request, flow signIn) (loginOut, error) {
 	switch code := r.FormValue("error"); {
 	case code == "access_denied":
-		return loginOut{}, problemSignInIncomplete.saying("The sign-in was cancelled.")
+		return loginOut{}, problemSignInIncomplete.withDetail("The sign-in was cancelled.")
 	case code != "": // temporarily_unavailable: the page was open for too long
-		return loginOut{}, problemSignInIncomplete.because(errors.New("keycloak answers with an error"))
-	case r.FormValue("code") == "", r.FormValue("iss") != s.tokens.issuer:
-		return loginOut{}, problemSignInIncomplete.because(errors.New("the answer comes from another issuer"))
+		return loginOut{}, problemSignInIncomplete.withCause(errors.New("keycloak answers with an error"))
+	case r.FormValue("code") == "", r.FormValue("iss") != s.verifier.issuer:
+		return loginOut{}, problemSignInIncomplete.withCause(errors.New("the answer comes from another issuer"))
 	}
 	token, err := s.kc.redeem(ctx, r.FormValue("code"), derive(flow.browser, "verifier", flow.state)) // L1
 	if errors.Is(err, errInvalidGrant) {
-		return loginOut{}, problemSignInIncomplete.because(err)
+		return loginOut{}, problemSignInIncomplete.withCause(err)
 	} else if err != nil {
 		return loginOut{}, err
 	}

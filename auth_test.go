@@ -14,7 +14,7 @@ import (
 )
 
 // member is an account with a username, verified, and its id in Keycloak.
-func (w *world) member() (email, username, id string) {
+func (w *env) member() (email, username, id string) {
 	w.Helper()
 	email = newEmail()
 	username = "m-" + email[:10]
@@ -24,7 +24,7 @@ func (w *world) member() (email, username, id string) {
 }
 
 func TestLogin(t *testing.T) {
-	w := inSharedWorld(t)
+	w := sharedEnv(t)
 	email, username, id := w.member()
 	for _, b := range []body{{"email": email}, {"username": username}, {"email": strings.ToUpper(email)}, {"username": email}, {"username": strings.ToUpper(username)}} {
 		b["password"] = password
@@ -49,7 +49,7 @@ func TestLogin(t *testing.T) {
 			t.Errorf("iat %v, exp %v", iat, exp)
 		}
 		wantClaims := map[string]any{"sub": id, "user_id": userID, "roles": []any{"user"}, "network_id": "X", "station_id": "X",
-			"iss": w.env["KEYCLOAK_PUBLIC_URL"] + "/realms/" + w.realm, "typ": "Bearer", "azp": "auth-client", "aud": "auth-client"}
+			"iss": w.vars["KEYCLOAK_PUBLIC_URL"] + "/realms/" + w.realm, "typ": "Bearer", "azp": "auth-client", "aud": "auth-client"}
 		for name, want := range wantClaims {
 			if diff := cmp.Diff(want, claims[name]); diff != "" {
 				t.Errorf("claim %s: %s", name, diff)
@@ -91,10 +91,10 @@ func lasts(seconds any, want float64) bool {
 
 // What Keycloak and PostgreSQL may say about somebody who wants to sign in.
 func TestLoginRefused(t *testing.T) {
-	w := newWorld(t, nil)
+	w := newEnv(t, nil)
 	w.noEvents() // they would spread what is changed on one side
 	email, username, id := w.member()
-	user := func(change body) { w.admin("PUT", "/users/"+id, change, nil) }
+	user := func(change body) { w.keycloakAdmin("PUT", "/users/"+id, change, nil) }
 	const wrong = "a wrong password"
 	w.secrets.add(wrong)
 	here := func(set string) { w.exec(`update users set `+set+` where email = $1`, email) }
@@ -130,10 +130,10 @@ func TestLoginRefused(t *testing.T) {
 			w.eventually("locked", 20*time.Second, func() bool { // Keycloak counts a moment later
 				w.post(loginPath, body{"username": username, "password": wrong}) // not the e-mail address: its own limit here is used up
 				var status struct{ Disabled bool }
-				w.admin("GET", "/attack-detection/brute-force/users/"+id, nil, &status)
+				w.keycloakAdmin("GET", "/attack-detection/brute-force/users/"+id, nil, &status)
 				return status.Disabled
 			})
-		}, username, password, 401, "invalid-credentials", "", func() { w.admin("DELETE", "/attack-detection/brute-force/users/"+id, nil, nil) }},
+		}, username, password, 401, "invalid-credentials", "", func() { w.keycloakAdmin("DELETE", "/attack-detection/brute-force/users/"+id, nil, nil) }},
 		{"unlocked", nobody, username, password, 200, "", "", nobody},
 		{"pending", func() {
 			w.wants(w.post(registerPath, body{"email": "p" + email, "username": "p" + username, "password": password}), 201, "")
@@ -141,7 +141,7 @@ func TestLoginRefused(t *testing.T) {
 		{"pending, by username", nobody, strings.ToUpper("p" + username), password, 403, "account-not-verified", "", nobody},
 		{"pending, in capitals", nobody, strings.ToUpper("p" + email), password, 403, "account-not-verified", "", nobody},
 		{"only in Keycloak", func() {
-			w.admin("POST", "/users", body{"username": "k" + username, "enabled": true, "email": "k" + email, "emailVerified": true,
+			w.keycloakAdmin("POST", "/users", body{"username": "k" + username, "enabled": true, "email": "k" + email, "emailVerified": true,
 				"credentials": []body{{"type": "password", "value": password}}}, nil)
 		}, "k" + username, password, 200, "", "", nobody},
 	} {
@@ -167,13 +167,13 @@ func TestLoginRefused(t *testing.T) {
 	}
 	// Whoever got no tokens has no session, in Keycloak as little as here.
 	var users []seenUser
-	w.admin("GET", "/users?search=*"+username+"*", nil, &users)
+	w.keycloakAdmin("GET", "/users?search=*"+username+"*", nil, &users)
 	if len(users) != 3 { // the member, the pending one, the one that only Keycloak has
 		t.Errorf("Keycloak has %v", users)
 	}
 	for _, u := range users {
 		var sessions []any
-		w.admin("GET", "/users/"+u.ID+"/sessions", nil, &sessions)
+		w.keycloakAdmin("GET", "/users/"+u.ID+"/sessions", nil, &sessions)
 		if here := w.value(`select count(*)::text from sessions s join users using (user_id) where keycloak_id = $1`, u.ID); here != fmt.Sprint(len(sessions)) {
 			t.Errorf("%s: %d sessions in Keycloak, %s here", u.Username, len(sessions), here)
 		}
@@ -182,7 +182,7 @@ func TestLoginRefused(t *testing.T) {
 
 // Guessing is slowed down per account, whoever guesses; others are not touched.
 func TestLoginLimit(t *testing.T) {
-	w := inSharedWorld(t)
+	w := sharedEnv(t)
 	email, _, _ := w.member()
 	w.exec(`insert into rate_limits (key, hits, resets_at) values ($1, 19, now() + interval '30 seconds')`, loginLimit(email).Key)
 	w.wants(w.login(strings.ToUpper(email), "a wrong password"), 401, "invalid-credentials")

@@ -60,11 +60,11 @@ func inTurn(b *testing.B, ours, bare func(i int)) {
 
 // bare calls Keycloak as the service account, with nothing around it.
 type bareKeycloak struct {
-	w     *world
+	w     *env
 	token string
 }
 
-func (w *world) bare() *bareKeycloak {
+func (w *env) bare() *bareKeycloak {
 	k := &bareKeycloak{w: w}
 	body, _ := k.call("POST", "/realms/"+w.realm+"/protocol/openid-connect/token", url.Values{"grant_type": {"client_credentials"},
 		"client_id": {"backend-admin"}, "client_secret": {backendSecret}}.Encode(), "application/x-www-form-urlencoded")
@@ -99,8 +99,8 @@ func (k *bareKeycloak) call(method, path, body, contentType string) ([]byte, htt
 	return answer, resp.Header
 }
 
-func benchWorld(b *testing.B) *world {
-	w := newWorld(b, map[string]string{"KEYCLOAK_URL": services.KeycloakURL, "JOB_INTERVAL": "30s", "LOG_LEVEL": "info"})
+func benchWorld(b *testing.B) *env {
+	w := newEnv(b, map[string]string{"KEYCLOAK_URL": services.KeycloakURL, "JOB_INTERVAL": "30s", "LOG_LEVEL": "info"})
 	w.quick = true // the answers are not what is measured here
 	b.Cleanup(w.straysDie)
 	return w
@@ -126,7 +126,7 @@ func BenchmarkRegister(b *testing.B) {
 }
 
 // grant asks Keycloak's token endpoint itself, by the same client as do.
-func (w *world) grant(form url.Values) answer {
+func (w *env) grant(form url.Values) answer {
 	form.Set("client_id", "auth-client")
 	form.Set("scope", "openid")
 	a, err := w.send(services.KeycloakURL, call{method: "POST", path: "/realms/" + w.realm + "/protocol/openid-connect/token", form: form})
@@ -310,7 +310,7 @@ func BenchmarkSync(b *testing.B) {
 		b.Skip("-sync-users says with how many")
 	}
 	s := newSeeds()
-	w := uncheckedWorld(b, map[string]string{"KEYCLOAK_URL": services.KeycloakURL, "JOB_INTERVAL": "0", "LOG_LEVEL": "info"}, s.inKeycloak(0, *syncUsers)...)
+	w := uncheckedEnv(b, map[string]string{"KEYCLOAK_URL": services.KeycloakURL, "JOB_INTERVAL": "0", "LOG_LEVEL": "info"}, s.inKeycloak(0, *syncUsers)...)
 	s.here(w, 0, *syncUsers)
 	w.exec(`analyze users`)
 	binary := filepath.Join(b.TempDir(), "auth-service")
@@ -335,7 +335,7 @@ func BenchmarkSync(b *testing.B) {
 	memory := 0
 	inTurn(b, func(int) {
 		cmd := exec.Command(binary, "sync", "-dry-run")
-		for name, value := range w.env {
+		for name, value := range w.vars {
 			cmd.Env = append(cmd.Env, name+"="+value)
 		}
 		out := new(buffer)

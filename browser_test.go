@@ -42,7 +42,7 @@ func TestBrowser(t *testing.T) {
 	elsewhere := httptest.NewUnstartedServer(nil)
 	_, otherPort, _ := net.SplitHostPort(elsewhere.Listener.Addr().String())
 	frontend := "http://localhost:" + otherPort
-	w := newWorld(t, map[string]string{"SERVER_PORT": port, "PUBLIC_URL": "http://localhost:" + port, "CORS_ALLOWED_ORIGINS": frontend})
+	w := newEnv(t, map[string]string{"SERVER_PORT": port, "PUBLIC_URL": "http://localhost:" + port, "CORS_ALLOWED_ORIGINS": frontend})
 	chrome := startChromium(t)
 	elsewhere.Config.Handler = w.otherSite()
 	elsewhere.Start()
@@ -53,18 +53,18 @@ func TestBrowser(t *testing.T) {
 		name, language string
 		walk           func(*browser)
 	}{
-		{"WithPassword", "en", walkWithPassword}, {"WithoutPassword", "en", walkWithoutPassword}, {"German", "de", walkGerman},
-		{"Code", "en", walkCode}, {"Resend", "en", walkResend},
-		{"Cancel", "en", walkCancel}, {"Expired", "en", walkExpired}, {"Mistakes", "en", walkMistakes},
-		{"Unavailable", "en", walkUnavailable}, {"Elsewhere", "en", walkElsewhere}, {"SwaggerUI", "en", walkSwaggerUI},
-		{"Frontend", "en", walkFrontend}, {"SignInMistakes", "en", walkSignInMistakes}, {"SignInMistakesInGerman", "de", walkSignInMistakes},
-		{"Samples", "en", walkSamples}, {"SamplesInGerman", "de", walkSamples},
+		{"WithPassword", "en", scenarioWithPassword}, {"WithoutPassword", "en", scenarioWithoutPassword}, {"German", "de", scenarioGerman},
+		{"Code", "en", scenarioCode}, {"Resend", "en", scenarioResend},
+		{"Cancel", "en", scenarioCancel}, {"Expired", "en", scenarioExpired}, {"Mistakes", "en", scenarioMistakes},
+		{"Unavailable", "en", scenarioUnavailable}, {"Elsewhere", "en", scenarioElsewhere}, {"SwaggerUI", "en", scenarioSwaggerUI},
+		{"Frontend", "en", scenarioFrontend}, {"SignInMistakes", "en", scenarioSignInMistakes}, {"SignInMistakesInGerman", "de", scenarioSignInMistakes},
+		{"Samples", "en", scenarioSamples}, {"SamplesInGerman", "de", scenarioSamples},
 	} {
 		t.Run(walk.name, func(t *testing.T) {
 			if strings.HasPrefix(walk.name, "Samples") {
 				t.Parallel() // they don't meet the service
 			}
-			b := &browser{world: new(*w), elsewhere: elsewhere.URL, frontend: frontend, language: walk.language, audited: audited}
+			b := &browser{env: new(*w), elsewhere: elsewhere.URL, frontend: frontend, language: walk.language, audited: audited}
 			b.TB = t
 			b.openTab(chrome)
 			walk.walk(b)
@@ -114,7 +114,7 @@ func (b *browser) axe() string {
 
 // otherSite is everything that is not the service: the person's mail reader, a
 // site with a form that is sent to the service, a frontend, and the samples of the pages.
-func (w *world) otherSite() http.Handler {
+func (w *env) otherSite() http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("/", withSecurityHeaders(false, preview.Handler(nil)))
 	mux.HandleFunc("GET /mail/{to}", func(rw http.ResponseWriter, r *http.Request) {
@@ -124,7 +124,7 @@ func (w *world) otherSite() http.Handler {
 	})
 	mux.HandleFunc("GET /form", func(rw http.ResponseWriter, r *http.Request) {
 		fmt.Fprintf(rw, `<!doctype html><form method="post" action="%s/account/register"><input name="email" value="victim@example.test"><button>Win</button></form>`,
-			w.env["PUBLIC_URL"])
+			w.vars["PUBLIC_URL"])
 	})
 	mux.HandleFunc("GET /app", func(rw http.ResponseWriter, r *http.Request) {
 		fmt.Fprintf(rw, `<!doctype html><title>App</title><h1>App</h1><a href="%[1]s/auth/login?return_to=%[2]s">Sign in</a><script>
@@ -132,14 +132,14 @@ func (w *world) otherSite() http.Handler {
 				const headers = token ? {Authorization: "Bearer " + token} : {}
 				const answer = await fetch("%[1]s/api/v1/auth/" + path, {method, headers, credentials: "include"})
 				return {...await answer.json().catch(() => ({})), status: answer.status}
-			}</script>`, w.env["PUBLIC_URL"], url.QueryEscape("http://"+r.Host+"/app?back"))
+			}</script>`, w.vars["PUBLIC_URL"], url.QueryEscape("http://"+r.Host+"/app?back"))
 	})
 	return mux
 }
 
 // browser is one tab, in which a person uses the service.
 type browser struct {
-	*world
+	*env
 	elsewhere string // address of otherSite
 	frontend  string // its other address: an origin that is allowed
 	language  string
@@ -185,7 +185,7 @@ func evaluate[T any](b *browser, expression string) T {
 func (b *browser) open(url string, status int, heading string, texts ...string) {
 	b.Helper()
 	if strings.HasPrefix(url, "/") {
-		url = b.env["PUBLIC_URL"] + url
+		url = b.vars["PUBLIC_URL"] + url
 	}
 	b.arrive(chromedp.Navigate(url), status, heading, texts...)
 	b.audit("")

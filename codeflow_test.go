@@ -22,25 +22,25 @@ import (
 // app is the origin of a frontend that may use the code flow.
 const app = "https://app.example"
 
-// codeFlowWorld is a world for browsers.
-func codeFlowWorld(t *testing.T) *world {
-	return newWorld(t, map[string]string{"CORS_ALLOWED_ORIGINS": app + ",https://admin.example:8443", "PUBLIC_URL": "http://localhost:3000"})
+// codeFlowEnv is a env for browsers.
+func codeFlowEnv(t *testing.T) *env {
+	return newEnv(t, map[string]string{"CORS_ALLOWED_ORIGINS": app + ",https://admin.example:8443", "PUBLIC_URL": "http://localhost:3000"})
 }
 
 // person has a browser that shows nothing. Cookies are carried by hand: Go's jar keeps
 // Secure ones from http://localhost, browsers don't.
 type person struct {
-	*world
+	*env
 	from    string
 	cookies map[string]*http.Cookie // by name; no two hosts have the same
 }
 
-func (w *world) person() *person { return &person{w, newAddress(), map[string]*http.Cookie{}} }
+func (w *env) person() *person { return &person{w, newAddress(), map[string]*http.Cookie{}} }
 
 // visit follows no redirect. What begins with / or PUBLIC_URL is the service.
 func (p *person) visit(address string, r call) answer {
 	p.Helper()
-	base, path := p.url, strings.TrimPrefix(address, p.env["PUBLIC_URL"])
+	base, path := p.url, strings.TrimPrefix(address, p.vars["PUBLIC_URL"])
 	if rest, ok := strings.CutPrefix(path, services.KeycloakURL); ok {
 		base, path = services.KeycloakURL, rest
 	}
@@ -102,7 +102,7 @@ func (p *person) signsIn(keycloak, login string) url.Values {
 		a = p.visit(html.UnescapeString(string(form[1])), call{method: "POST", form: url.Values{"username": {login}, "password": {password}}})
 	}
 	callback, err := url.Parse(a.Header.Get("Location"))
-	if err != nil || !strings.HasPrefix(callback.String(), p.env["PUBLIC_URL"]+"/auth/callback?") {
+	if err != nil || !strings.HasPrefix(callback.String(), p.vars["PUBLIC_URL"]+"/auth/callback?") {
 		p.Fatalf("Keycloak leads to %q: %v", callback, a)
 	}
 	p.secrets.add(callback.Query().Get("code"), callback.Query().Get("state"))
@@ -140,15 +140,15 @@ func (p *person) isTold(a answer, status int, title, sentence, again string) {
 }
 
 // live is how many sessions an account has, here and in Keycloak.
-func (w *world) live(id string) string {
+func (w *env) live(id string) string {
 	w.Helper()
 	var sessions []any
-	w.admin("GET", "/users/"+id+"/sessions", nil, &sessions)
+	w.keycloakAdmin("GET", "/users/"+id+"/sessions", nil, &sessions)
 	return fmt.Sprintf("%s %d", w.value(`select count(*)::text from sessions join users using (user_id) where keycloak_id = $1 and ended_at is null`, id), len(sessions))
 }
 
 func TestCodeFlow(t *testing.T) {
-	w := codeFlowWorld(t)
+	w := codeFlowEnv(t)
 	email, _, id := w.member()
 	p := w.person()
 	const after = app + "/after?x=1&y=%20#top"
@@ -235,7 +235,7 @@ func derived(state string) string {
 
 // The browser comes back in every way but the right one.
 func TestCodeFlowRefused(t *testing.T) {
-	w := codeFlowWorld(t)
+	w := codeFlowEnv(t)
 	email, username, id := w.member()
 	const (
 		after      = app + "/after?x=1"
@@ -243,7 +243,7 @@ func TestCodeFlowRefused(t *testing.T) {
 		notBegun   = "This sign-in was not begun in this browser."
 		tooLong    = "This sign-in took too long."
 	)
-	w.admin("POST", "/users", body{"username": "k" + username, "enabled": true, "email": "k" + email, "emailVerified": true,
+	w.keycloakAdmin("POST", "/users", body{"username": "k" + username, "enabled": true, "email": "k" + email, "emailVerified": true,
 		"credentials": []body{{"type": "password", "value": password}}}, nil)
 	stranger := w.userID("k" + username) // only Keycloak knows
 	type spoil = func(p *person, q url.Values)
@@ -345,7 +345,7 @@ func TestCodeFlowRefused(t *testing.T) {
 			}
 			for _, user := range []string{id, stranger} {
 				if c.sentence != "" { // Keycloak still knows the browser
-					w.admin("POST", "/users/"+user+"/logout", nil, nil)
+					w.keycloakAdmin("POST", "/users/"+user+"/logout", nil, nil)
 				}
 			}
 		})
@@ -353,17 +353,17 @@ func TestCodeFlowRefused(t *testing.T) {
 }
 
 // userID is Keycloak's id of a user.
-func (w *world) userID(username string) string {
+func (w *env) userID(username string) string {
 	w.Helper()
 	var found []seenUser
-	w.admin("GET", "/users?exact=true&username="+username, nil, &found)
+	w.keycloakAdmin("GET", "/users?exact=true&username="+username, nil, &found)
 	return found[0].ID
 }
 
 // A server is away when the browser comes back. There is a way on, and it works once
 // the outage is over.
 func TestCodeFlowOutages(t *testing.T) {
-	w := codeFlowWorld(t)
+	w := codeFlowEnv(t)
 	email, _, id := w.member()
 	const title, sentence = "Temporarily unavailable", "The service can't do this right now. Nothing is lost; please try again in a moment."
 	const again = "/auth/login?return_to=%2Fafter"
@@ -415,9 +415,9 @@ func TestCodeFlowOutages(t *testing.T) {
 
 // The ID token is of this sign-in, or it counts for nothing.
 func TestIDToken(t *testing.T) {
-	w := codeFlowWorld(t)
+	w := codeFlowEnv(t)
 	email, _, _ := w.member()
-	cfg, err := loadConfig(func(name string) string { return w.env[name] })
+	cfg, err := loadConfig(func(name string) string { return w.vars[name] })
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -492,7 +492,7 @@ var returnTargets = map[string]string{
 }
 
 func TestReturnTo(t *testing.T) {
-	w := inSharedWorld(t)
+	w := sharedEnv(t)
 	v, _ := w.another(map[string]string{"PUBLIC_URL": own, "CORS_ALLOWED_ORIGINS": strings.Join(allowed, ",")})
 	cookie := regexp.MustCompile(`^__Host-sign_in=[\w-]{32}; Path=/; Max-Age=600; HttpOnly; Secure; SameSite=Lax$`) // of https
 	for returnTo, want := range returnTargets {
@@ -513,14 +513,14 @@ func TestReturnTo(t *testing.T) {
 // A person comes back where the longest return_to leads, where none was given, and
 // when its origin is no longer allowed.
 func TestReturned(t *testing.T) {
-	w := codeFlowWorld(t)
+	w := codeFlowEnv(t)
 	email, _, _ := w.member()
 	p := w.person()
 	long := "/" + strings.Repeat("x", maxReturnTo-1)
 	p.isBack(p.comesBack(p.signsIn(p.begins(long), email)), "http://localhost:3000"+long)
 	p.isBack(p.comesBack(p.signsIn(p.begins(""), "")), "http://localhost:3000/account/signed-in")
 	query := p.signsIn(p.begins(app+"/after"), email)
-	p.world, _ = w.another(map[string]string{"CORS_ALLOWED_ORIGINS": "https://admin.example:8443"})
+	p.env, _ = w.another(map[string]string{"CORS_ALLOWED_ORIGINS": "https://admin.example:8443"})
 	p.isBack(p.comesBack(query), "http://localhost:3000/account/signed-in")
 }
 

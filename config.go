@@ -15,7 +15,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/caarlos0/env/v11"
+	envparse "github.com/caarlos0/env/v11"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
@@ -133,11 +133,11 @@ func loadConfig(getenv func(string) string) (config, error) {
 		}
 	}
 
-	var aggregate env.AggregateError
-	if err := env.ParseWithOptions(&cfg, env.Options{Environment: environment}); errors.As(err, &aggregate) {
+	var aggregate envparse.AggregateError
+	if err := envparse.ParseWithOptions(&cfg, envparse.Options{Environment: environment}); errors.As(err, &aggregate) {
 		for _, e := range aggregate.Errors {
-			var missing env.VarIsNotSetError
-			var parse env.ParseError
+			var missing envparse.VarIsNotSetError
+			var parse envparse.ParseError
 			switch {
 			case errors.As(e, &missing):
 				wrong("%s is required", missing.Key)

@@ -20,12 +20,12 @@ type process struct {
 	ended chan error
 }
 
-// spawn starts the binary with the world's environment and settings of its own, and
+// spawn starts the binary with the env's variables and settings of its own, and
 // returns when it takes tokens.
-func (w *world) spawn(binary string, settings map[string]string) *process {
+func (w *env) spawn(binary string, settings map[string]string) *process {
 	w.Helper()
 	p := &process{Cmd: exec.Command(binary), ended: make(chan error, 1)}
-	env := maps.Clone(w.env)
+	env := maps.Clone(w.vars)
 	maps.Copy(env, settings)
 	for name, value := range env {
 		p.Env = append(p.Env, name+"="+value)
@@ -38,14 +38,14 @@ func (w *world) spawn(binary string, settings map[string]string) *process {
 	go func() { p.ended <- p.Wait() }()
 	w.Cleanup(func() { p.Process.Kill() }) // has ended, unless the test has failed
 	p.url = w.listening(logs)
-	if err := logs.waitFor(30*time.Second, func(text string) bool { return strings.Contains(text, "the withdrawals are read") }); err != nil {
+	if err := logs.waitFor(30*time.Second, func(text string) bool { return strings.Contains(text, "the revocations are read") }); err != nil {
 		w.Fatal(err)
 	}
 	return p
 }
 
 // end sends a signal and waits for the process's end.
-func (w *world) end(p *process, signal syscall.Signal) {
+func (w *env) end(p *process, signal syscall.Signal) {
 	w.Helper()
 	p.Process.Signal(signal)
 	select {
@@ -59,7 +59,7 @@ func (w *world) end(p *process, signal syscall.Signal) {
 }
 
 // leasesEnd stands in for the time after which a dead process's lease ends.
-func (w *world) leasesEnd() {
+func (w *env) leasesEnd() {
 	w.Helper()
 	w.exec(`update user_registrations set due_at = now() where lease_owner is not null`)
 	w.exec(`update refresh_tokens set leased_until = now() where leased_until is not null`)
@@ -67,7 +67,7 @@ func (w *world) leasesEnd() {
 }
 
 // latest is the id and state of an address's latest registration.
-func (w *world) latest(email string) (id, status string) {
+func (w *env) latest(email string) (id, status string) {
 	w.Helper()
 	if err := w.pool.QueryRow(w.Context(), `select registration_id, status from user_registrations
 		where lower(email) = lower($1) order by created_at desc limit 1`, email).Scan(&id, &status); err != nil {
@@ -77,7 +77,7 @@ func (w *world) latest(email string) (id, status string) {
 }
 
 // repairs are what the repair loop has put on record for an address.
-func (w *world) repairs(email string) []string {
+func (w *env) repairs(email string) []string {
 	w.Helper()
 	rows, _ := w.pool.Query(w.Context(), `
 		select trim(action || ' ' || reason) from audit_log where actor = 'system:repair' and (target in
@@ -103,19 +103,19 @@ func TestCrash(t *testing.T) {
 		t.Fatalf("%v\n%s", err, out)
 	}
 	// The instance in this process runs no jobs: it answers what is asked besides.
-	w := newWorld(t, map[string]string{"JOB_INTERVAL": "0", "RESEND_COOLDOWN": "1ms"})
+	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0", "RESEND_COOLDOWN": "1ms"})
 
 	const with, without = password, ""
-	verified := func(w *world, email, password string) link { w.account(email); return link{} }
+	verified := func(w *env, email, password string) link { w.account(email); return link{} }
 	register := func(email, password string, _ link) call { return registering(email, password) }
 	verify := func(_, _ string, l link) call { return verifying(l) }
 	cancel := func(_, _ string, l link) call { return cancelling(l) }
 	resend := func(email, _ string, _ link) call { return resending(email) }
 
-	session := func(w *world, email, _ string) link { return w.session(email) }
+	session := func(w *env, email, _ string) link { return w.session(email) }
 	refresh := func(_, _ string, l link) call { return refreshing(l.Token) }
 	logout := func(_, _ string, l link) call { return loggingOut(l.Token) }
-	leaving := func(w *world, email, _ string) link { // while Keycloak is away
+	leaving := func(w *env, email, _ string) link { // while Keycloak is away
 		l := w.session(email)
 		w.kc.on("^end_session ", lost)
 		defer w.kc.on("^end_session ", 0)
@@ -123,8 +123,8 @@ func TestCrash(t *testing.T) {
 		return l
 	}
 
-	boss := w.administrator()
-	manager := func(w *world, _, _ string) link { return link{Key: w.signsIn(boss).text("access_token")} }
+	admin := w.administrator()
+	manager := func(w *env, _, _ string) link { return link{Key: w.signsIn(admin).text("access_token")} }
 	managed := func(method string, in any) func(string, string, link) call {
 		return func(email, _ string, l link) call {
 			if method == "POST" {
@@ -134,17 +134,17 @@ func TestCrash(t *testing.T) {
 		}
 	}
 	invite, assign, remove := managed("POST", nil), managed("PATCH", body{"role": "partner", "network_id": "N2"}), managed("DELETE", nil)
-	invited := func(w *world, email, _ string) link {
-		admin := w.signsIn(boss)
+	invited := func(w *env, email, _ string) link {
+		admin := w.signsIn(admin)
 		return link{Key: admin.text("access_token"), Code: w.invited(admin, email)}
 	}
-	joined := func(w *world, email, _ string) link {
-		admin := w.signsIn(boss)
+	joined := func(w *env, email, _ string) link {
+		admin := w.signsIn(admin)
 		a := w.joined(admin, email)
 		return link{Key: admin.text("access_token"), Code: w.userOf(email), Token: a.text("refresh_token"), URL: a.text("session_id")}
 	}
-	undone := func(at string, before func(*world, string, string) link, do func(string, string, link) call) func(*world, string, string) link {
-		return func(w *world, email, password string) link { // while Keycloak is away
+	undone := func(at string, before func(*env, string, string) link, do func(string, string, link) call) func(*env, string, string) link {
+		return func(w *env, email, password string) link { // while Keycloak is away
 			l := before(w, email, password)
 			w.kc.on("^"+at+" ", lost)
 			defer w.kc.on("^"+at+" ", 0)
@@ -156,29 +156,29 @@ func TestCrash(t *testing.T) {
 	}
 
 	// What must have become of it.
-	isInvited := func(mails int) func(*world, string, string, link) {
-		return func(w *world, email, _ string, _ link) {
+	isInvited := func(mails int) func(*env, string, string, link) {
+		return func(w *env, email, _ string, _ link) {
 			w.agree(w.userOf(email))
 			w.invitations(email, mails)
 		}
 	}
-	isPartner := func(w *world, email, _ string, l link) {
+	isPartner := func(w *env, email, _ string, l link) {
 		w.agree(l.Code)
 		if got := w.value(`select role || network_id from users where user_id = $1`, l.Code); got != "partnerN2" {
 			w.Errorf("it is a %s", got)
 		}
 	}
-	isGone := func(w *world, email, password string, l link) {
+	isGone := func(w *env, email, password string, l link) {
 		w.agree(l.Code)
 		w.ended("user deleted", answer{JSON: body{"session_id": l.URL, "refresh_token": l.Token}})
 		w.wants(w.do(signingIn(email, password)), 403, "account-disabled")
 	}
-	goesOn := func(w *world, _, _ string, l link) {
+	goesOn := func(w *env, _, _ string, l link) {
 		a := w.do(refreshing(l.Token)) // the client tries again
 		w.wants(a, 200, "")
 		w.refreshed(a)
 	}
-	isOver := func(w *world, _, _ string, l link) {
+	isOver := func(w *env, _, _ string, l link) {
 		w.ended("logout", answer{JSON: body{"session_id": l.Code, "refresh_token": l.Token}})
 		w.wants(w.do(loggingOut(l.Token)), 204, "")
 		w.eventually("the loop has done its part", 10*time.Second, func() bool {
@@ -186,7 +186,7 @@ func TestCrash(t *testing.T) {
 			return w.value(`select (due_at is null)::text from sessions where session_id = $1`, l.Code) == "true"
 		})
 	}
-	opens := func(w *world, email, password string, _ link) {
+	opens := func(w *env, email, password string, _ link) {
 		l := w.lastMail(email)
 		w.wants(w.do(typing(email, l.Code)), 200, "") // the newest mail's
 		w.wants(w.do(verifying(l)), 200, "")
@@ -194,8 +194,8 @@ func TestCrash(t *testing.T) {
 			w.wants(w.do(signingIn(email, password)), 200, "")
 		}
 	}
-	is := func(status string) func(*world, string, string, link) {
-		return func(w *world, email, password string, l link) {
+	is := func(status string) func(*env, string, string, link) {
+		return func(w *env, email, password string, l link) {
 			if id, got := w.latest(email); got != status {
 				w.Fatalf("%s is %s, not %s", id, got, status)
 			}
@@ -221,13 +221,13 @@ func TestCrash(t *testing.T) {
 	for _, c := range []struct {
 		window   string
 		password string
-		before   func(w *world, email, password string) link
+		before   func(w *env, email, password string) link
 		do       func(email, password string, l link) call // the process dies in it; nil: in the repair loop
 		at       string                                    // the call to Keycloak at which it dies: before it, or …
 		after    bool                                      // … after it
 		lock     string                                    // or rather when it next wants this table
 		repairs  string                                    // on record, by the loop
-		ends     func(w *world, email, password string, l link)
+		ends     func(w *env, email, password string, l link)
 	}{
 		{"R1, password gone", with, nil, register, "create_user", false, "", "registration.cancelled no_keycloak_user", is("cancelled")},
 		{"R1, no password", without, nil, register, "create_user", false, "", "user.create, registration.mail", opens},
@@ -259,7 +259,7 @@ func TestCrash(t *testing.T) {
 		{"M3", with, registered, resend, "disable_user", false, "", "registration.mail", opens},
 		{"M3, disabled", with, registered, resend, "disable_user", true, "", "registration.mail", opens},
 		{"L1", with, verified, func(email, password string, _ link) call { return signingIn(email, password) }, "token", true, "", "",
-			func(w *world, email, password string, _ link) { w.wants(w.do(signingIn(email, password)), 200, "") }},
+			func(w *env, email, password string, _ link) { w.wants(w.do(signingIn(email, password)), 200, "") }},
 		{"F1", with, session, refresh, "refresh", false, "", "", goesOn},
 		{"F2", with, session, refresh, "refresh", true, "", "", goesOn},
 		{"S1", with, session, logout, "end_session", false, "", "", isOver},
@@ -313,7 +313,7 @@ func TestCrash(t *testing.T) {
 
 // dieAt sends a request to a process of its own and kills that at a point between
 // two writes. Without a request it dies in its repair loop.
-func (w *world) dieAt(binary, at string, after bool, lock string, r call) {
+func (w *env) dieAt(binary, at string, after bool, lock string, r call) {
 	w.Helper()
 	there, release := w.kc.holdAt("^"+at+" ", after)
 	w.Cleanup(release) // not before its client is known to be gone, or the call would be made
@@ -354,8 +354,8 @@ func (w *world) dieAt(binary, at string, after bool, lock string, r call) {
 }
 
 // expiring lets the time of a registration run out.
-func expiring(before func(*world, string, string) link) func(*world, string, string) link {
-	return func(w *world, email, password string) link {
+func expiring(before func(*env, string, string) link) func(*env, string, string) link {
+	return func(w *env, email, password string) link {
 		l := before(w, email, password)
 		w.expire(email)
 		return l

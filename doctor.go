@@ -154,7 +154,7 @@ var rights = map[string]string{
 	"schema_version": "select", "users": "select, insert, update, delete",
 	"user_registrations": "select, insert, update",
 	"sessions":           "select, insert, update", "refresh_tokens": "select, insert, update, delete",
-	"withdrawals": "select, insert, delete", "rate_limits": "select, insert, update, delete",
+	"revocations": "select, insert, delete", "rate_limits": "select, insert, update, delete",
 	"audit_floods": "select, insert, update, delete", "audit_log": "select, insert", "audit_seals": "select, insert",
 	"sync_place": "select, insert, update", "sync_runs": "select, insert, update",
 }

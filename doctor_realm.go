@@ -152,7 +152,7 @@ var realmParts = []realmPart{
 			return err != nil || mayExpire(seconds)
 		}, `Events → Admin events settings: set "Expiration" to a day or more. Sync reads what has happened during an outage.`},
 		{"access token lifespan", func(v realmView) bool { return mayLive(v.Realm.AccessTokenLifespan) },
-			`Tokens: set "Access Token Lifespan" to 5 minutes. Withdrawals are kept for one hour.`},
+			`Tokens: set "Access Token Lifespan" to 5 minutes. Revocations are kept for one hour.`},
 	}},
 	{"required actions", "{realm}/authentication/required-actions", true, func(v *realmView) any { return &v.Actions },
 		"Authentication → Required actions: ", []realmRule{

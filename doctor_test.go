@@ -22,10 +22,10 @@ import (
 
 // doctor runs "doctor -json" with other settings, and returns what it found. Its exit status
 // fits that, and it tells no secret.
-func (w *world) doctor(settings map[string]string, args ...string) []finding {
+func (w *env) doctor(settings map[string]string, args ...string) []finding {
 	w.Helper()
 	var out bytes.Buffer
-	env := maps.Clone(w.env)
+	env := maps.Clone(w.vars)
 	maps.Copy(env, settings)
 	err := run(w.Context(), append([]string{"doctor", "-json"}, args...), func(name string) string { return env[name] }, &out, &out)
 	var findings []finding
@@ -80,7 +80,7 @@ func realmSettings() (all, hidden []string) {
 }
 
 func TestDoctor(t *testing.T) {
-	w := newWorld(t, map[string]string{"JOB_INTERVAL": "0s"})
+	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0s"})
 	admin := asAdmin(t, services.AdminUser, services.AdminPassword)
 	_, hidden := realmSettings()
 	wants := func(findings []finding, wrong, unknown []string) {
@@ -95,7 +95,7 @@ func TestDoctor(t *testing.T) {
 		wants(w.doctor(nil, admin...), nil, nil)
 		wants(w.doctor(nil), nil, hidden)
 		var with, without bytes.Buffer
-		env := func(name string) string { return w.env[name] }
+		env := func(name string) string { return w.vars[name] }
 		if err := run(t.Context(), append([]string{"doctor"}, admin...), env, &with, &with); err != nil {
 			t.Error(err)
 		}
@@ -115,7 +115,7 @@ func TestDoctor(t *testing.T) {
 	})
 
 	var clients []struct{ ID string }
-	w.admin("GET", "/clients?clientId=auth-client", nil, &clients)
+	w.keycloakAdmin("GET", "/clients?clientId=auth-client", nil, &clients)
 	client := "/clients/" + clients[0].ID
 	set := func(path, field string, value any) func() func() {
 		return func() func() { return w.edit(path, func(rep map[string]any) { rep[field] = value }) }
@@ -138,9 +138,9 @@ func TestDoctor(t *testing.T) {
 		return func() func() {
 			models := client + "/protocol-mappers/models"
 			path, was := models+"/"+w.find(models, name), map[string]any{}
-			w.admin("GET", path, nil, &was)
-			w.admin("DELETE", path, nil, nil)
-			return func() { w.admin("POST", models, was, nil) }
+			w.keycloakAdmin("GET", path, nil, &was)
+			w.keycloakAdmin("DELETE", path, nil, nil)
+			return func() { w.keycloakAdmin("POST", models, was, nil) }
 		}
 	}
 	profile := func(change func(attributes []any) []any) func() func() {
@@ -169,13 +169,13 @@ func TestDoctor(t *testing.T) {
 	serviceRole := func(role, method string) func() func() {
 		return func() func() {
 			var account struct{ ID string }
-			w.admin("GET", "/clients/"+w.clientID("backend-admin")+"/service-account-user", nil, &account)
+			w.keycloakAdmin("GET", "/clients/"+w.clientID("backend-admin")+"/service-account-user", nil, &account)
 			realmManagement, known := w.clientID("realm-management"), map[string]any{}
-			w.admin("GET", "/clients/"+realmManagement+"/roles/"+role, nil, &known)
+			w.keycloakAdmin("GET", "/clients/"+realmManagement+"/roles/"+role, nil, &known)
 			path := "/users/" + account.ID + "/role-mappings/clients/" + realmManagement
-			w.admin(method, path, []any{known}, nil)
+			w.keycloakAdmin(method, path, []any{known}, nil)
 			return func() {
-				w.admin(map[string]string{"POST": "DELETE", "DELETE": "POST"}[method], path, []any{known}, nil)
+				w.keycloakAdmin(map[string]string{"POST": "DELETE", "DELETE": "POST"}[method], path, []any{known}, nil)
 			}
 		}
 	}
@@ -246,8 +246,8 @@ func TestDoctor(t *testing.T) {
 		{"the client's algorithm", clientAttribute("access.token.signed.response.alg", "HS256"), "client: access token algorithm"},
 		{"no basic scope", func() func() {
 			path := client + "/default-client-scopes/" + w.find("/client-scopes", "basic")
-			w.admin("DELETE", path, nil, nil)
-			return func() { w.admin("PUT", path, nil, nil) }
+			w.keycloakAdmin("DELETE", path, nil, nil)
+			return func() { w.keycloakAdmin("PUT", path, nil, nil) }
 		}, "client: claim sub"},
 
 		{"no user_id", noMapper("user_id"), "client: claim user_id"},
@@ -316,16 +316,16 @@ func TestDoctor(t *testing.T) {
 }
 
 // edit changes a representation in Keycloak, until it is mended.
-func (w *world) edit(path string, change func(map[string]any)) (mend func()) {
+func (w *env) edit(path string, change func(map[string]any)) (mend func()) {
 	w.Helper()
 	was, is := map[string]any{}, map[string]any{}
-	w.admin("GET", path, nil, &was)
+	w.keycloakAdmin("GET", path, nil, &was)
 	encoded, _ := json.Marshal(was)
 	if err := json.Unmarshal(encoded, &is); err != nil {
 		w.Fatal(err)
 	}
 	change(is)
-	w.admin("PUT", path, is, nil)
+	w.keycloakAdmin("PUT", path, is, nil)
 	return func() {
 		if before, ok := was["attributes"].(map[string]any); ok { // Keycloak keeps those that are not listed
 			for name := range is["attributes"].(map[string]any) {
@@ -340,15 +340,15 @@ func (w *world) edit(path string, change func(map[string]any)) (mend func()) {
 		if is["emailTheme"] != nil && was["emailTheme"] == nil {
 			was["emailTheme"] = ""
 		}
-		w.admin("PUT", path, was, nil)
+		w.keycloakAdmin("PUT", path, was, nil)
 	}
 }
 
 // find is the id of something with a name in a list of Keycloak's.
-func (w *world) find(path, name string) string {
+func (w *env) find(path, name string) string {
 	w.Helper()
 	var list []struct{ ID, Name string }
-	w.admin("GET", path, nil, &list)
+	w.keycloakAdmin("GET", path, nil, &list)
 	for _, e := range list {
 		if e.Name == name {
 			return e.ID
@@ -358,22 +358,22 @@ func (w *world) find(path, name string) string {
 	return ""
 }
 
-func (w *world) clientID(name string) string {
+func (w *env) clientID(name string) string {
 	w.Helper()
 	var list []struct{ ID string }
-	w.admin("GET", "/clients?clientId="+name, nil, &list)
+	w.keycloakAdmin("GET", "/clients?clientId="+name, nil, &list)
 	return list[0].ID
 }
 
 // everything is what both stores hold, but for the time of Keycloak's sign-in events.
-func (w *world) everything() map[string]any {
+func (w *env) everything() map[string]any {
 	w.Helper()
 	all := map[string]any{}
 	for name, path := range map[string]string{"realm": "", "clients": "/clients", "users": "/users?briefRepresentation=false",
 		"profile": "/users/profile", "events": "/events/config", "admin events": "/admin-events", "components": "/components",
 		"sessions": "/client-session-stats"} {
 		var rep any
-		w.admin("GET", path, nil, &rep)
+		w.keycloakAdmin("GET", path, nil, &rep)
 		all[name] = rep
 	}
 	rows, _ := w.pool.Query(w.Context(), `select relname from pg_class where relkind = 'r' and relnamespace = 'public'::regnamespace`)
@@ -394,14 +394,14 @@ func (w *world) everything() map[string]any {
 
 // What the doctor says when a server, a password, an address or a clock is wrong.
 func TestDoctorFaults(t *testing.T) {
-	w := newWorld(t, map[string]string{"JOB_INTERVAL": "0s"})
+	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0s"})
 	all, hidden := realmSettings()
 	admin := asAdmin(t, services.AdminUser, services.AdminPassword)
 	ofPostgreSQL := []string{"PostgreSQL: version", "PostgreSQL: clock", "PostgreSQL: schema", "PostgreSQL: rights", "PostgreSQL: record"}
 	ofToken := []string{"Keycloak: algorithm", "Keycloak: clock", "Keycloak: service account's roles"}
 	ofKeycloak := append([]string{"Keycloak: issuer", "Keycloak: service account"}, ofToken...)
 	database := func(change func(*url.URL)) map[string]string {
-		u, err := url.Parse(w.env["DATABASE_URL"])
+		u, err := url.Parse(w.vars["DATABASE_URL"])
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -466,7 +466,7 @@ func TestDoctorFaults(t *testing.T) {
 		}
 	})
 	w.Run("clocks", func() { // it is ours that is moved, which is the same to both
-		cfg, err := loadConfig(func(name string) string { return w.env[name] })
+		cfg, err := loadConfig(func(name string) string { return w.vars[name] })
 		if err != nil {
 			w.Fatal(err)
 		}
@@ -506,7 +506,7 @@ func TestDoctorFaults(t *testing.T) {
 
 // A role with the rights that schema.sql gives to auth_service, and each of them taken away.
 func TestDoctorRights(t *testing.T) {
-	w := newWorld(t, map[string]string{"JOB_INTERVAL": "0s"})
+	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0s"})
 	role := w.db + "_role"
 	w.exec(`create role ` + role + ` login password 's3cret-role'`)
 	t.Cleanup(func() {
@@ -518,7 +518,7 @@ func TestDoctorRights(t *testing.T) {
 		}
 	})
 	found := func() map[string]finding {
-		u, err := url.Parse(w.env["DATABASE_URL"])
+		u, err := url.Parse(w.vars["DATABASE_URL"])
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -555,8 +555,8 @@ func TestDoctorRights(t *testing.T) {
 		}
 	}
 	w.exec(`revoke usage on sequence audit_numbers from ` + role)
-	w.exec(`revoke delete on withdrawals from ` + role)
-	if diff := cmp.Diff(lacking("delete on withdrawals, usage on audit_numbers"), found()); diff != "" {
+	w.exec(`revoke delete on revocations from ` + role)
+	if diff := cmp.Diff(lacking("delete on revocations, usage on audit_numbers"), found()); diff != "" {
 		t.Error(diff)
 	}
 	w.exec(strings.ReplaceAll(grants, "auth_service", role))

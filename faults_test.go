@@ -29,10 +29,10 @@ const (
 
 func (f fault) String() string { return [...]string{"", "lost", "applied"}[f] }
 
-// gate is a reverse proxy in front of the real Keycloak. Closed, it refuses
+// keycloakProxy is a reverse proxy in front of the real Keycloak. Closed, it refuses
 // connections like a server that is stopped. Patterns are regular expressions for
 // a call's name and request, "send_mail PUT /admin/realms/…": see callName.
-type gate struct {
+type keycloakProxy struct {
 	mu     sync.Mutex
 	addr   string
 	server *http.Server
@@ -55,12 +55,12 @@ type hold struct {
 
 type callKey struct{}
 
-func newGate(target string) (*gate, error) {
+func newKeycloakProxy(target string) (*keycloakProxy, error) {
 	u, err := url.Parse(target)
 	if err != nil {
 		return nil, err
 	}
-	g := &gate{addr: "127.0.0.1:0", faults: map[string]fault{}}
+	g := &keycloakProxy{addr: "127.0.0.1:0", faults: map[string]fault{}}
 	g.proxy = &httputil.ReverseProxy{
 		Rewrite: func(r *httputil.ProxyRequest) {
 			r.SetURL(u)
@@ -79,9 +79,9 @@ func newGate(target string) (*gate, error) {
 	return g, g.open()
 }
 
-func (g *gate) url() string { return "http://" + g.addr }
+func (g *keycloakProxy) url() string { return "http://" + g.addr }
 
-func (g *gate) open() error {
+func (g *keycloakProxy) open() error {
 	l, err := net.Listen("tcp", g.addr)
 	if err != nil {
 		return err
@@ -92,16 +92,16 @@ func (g *gate) open() error {
 	return nil
 }
 
-func (g *gate) close() error { return g.server.Close() }
+func (g *keycloakProxy) close() error { return g.server.Close() }
 
 // on makes a fault of all calls that match, until it is 0 again.
-func (g *gate) on(pattern string, f fault) {
+func (g *keycloakProxy) on(pattern string, f fault) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.faults[pattern] = f
 }
 
-func (g *gate) fault(call string) fault {
+func (g *keycloakProxy) fault(call string) fault {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	for pattern, f := range g.faults {
@@ -113,10 +113,10 @@ func (g *gate) fault(call string) fault {
 }
 
 // count is how often a call was made.
-func (g *gate) count(name string) int { return len(g.times(name)) }
+func (g *keycloakProxy) count(name string) int { return len(g.times(name)) }
 
 // times is when a call was made.
-func (g *gate) times(name string) (times []time.Time) {
+func (g *keycloakProxy) times(name string) (times []time.Time) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	for i, call := range g.calls {
@@ -130,7 +130,7 @@ func (g *gate) times(name string) (times []time.Time) {
 // holdAt stops the next call that matches: before Keycloak sees it, or after it is
 // done and only the answer is missing. There is closed when it has come so far.
 // A call whose client dies meanwhile is dropped.
-func (g *gate) holdAt(pattern string, after bool) (there <-chan struct{}, release func()) {
+func (g *keycloakProxy) holdAt(pattern string, after bool) (there <-chan struct{}, release func()) {
 	h := &hold{pattern, after, make(chan struct{}), make(chan struct{})}
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -139,7 +139,7 @@ func (g *gate) holdAt(pattern string, after bool) (there <-chan struct{}, releas
 }
 
 // wait waits at the first hold that matches; false: the client is gone.
-func (g *gate) wait(ctx context.Context, call string, after bool) bool {
+func (g *keycloakProxy) wait(ctx context.Context, call string, after bool) bool {
 	g.mu.Lock()
 	i := slices.IndexFunc(g.holds, func(h *hold) bool {
 		return h.after == after && regexp.MustCompile(h.pattern).MatchString(call)
@@ -162,7 +162,7 @@ func (g *gate) wait(ctx context.Context, call string, after bool) bool {
 
 // block makes all calls wait, until the returned function is called: a server
 // that hangs.
-func (g *gate) block() (release func()) {
+func (g *keycloakProxy) block() (release func()) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	blocked := make(chan struct{})
@@ -175,7 +175,7 @@ func (g *gate) block() (release func()) {
 	}
 }
 
-func (g *gate) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+func (g *keycloakProxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	body, err := io.ReadAll(r.Body)
 	if err != nil {
 		panic(http.ErrAbortHandler)
@@ -242,8 +242,8 @@ func callName(r *http.Request, body string) string {
 	return "disable_user"
 }
 
-// pipe is a TCP proxy in front of PostgreSQL.
-type pipe struct {
+// postgresProxy is a TCP proxy in front of PostgreSQL.
+type postgresProxy struct {
 	addr, target string
 	mu           sync.Mutex
 	listener     net.Listener
@@ -252,12 +252,12 @@ type pipe struct {
 	holes        []*sync.RWMutex
 }
 
-func newPipe(target string) (*pipe, error) {
-	p := &pipe{addr: "127.0.0.1:0", target: target, hole: new(sync.RWMutex)}
+func newPostgresProxy(target string) (*postgresProxy, error) {
+	p := &postgresProxy{addr: "127.0.0.1:0", target: target, hole: new(sync.RWMutex)}
 	return p, p.open()
 }
 
-func (p *pipe) open() error {
+func (p *postgresProxy) open() error {
 	l, err := net.Listen("tcp", p.addr)
 	if err != nil {
 		return err
@@ -275,7 +275,7 @@ func (p *pipe) open() error {
 	return nil
 }
 
-func (p *pipe) carry(conn net.Conn) {
+func (p *postgresProxy) carry(conn net.Conn) {
 	server, err := net.Dial("tcp", p.target)
 	if err != nil {
 		conn.Close()
@@ -302,10 +302,10 @@ func (v valve) Write(b []byte) (int, error) {
 	return v.Conn.Write(b)
 }
 
-// swallow makes the pipe a black hole: connections stand and new ones are accepted, and
+// swallow makes the proxy a black hole: connections stand and new ones are accepted, and
 // nothing comes through. When end is called new ones are good; nobody hears of the others
 // again.
-func (p *pipe) swallow() (end func()) {
+func (p *postgresProxy) swallow() (end func()) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.hole.Lock()
@@ -318,7 +318,7 @@ func (p *pipe) swallow() (end func()) {
 }
 
 // close refuses connections and cuts those that there are.
-func (p *pipe) close() error {
+func (p *postgresProxy) close() error {
 	err := p.listener.Close()
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -359,7 +359,7 @@ func signingIn(email, password string) call {
 }
 
 // exec runs SQL past the service.
-func (w *world) exec(sql string, args ...any) {
+func (w *env) exec(sql string, args ...any) {
 	w.Helper()
 	if _, err := w.pool.Exec(w.Context(), sql, args...); err != nil {
 		w.Fatalf("%s: %v", sql, err)
@@ -367,14 +367,14 @@ func (w *world) exec(sql string, args ...any) {
 }
 
 // expire stands in for waiting until the time to confirm is over.
-func (w *world) expire(email string) {
+func (w *env) expire(email string) {
 	w.Helper()
 	w.exec(`update user_registrations set expires_at = now() where lower(email) = lower($1) and status = 'pending'`, email)
 }
 
 // settle waits until the repair loops have done everything, also the mails. It
 // stands in for waiting until they are due (retryTime), not for a lease's end.
-func (w *world) settle() {
+func (w *env) settle() {
 	w.Helper()
 	var wrong []string
 	for end := time.Now().Add(30 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
@@ -399,14 +399,14 @@ func (w *world) settle() {
 }
 
 // registered registers an address and reads the mail.
-func registered(w *world, email, password string) link {
+func registered(w *env, email, password string) link {
 	w.Helper()
 	w.wants(w.do(registering(email, password)), 201, "")
 	return w.readMail(email, 1)
 }
 
 // lastMail is what the newest mail to an address says.
-func (w *world) lastMail(email string) link {
+func (w *env) lastMail(email string) link {
 	w.Helper()
 	return w.readMail(email, max(1, len(w.mail.To(email))))
 }
@@ -416,39 +416,39 @@ func (w *world) lastMail(email string) link {
 // is over, and the person who tries again succeeds.
 func TestFaults(t *testing.T) {
 	t.Parallel() // it waits for Keycloak most of the time
-	w := newWorld(t, map[string]string{"RESEND_COOLDOWN": "1ms", "RESEND_LIMIT": "100", "JOB_INTERVAL": "0"})
+	w := newEnv(t, map[string]string{"RESEND_COOLDOWN": "1ms", "RESEND_LIMIT": "100", "JOB_INTERVAL": "0"})
 	w.restarted(map[string]string{"JOB_INTERVAL": "200ms"}, func() {
 		// Tokens that hardly live make the service account fetch one for every call.
-		w.admin("PUT", "", map[string]any{"accessTokenLifespan": 20}, nil)
+		w.keycloakAdmin("PUT", "", map[string]any{"accessTokenLifespan": 20}, nil)
 		w.noEvents() // nor for itself, and the operation with it
 	})
 
 	// Afterwards the person, or the next one with that address, gets in.
-	getsIn := func(w *world, email, password string) {
+	getsIn := func(w *env, email, password string) {
 		w.wants(w.do(verifying(w.lastMail(email))), 200, "")
 		if password != "" {
 			w.wants(w.do(signingIn(email, password)), 200, "")
 		}
 	}
-	startsAnew := func(w *world, email, password string) {
+	startsAnew := func(w *env, email, password string) {
 		w.wants(w.do(registering(email, password)), 201, "")
 		w.settle()
 		getsIn(w, email, password)
 	}
-	session := func(w *world, email, _ string) link { return w.session(email) }
-	sessions := func(live string) func(w *world, email, password string) { // and the same in Keycloak: settle
-		return func(w *world, email, _ string) {
+	session := func(w *env, email, _ string) link { return w.session(email) }
+	sessions := func(live string) func(w *env, email, password string) { // and the same in Keycloak: settle
+		return func(w *env, email, _ string) {
 			if got := w.value(`select count(*)::text from sessions join users using (user_id) where email = $1 and ended_at is null`, email); got != live {
 				w.Errorf("%s sessions live, not %s", got, live)
 			}
 		}
 	}
-	boss := w.administrator()
-	manager := func(w *world, _, _ string) link {
-		w.exec(`delete from rate_limits where key = $1`, loginLimit(boss).Key)
-		return link{Key: w.signsIn(boss).text("access_token")}
+	admin := w.administrator()
+	manager := func(w *env, _, _ string) link {
+		w.exec(`delete from rate_limits where key = $1`, loginLimit(admin).Key)
+		return link{Key: w.signsIn(admin).text("access_token")}
 	}
-	joined := func(w *world, email, password string) link {
+	joined := func(w *env, email, password string) link {
 		l := manager(w, "", "")
 		w.joined(answer{JSON: body{"access_token": l.Key}}, email)
 		l.Code = w.userOf(email)
@@ -461,11 +461,11 @@ func TestFaults(t *testing.T) {
 		name     string
 		calls    string // to Keycloak
 		password string
-		before   func(w *world, email, password string) link
+		before   func(w *env, email, password string) link
 		try      func(email, password string, l link) call
 		success  int
 		slug     string // of success, if that is a refusal
-		after    func(w *world, email, password string)
+		after    func(w *env, email, password string)
 	}{
 		{name: "register", calls: "service_token create_user enable_user send_mail disable_user", password: password,
 			try: func(email, password string, _ link) call { return registering(email, password) }, success: 201, after: getsIn},
@@ -474,7 +474,7 @@ func TestFaults(t *testing.T) {
 		{name: "replace", calls: "service_token get_user delete_user create_user", before: registered,
 			try: func(email, _ string, _ link) call { return registering(email, "") }, success: 201, after: getsIn},
 		{name: "register after a creation without answer", calls: "find_user delete_user create_user",
-			before: func(w *world, email, password string) link {
+			before: func(w *env, email, password string) link {
 				w.kc.on("create_user", applied)
 				defer w.kc.on("create_user", 0)
 				w.wants(w.do(registering(email, password)), 503, "unavailable")
@@ -487,22 +487,22 @@ func TestFaults(t *testing.T) {
 			try: func(email, _ string, l link) call { return typing(email, l.Code) }, success: 200, after: getsIn},
 		{name: "resend", calls: "service_token get_user set_code send_mail disable_user", before: registered,
 			try: func(email, _ string, _ link) call { return resending(email) }, success: 200,
-			after: func(w *world, email, _ string) {
+			after: func(w *env, email, _ string) {
 				w.wants(w.do(typing(email, w.lastMail(email).Code)), 200, "")
 			}},
 		{name: "cancel", calls: "service_token get_user delete_user", before: registered,
 			try: func(_, _ string, l link) call { return cancelling(l) }, success: 200, after: startsAnew},
 		{name: "expire", calls: "service_token get_user delete_user",
-			before: func(w *world, email, password string) link {
+			before: func(w *env, email, password string) link {
 				l := registered(w, email, password)
 				w.expire(email)
 				return l
 			},
 			try: func(_, _ string, l link) call { return verifying(l) }, success: 410, slug: "verification-expired", after: startsAnew},
 		{name: "login", calls: "token", password: password,
-			before: func(w *world, email, password string) link { w.account(email); return link{} },
+			before: func(w *env, email, password string) link { w.account(email); return link{} },
 			try:    func(email, password string, _ link) call { return signingIn(email, password) }, success: 200,
-			after: func(w *world, email, password string) {}},
+			after: func(w *env, email, password string) {}},
 		{name: "refresh", calls: "refresh", before: session,
 			try: func(_, _ string, l link) call { return refreshing(l.Token) }, success: 200, after: sessions("1")},
 		{name: "logout", calls: "service_token end_session", before: session,
@@ -515,7 +515,7 @@ func TestFaults(t *testing.T) {
 			success: 204, after: sessions("0")},
 		{name: "create a user", calls: "service_token create_user send_mail",
 			before: manager, try: func(email, _ string, l link) call { return managed(l, "POST", "", body{"email": email}) }, success: 201,
-			after: func(w *world, email, _ string) {
+			after: func(w *env, email, _ string) {
 				w.agree(w.userOf(email))
 				w.invitations(email, 1, 2) // nobody can know that the first one was sent
 			}},
@@ -523,7 +523,7 @@ func TestFaults(t *testing.T) {
 			try: func(_, _ string, l link) call {
 				return managed(l, "PATCH", "/"+l.Code, body{"role": "partner", "network_id": "N2"})
 			}, success: 200,
-			after: func(w *world, email, password string) {
+			after: func(w *env, email, password string) {
 				w.agree(w.userOf(email))
 				if claims := unpacked(w.signsIn(email).text("access_token"), 1); fmt.Sprintf("%v %v", claims["roles"], claims["network_id"]) != "[partner] N2" {
 					w.Errorf("the token says %v", claims)
@@ -531,19 +531,19 @@ func TestFaults(t *testing.T) {
 			}},
 		{name: "delete a user", calls: "service_token end_session get_user assign_user", before: joined, password: password,
 			try: func(_, _ string, l link) call { return managed(l, "DELETE", "/"+l.Code, nil) }, success: 204,
-			after: func(w *world, email, password string) {
+			after: func(w *env, email, password string) {
 				w.agree(w.userOf(email))
 				sessions("0")(w, email, password)
 				w.wants(w.do(signingIn(email, password)), 403, "account-disabled")
 			}},
 		{name: "restore a user", calls: "get_user assign_user", password: password,
-			before: func(w *world, email, password string) link {
+			before: func(w *env, email, password string) link {
 				l := joined(w, email, password)
 				w.wants(w.do(managed(l, "DELETE", "/"+l.Code, nil)), 204, "")
 				return l
 			},
 			try: func(_, _ string, l link) call { return managed(l, "POST", "/"+l.Code+"/restore", nil) }, success: 200,
-			after: func(w *world, email, password string) {
+			after: func(w *env, email, password string) {
 				w.agree(w.userOf(email))
 				w.wants(w.do(signingIn(email, password)), 200, "")
 			}},
@@ -583,7 +583,7 @@ func TestFaults(t *testing.T) {
 // TestLeftUndone has faults that nobody comes back to: only the repair loop is left.
 func TestLeftUndone(t *testing.T) {
 	t.Parallel() // it waits for loops
-	w := newWorld(t, map[string]string{"RESEND_COOLDOWN": "1ms", "JOB_INTERVAL": "200ms"})
+	w := newEnv(t, map[string]string{"RESEND_COOLDOWN": "1ms", "JOB_INTERVAL": "200ms"})
 	w.noEvents() // or whom only Keycloak has is taken over
 	during := func(call string, f fault, do func()) {
 		w.Helper()
@@ -689,7 +689,7 @@ func TestLeftUndone(t *testing.T) {
 	w.Run("a user whom Keycloak does not want", func() {
 		here := func(email string) string { return w.value(`select count(*)::text from users where email = $1`, email) }
 		email, late := newEmail(), newEmail()
-		w.admin("POST", "/users", body{"username": "x" + email, "email": email}, nil)
+		w.keycloakAdmin("POST", "/users", body{"username": "x" + email, "email": email}, nil)
 		a := w.do(managing(admin, "POST", "", body{"email": email}))
 		w.wants(a, 409, "user-exists")
 		if got := w.value(`select string_agg(concat_ws(' ', action, outcome, nullif(reason, '')), ', ' order by at, audit_id) from audit_log where request_id = $1`,
@@ -697,7 +697,7 @@ func TestLeftUndone(t *testing.T) {
 			w.Errorf("%s rows, and on record: %s", here(email), got)
 		}
 		path := queued(late, "create_user", lost)
-		w.admin("POST", "/users", body{"username": "x" + late, "email": late}, nil)
+		w.keycloakAdmin("POST", "/users", body{"username": "x" + late, "email": late}, nil)
 		w.settle()
 		if got := w.value(`select concat_ws(' ', actor, reason) from audit_log where target = $1 and action = 'user.remove'`, path[1:]); here(late) != "0" || got != "system:users keycloak" {
 			w.Errorf("%s rows, and on record: %s", here(late), got)
@@ -725,8 +725,8 @@ func TestLeftUndone(t *testing.T) {
 	})
 }
 
-// Run is a subtest that shares the world.
-func (w *world) Run(name string, f func()) {
+// Run is a subtest that shares the env.
+func (w *env) Run(name string, f func()) {
 	t := w.TB.(*testing.T)
 	t.Run(name, func(t *testing.T) {
 		defer func(tb testing.TB) { w.TB = tb }(w.TB)
@@ -741,7 +741,7 @@ func other(code string) string {
 }
 
 // within sends requests in parallel and fails if an answer takes longer than d.
-func (w *world) within(d time.Duration, calls ...call) []answer {
+func (w *env) within(d time.Duration, calls ...call) []answer {
 	w.Helper()
 	answers := make([]answer, len(calls))
 	var all sync.WaitGroup
@@ -761,7 +761,7 @@ func (w *world) within(d time.Duration, calls ...call) []answer {
 // TestOutages takes Keycloak, the mail server and PostgreSQL away.
 func TestOutages(t *testing.T) {
 	t.Parallel() // it waits for what is away
-	w := newWorld(t, nil)
+	w := newEnv(t, nil)
 	const patience = 5*time.Second + 200*time.Millisecond // the answer itself has 5 s
 	account := newEmail()
 	session := w.session(account)
@@ -888,12 +888,12 @@ func TestOutages(t *testing.T) {
 
 // startBlind starts an instance without waiting for its schema, and makes it the
 // one that is spoken to, until the returned function ends it.
-func (w *world) startBlind() (end func()) {
+func (w *env) startBlind() (end func()) {
 	w.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	logs, ended := new(buffer), make(chan error, 1)
 	go func() {
-		ended <- run(ctx, nil, func(name string) string { return w.env[name] }, io.Discard, io.MultiWriter(logs, w.logs))
+		ended <- run(ctx, nil, func(name string) string { return w.vars[name] }, io.Discard, io.MultiWriter(logs, w.logs))
 	}()
 	url, management := w.url, w.management
 	w.url = w.listening(logs)
@@ -907,7 +907,7 @@ func (w *world) startBlind() (end func()) {
 }
 
 // listening waits until an instance says where it listens.
-func (w *world) listening(logs *buffer) (url string) {
+func (w *env) listening(logs *buffer) (url string) {
 	w.Helper()
 	var line struct{ Address, Management string }
 	if err := logs.waitFor(30*time.Second, func(text string) bool {

@@ -17,7 +17,7 @@ import (
 
 // fleet starts two more instances, and a load balancer that gives each request to the next
 // of the three: that is who is spoken to from now on.
-func (w *world) fleet() (instances []*world) {
+func (w *env) fleet() (instances []*env) {
 	w.Helper()
 	first := *w
 	instances = append(instances, &first)
@@ -41,13 +41,13 @@ func (w *world) fleet() (instances []*world) {
 }
 
 // userOf is the id of the user with an address.
-func (w *world) userOf(email string) string {
+func (w *env) userOf(email string) string {
 	w.Helper()
 	return w.value(`select user_id from users where lower(email) = lower($1)`, email)
 }
 
 // usersDue stands in for waiting until the loop tries again what is owed to Keycloak.
-func (w *world) usersDue() {
+func (w *env) usersDue() {
 	w.Helper()
 	w.exec(`update users set due_at = now() where due_at > now() and lease_owner is null`)
 }
@@ -55,7 +55,7 @@ func (w *world) usersDue() {
 // TestFleet has three instances behind a load balancer: they keep one set of limits, do
 // each job once, and never fall behind each other.
 func TestFleet(t *testing.T) {
-	w := newWorld(t, map[string]string{"JOB_INTERVAL": "0"})
+	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0"})
 	w.restarted(map[string]string{"JOB_INTERVAL": "50ms"}, func() {
 		w.exec(`insert into sync_runs (sync_id, dry_run, status, started_at, seen_at) values ('SYN-today', false, 'done', now(), now())`) // so none is on record
 	})
@@ -67,7 +67,7 @@ func TestFleet(t *testing.T) {
 			select 'AUD-' || n, now() - interval '10 minutes', 'system:test', 'login', '', 'ok' from generate_series(1, 2500) n`)
 		const sealed = `select coalesce(string_agg(concat_ws(' ', seal_id, cardinality(string_to_array(manifest, E'\n')) - 2), ', ' order by seal_id), '') from audit_seals`
 		w.eventually("all are sealed", 20*time.Second, func() bool { return w.value(sealed) == "1 1000, 2 1000, 3 500" })
-		if err := run(t.Context(), []string{"audit", "verify"}, func(name string) string { return w.env[name] }, io.Discard, w.logs); err != nil {
+		if err := run(t.Context(), []string{"audit", "verify"}, func(name string) string { return w.vars[name] }, io.Discard, w.logs); err != nil {
 			w.Error(err)
 		}
 		if got := w.value(sealed); got != "1 1000, 2 1000, 3 500" {
@@ -189,13 +189,13 @@ func TestFleet(t *testing.T) {
 	})
 }
 
-// TestFleetWithdrawals measures how long after its answer a change is known to all three,
+// TestFleetRevocations measures how long after its answer a change is known to all three,
 // also when they have just lost every connection to PostgreSQL. It fails beyond a second.
-func TestFleetWithdrawals(t *testing.T) {
-	w := newWorld(t, map[string]string{"JOB_INTERVAL": "0"}) // no job finds the broken connections first
+func TestFleetRevocations(t *testing.T) {
+	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0"}) // no job finds the broken connections first
 	instances := w.fleet()
 	admin := w.signsIn(w.administrator())
-	// What is done before, and the request that withdraws the tokens of a sign-in.
+	// What is done before, and the request that revokes the tokens of a sign-in.
 	causes := map[string]func(id string, a answer) (call, []answer){
 		"deleted": func(id string, a answer) (call, []answer) { return managing(admin, "DELETE", "/"+id, nil), []answer{a} },
 		"demoted": func(id string, a answer) (call, []answer) {
@@ -217,7 +217,7 @@ func TestFleetWithdrawals(t *testing.T) {
 			return refreshing(a.text("refresh_token")), []answer{a, next}
 		},
 	}
-	passes := func(v *world, a answer) bool {
+	passes := func(v *env, a answer) bool {
 		got, err := w.send(v.url, bearing(validatePath, a.text("access_token")))
 		if err != nil || got.Status != 200 && got.Status != 401 {
 			w.Errorf("%v %v", got, err)
@@ -306,7 +306,7 @@ func TestFleetWithdrawals(t *testing.T) {
 }
 
 // invited is the id of a user that an administrator has just created.
-func (w *world) invited(admin answer, email string) (id string) {
+func (w *env) invited(admin answer, email string) (id string) {
 	w.Helper()
 	a := w.do(managing(admin, "POST", "", body{"email": email}))
 	if w.wants(a, 201, ""); a.text("invitation_email") != "sent" {
@@ -317,16 +317,16 @@ func (w *world) invited(admin answer, email string) (id string) {
 
 // joined is the sign-in of a user whom an administrator has created, with an e-mail
 // address that was confirmed and a password as if by the invitation's link.
-func (w *world) joined(admin answer, email string) answer {
+func (w *env) joined(admin answer, email string) answer {
 	w.Helper()
 	id := w.invited(admin, email)
-	w.admin("PUT", "/users/"+w.value(`select keycloak_id from users where user_id = $1`, id), body{"emailVerified": true, "requiredActions": []string{},
+	w.keycloakAdmin("PUT", "/users/"+w.value(`select keycloak_id from users where user_id = $1`, id), body{"emailVerified": true, "requiredActions": []string{},
 		"credentials": []body{{"type": "password", "value": password}}}, nil)
 	return w.signsIn(email)
 }
 
 // invitations fails unless a user was invited once, by as many mails.
-func (w *world) invitations(email string, mails ...int) {
+func (w *env) invitations(email string, mails ...int) {
 	w.Helper()
 	n := len(w.mail.To(email))
 	if !slices.Contains(mails, n) {
@@ -345,7 +345,7 @@ func (w *world) invitations(email string, mails ...int) {
 
 // agree fails unless Keycloak's user is as ours: role, scope, names, and whether it may
 // sign in; and there is no second one.
-func (w *world) agree(id string) {
+func (w *env) agree(id string) {
 	w.Helper()
 	ours := w.value(`select concat_ws('|', keycloak_id, lower(username), role, coalesce(nullif(network_id, ''), 'X'), coalesce(nullif(station_id, ''), 'X'),
 		coalesce(first_name, ''), coalesce(last_name, ''), is_active::text, (due_at is null)::text) from users where user_id = $1`, id)
@@ -354,7 +354,7 @@ func (w *world) agree(id string) {
 		Enabled                           bool
 		Attributes                        map[string][]string
 	}
-	w.admin("GET", "/users?briefRepresentation=false&q="+attrUserID+":"+id, nil, &list)
+	w.keycloakAdmin("GET", "/users?briefRepresentation=false&q="+attrUserID+":"+id, nil, &list)
 	if len(list) != 1 {
 		w.Fatalf("Keycloak has %d users %s", len(list), id)
 	}

@@ -24,7 +24,7 @@ const maxBody = 16 << 10
 
 const (
 	validatePath = "/api/v1/auth/validate"
-	envoyPath    = "/api/v1/auth/ext-authz/" // not below the other: validate/?role= must not be one without demands
+	envoyPath    = "/api/v1/auth/ext-authz/" // not below the other: validate/?role= must not be one without required
 )
 
 // access says who may call a route. The zero value is not allowed to start.
@@ -233,7 +233,7 @@ func (s *server) limited(rt route, next http.Handler) http.Handler {
 		key := "address:" + rt.Budget.Name + ":" + network(s.clientAddress(r))
 		ctx, cancel := context.WithTimeout(r.Context(), 4*time.Second) // a PostgreSQL that hangs is like one that is away
 		defer cancel()
-		err := s.store.hit(ctx, limit{key, rt.Budget.N, rt.Budget.Window, problemTooManyRequests}, s.now())
+		err := s.store.hit(ctx, rateLimit{key, rt.Budget.N, rt.Budget.Window, problemTooManyRequests}, s.now())
 		if err != nil {
 			s.refuse(w, r, rt, err)
 			return

@@ -38,14 +38,14 @@ import (
 
 var update = flag.Bool("update", false, "write the golden files anew")
 
-// another starts one more instance in the same world, with settings of its own.
+// another starts one more instance in the same env, with settings of its own.
 // It ends with the test, or with what end returns.
-func (w *world) another(settings map[string]string) (v *world, end func() error) {
+func (w *env) another(settings map[string]string) (v *env, end func() error) {
 	w.Helper()
 	mine := *w
 	v = &mine
-	v.env, v.ends = maps.Clone(w.env), nil
-	maps.Copy(v.env, settings)
+	v.vars, v.ends = maps.Clone(w.vars), nil
+	maps.Copy(v.vars, settings)
 	var err error
 	if v.url, err = v.start(context.WithoutCancel(w.Context())); err != nil {
 		w.Fatal(err)
@@ -76,7 +76,7 @@ func idle(t testing.TB, log *slog.Logger, changes map[string]string) *server {
 
 // Whatever is wrong with a request is a problem whose type can be looked up.
 func TestProblems(t *testing.T) {
-	w := inSharedWorld(t)
+	w := sharedEnv(t)
 	const jsonType, ok = "application/json", `{"token":"unknown"}` // refused as a token, so it was understood
 	post := func(contentType, body string) call {
 		return call{method: "POST", path: cancelPath, body: body, header: map[string]string{"Content-Type": contentType}}
@@ -150,7 +150,7 @@ func TestProblems(t *testing.T) {
 }
 
 func TestRequestID(t *testing.T) {
-	w := inSharedWorld(t)
+	w := sharedEnv(t)
 	for id, kept := range map[string]bool{"abcd.EF-7_": true, strings.Repeat("x", 64): true, "": false, "abcdefg": false, strings.Repeat("x", 65): false,
 		"abc defgh": false, "<script>alert": false, "äöüäöüäöü": false, `"},{"evil":"`: false} {
 		for _, path := range []string{"/api/v1/nothing", "/", "/health"} {
@@ -167,7 +167,7 @@ func TestRequestID(t *testing.T) {
 }
 
 func TestHeaders(t *testing.T) {
-	w := inSharedWorld(t)
+	w := sharedEnv(t)
 	const noStore = "no-store"
 	for path, cache := range map[string]string{"/": noStore, "/account/register": noStore, "/account/verify?token=x": noStore, registerPath: noStore,
 		"/api/v1/nothing": noStore, "/problems/not-found": noStore, "/health": noStore, "/static/style.css": "public, max-age=31536000, immutable",
@@ -211,14 +211,14 @@ func TestHeaders(t *testing.T) {
 }
 
 func TestCORS(t *testing.T) {
-	w := inSharedWorld(t)
+	w := sharedEnv(t)
 	v, _ := w.another(map[string]string{"CORS_ALLOWED_ORIGINS": "https://app.example,https://admin.example", "PUBLIC_URL": "https://auth.example"})
 	ask := func(method, wanted string) map[string]string {
 		return map[string]string{"Access-Control-Request-Method": method, "Access-Control-Request-Headers": wanted}
 	}
 	for _, c := range []struct {
 		name    string
-		w       *world
+		w       *env
 		origin  string
 		headers map[string]string // of a preflight
 		allowed bool
@@ -295,9 +295,9 @@ func TestClientAddress(t *testing.T) {
 		}
 	}
 	// The same through the running service, which trusts its neighbour or nobody.
-	w := inSharedWorld(t)
+	w := sharedEnv(t)
 	v, _ := w.another(map[string]string{"TRUSTED_PROXIES": ""})
-	for want, instance := range map[string]*world{"198.51.100.7": w, "127.0.0.1": v} {
+	for want, instance := range map[string]*env{"198.51.100.7": w, "127.0.0.1": v} {
 		a := instance.do(call{method: "POST", path: cancelPath, json: body{"token": "unknown"}, from: "203.0.113.9, 198.51.100.7"})
 		if got := w.value(`select ip_address from audit_log where request_id = $1`, a.text("request_id")); got != want {
 			t.Errorf("recorded %s, want %s", got, want)
@@ -337,7 +337,7 @@ func FuzzClientAddress(f *testing.F) {
 // Every budget is exact: from a /64 as many requests as it says, over all aliases,
 // however many come at once.
 func TestBudgets(t *testing.T) {
-	w := inSharedWorld(t)
+	w := sharedEnv(t)
 	w.quick = true
 	routes := idle(t, slog.New(slog.DiscardHandler), nil).routes()
 	for _, rt := range routes {
@@ -384,17 +384,17 @@ func TestBudgets(t *testing.T) {
 }
 
 func TestHealth(t *testing.T) {
-	w := inSharedWorld(t)
-	kc, err := newGate(services.KeycloakURL)
+	w := sharedEnv(t)
+	kc, err := newKeycloakProxy(services.KeycloakURL)
 	if err != nil {
 		t.Fatal(err)
 	}
-	pg, err := newPipe(w.pg.target)
+	pg, err := newPostgresProxy(w.pg.target)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { kc.close(); pg.close() })
-	v, _ := w.another(map[string]string{"KEYCLOAK_URL": kc.url(), "DATABASE_URL": strings.Replace(w.env["DATABASE_URL"], w.pg.addr, pg.addr, 1), "JOB_INTERVAL": "0s"})
+	v, _ := w.another(map[string]string{"KEYCLOAK_URL": kc.url(), "DATABASE_URL": strings.Replace(w.vars["DATABASE_URL"], w.pg.addr, pg.addr, 1), "JOB_INTERVAL": "0s"})
 	status := "/api/v1/registrations/" + w.register(newEmail()).text("registration_id")
 	healthy := func(word, database, keycloak string, code, ready int) {
 		t.Helper()
@@ -450,7 +450,7 @@ func TestHealth(t *testing.T) {
 }
 
 // management404 asks the management listener; the public one must not know the path.
-func (w *world) management404(path string) answer {
+func (w *env) management404(path string) answer {
 	w.Helper()
 	w.wants(w.get(path), 404, "not-found")
 	a, err := w.send("http://"+w.management, call{path: path})
@@ -461,7 +461,7 @@ func (w *world) management404(path string) answer {
 }
 
 func TestManagement(t *testing.T) {
-	w := inSharedWorld(t)
+	w := sharedEnv(t)
 	email := newEmail()
 	w.register(email)
 	w.wants(w.get("/api/v1/nothing-"+email), 404, "not-found")
@@ -514,7 +514,7 @@ func TestPanics(t *testing.T) {
 }
 
 func TestTLS(t *testing.T) {
-	w := inSharedWorld(t)
+	w := sharedEnv(t)
 	template := httptest.NewTLSServer(nil)
 	template.Close()
 	pair, dir := template.TLS.Certificates[0], t.TempDir()
@@ -539,8 +539,8 @@ func TestTLS(t *testing.T) {
 
 // A stop lets a request in flight finish, and says so to the load balancer first.
 func TestStop(t *testing.T) {
-	w := inSharedWorld(t)
-	kc, err := newGate(services.KeycloakURL)
+	w := sharedEnv(t)
+	kc, err := newKeycloakProxy(services.KeycloakURL)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -663,7 +663,7 @@ func anyPath(rt route) (method, path string) {
 
 // Every route and alias of the table is there for its method, and for HEAD where it is a GET.
 func TestRoutes(t *testing.T) {
-	w := inSharedWorld(t)
+	w := sharedEnv(t)
 	for _, rt := range idle(t, slog.New(slog.DiscardHandler), nil).routes() {
 		method, path := anyPath(rt)
 		for _, path := range append(strings.Fields(rt.Aliases), path) {
@@ -723,14 +723,14 @@ func FuzzValidEmail(f *testing.F) {
 
 // TestSubcommands runs the subcommands as an operator does.
 func TestSubcommands(t *testing.T) {
-	w := newWorld(t, map[string]string{"JOB_INTERVAL": "0"}) // jobs are run by the command alone
+	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0"}) // jobs are run by the command alone
 	command := func(args ...string) (string, error) {
 		var out bytes.Buffer
 		env := func(name string) string {
 			if name == "MANAGEMENT_ADDR" {
 				return w.management
 			}
-			return w.env[name]
+			return w.vars[name]
 		}
 		err := run(context.Background(), args, env, &out, io.MultiWriter(&out, w.logs))
 		return out.String(), err
@@ -765,8 +765,8 @@ func TestSubcommands(t *testing.T) {
 // A pool whose connections are all in use is an outage to those who wait for one,
 // not a defect.
 func TestBusyDatabase(t *testing.T) {
-	w := inSharedWorld(t)
-	st, err := openStore(t.Context(), secret(w.env["DATABASE_URL"]+"&pool_max_conns=1"))
+	w := sharedEnv(t)
+	st, err := openStore(t.Context(), secret(w.vars["DATABASE_URL"]+"&pool_max_conns=1"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -780,7 +780,7 @@ func TestBusyDatabase(t *testing.T) {
 	defer cancel()
 	_, one := st.registration(ctx, newRegistrationID())
 	many := st.hit(ctx, loginLimit("ada"), time.Now())
-	tx := st.forgetUser(ctx, system("test"), registration{}, time.Now())
+	tx := st.deleteUnverifiedUser(ctx, system("test"), registration{}, time.Now())
 	for _, err := range []error{one, many, tx} {
 		if p := asProblem(err); p.Status != 503 || p.Wait == 0 {
 			t.Errorf("%v is answered with %d", err, p.Status)

@@ -30,7 +30,7 @@ func (s *server) decode(w http.ResponseWriter, r *http.Request, params nethttp.R
 	if params != nil {
 		if err := params.Decode(r, in, nil); err != nil {
 			if wrong = unreadable(err); len(wrong) == 0 {
-				return invalid().because(err)
+				return invalid().withCause(err)
 			}
 		}
 		wrong = append(wrong, unknownParameters(r, in)...)
@@ -123,7 +123,7 @@ func (s *server) decodeCookie(r *http.Request, in any) (bool, error) {
 	case !takes, err != nil, cookie.Value == "":
 		return takes, nil
 	case r.Header.Get("Origin") == "" && r.Header.Get("Sec-Fetch-Site") == "", s.origins.Check(r) != nil:
-		return takes, problemForbidden.saying("The cookie counts only for requests from an allowed origin.")
+		return takes, problemForbidden.withDetail("The cookie counts only for requests from an allowed origin.")
 	}
 	target.setCookie(cookie.Value)
 	return takes, nil
@@ -133,14 +133,14 @@ func bodyError(err error) error {
 	if errors.As(err, new(*http.MaxBytesError)) {
 		return problemPayloadTooLarge
 	}
-	return problemInvalidRequest.saying("The request body could not be read.").because(err)
+	return problemInvalidRequest.withDetail("The request body could not be read.").withCause(err)
 }
 
 // decodeJSON fills in from a JSON object and returns the members that are unknown,
 // are there twice, or have the wrong type. encoding/json itself would stop at the
 // first, and takes "EMAIL" for "email".
 func decodeJSON(body []byte, in any) ([]fieldError, error) {
-	notJSON := problemInvalidRequest.saying("The request body must be one JSON object.")
+	notJSON := problemInvalidRequest.withDetail("The request body must be one JSON object.")
 	if !utf8.Valid(body) || !json.Valid(body) { // Valid refuses what follows the value, too
 		return nil, notJSON
 	}

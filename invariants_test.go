@@ -22,7 +22,7 @@ import (
 
 // check re-derives the invariants from both stores after a scenario. It gives
 // repairs the time that they need.
-func (w *world) check() {
+func (w *env) check() {
 	w.Helper()
 	if w.Failed() {
 		return // one report is enough
@@ -42,7 +42,7 @@ func (w *world) check() {
 }
 
 // violations lists what the two stores do not agree on.
-func (w *world) violations() (wrong []string) {
+func (w *env) violations() (wrong []string) {
 	report := func(format string, args ...any) { wrong = append(wrong, fmt.Sprintf(format, args...)) }
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 	defer cancel()
@@ -119,7 +119,7 @@ func (w *world) violations() (wrong []string) {
 }
 
 // userViolations lists what Keycloak has otherwise than the users table.
-func (w *world) userViolations(ctx context.Context, inKeycloak []seenUser) (wrong []string) {
+func (w *env) userViolations(ctx context.Context, inKeycloak []seenUser) (wrong []string) {
 	rows, _ := w.pool.Query(ctx, `
 		select user_id, keycloak_id, role, network_id, station_id, source = 'internal' as internal, is_verified, is_active,
 			due_at is not null or lease_owner is not null as owed,
@@ -159,7 +159,7 @@ func (w *world) userViolations(ctx context.Context, inKeycloak []seenUser) (wron
 }
 
 // sessionViolations lists what is wrong with the sessions, here and in Keycloak.
-func (w *world) sessionViolations(ctx context.Context) (wrong []string) {
+func (w *env) sessionViolations(ctx context.Context) (wrong []string) {
 	w.Helper()
 	report := func(format string, args ...any) { wrong = append(wrong, fmt.Sprintf(format, args...)) }
 	rows, _ := w.pool.Query(ctx, `
@@ -202,11 +202,11 @@ func (w *world) sessionViolations(ctx context.Context) (wrong []string) {
 }
 
 // keycloakSessions are the ids of the sessions that Keycloak has of our client.
-func (w *world) keycloakSessions() (ids []string) {
+func (w *env) keycloakSessions() (ids []string) {
 	w.Helper()
 	var list []struct{ ID string }
-	w.admin("GET", "/clients?clientId=auth-client", nil, &list)
-	w.admin("GET", "/clients/"+list[0].ID+"/user-sessions?max=100000", nil, &list)
+	w.keycloakAdmin("GET", "/clients?clientId=auth-client", nil, &list)
+	w.keycloakAdmin("GET", "/clients/"+list[0].ID+"/user-sessions?max=100000", nil, &list)
 	for _, session := range list {
 		ids = append(ids, session.ID)
 	}
@@ -215,7 +215,7 @@ func (w *world) keycloakSessions() (ids []string) {
 
 // straysDie stands in for the time after which Keycloak ends the sessions that nobody
 // has got the tokens of (L1), or that a test has opened there itself.
-func (w *world) straysDie() {
+func (w *env) straysDie() {
 	w.Helper()
 	for _, sid := range w.keycloakSessions() {
 		var known bool
@@ -223,7 +223,7 @@ func (w *world) straysDie() {
 			w.Fatal(err)
 		}
 		if !known {
-			w.admin("DELETE", "/sessions/"+sid, nil, nil)
+			w.keycloakAdmin("DELETE", "/sessions/"+sid, nil, nil)
 		}
 	}
 }
@@ -237,11 +237,11 @@ type seenUser struct {
 }
 
 // keycloakList asks Keycloak itself, as its administrator, for the users of the realm.
-func (w *world) keycloakList() (list []seenUser) {
+func (w *env) keycloakList() (list []seenUser) {
 	w.Helper()
 	for {
 		var page []seenUser
-		w.admin("GET", fmt.Sprintf("/users?briefRepresentation=false&first=%d&max=250", len(list)), nil, &page)
+		w.keycloakAdmin("GET", fmt.Sprintf("/users?briefRepresentation=false&first=%d&max=250", len(list)), nil, &page)
 		if list = append(list, page...); len(page) < 250 {
 			return list
 		}
@@ -249,7 +249,7 @@ func (w *world) keycloakList() (list []seenUser) {
 }
 
 // keycloakUsers are those that came by registration, by its id.
-func (w *world) keycloakUsers() map[string]seenUser {
+func (w *env) keycloakUsers() map[string]seenUser {
 	w.Helper()
 	return ofRegistrations(w.keycloakList())
 }
@@ -264,8 +264,8 @@ func ofRegistrations(list []seenUser) map[string]seenUser {
 	return users
 }
 
-// admin calls Keycloak's admin API in this world's realm, past the service.
-func (w *world) admin(method, path string, body, result any) {
+// keycloakAdmin calls Keycloak's admin API in this env's realm, past the service.
+func (w *env) keycloakAdmin(method, path string, body, result any) {
 	w.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 	defer cancel()
@@ -323,7 +323,7 @@ func adminToken(ctx context.Context) (string, error) {
 
 // leaks looks for the secrets that the tests have used in every log line and every
 // audit entry.
-func (w *world) leaks() (found []string) {
+func (w *env) leaks() (found []string) {
 	var audit string
 	if err := w.pool.QueryRow(context.Background(), `select coalesce(string_agg(a::text, E'\n'), '') from audit_log a`).Scan(&audit); err != nil {
 		return []string{err.Error()}
@@ -348,7 +348,7 @@ var documented struct {
 
 // checkDocumented checks that the document foresees this answer of an API route:
 // its status, its media type, its schema.
-func (w *world) checkDocumented(r call, a answer) {
+func (w *env) checkDocumented(r call, a answer) {
 	w.Helper()
 	documented.Do(func() {
 		doc, err := w.send(w.url, call{path: "/api-docs/openapi.json"})

@@ -17,7 +17,7 @@
 //
 // Reading order: the route table in handlers.go is the index of the program. From
 // there registration.go and verification.go (the life of a registration), auth.go
-// (signing in), sessions.go (what follows from it), tokens.go and withdrawals.go (may this
+// (signing in), sessions.go (what follows from it), tokens.go and revocations.go (may this
 // token pass), users.go (the rules of role and scope, and who manages whom), audit.go and
 // seals.go (the record), sync.go and sync_runs.go (two stores, one truth), doctor.go; then the
 // SQL in store.go and its like, with schema.sql, and keycloak.go and its like, all calls to
@@ -119,7 +119,7 @@ type server struct {
 	log             *slog.Logger
 	store           *store
 	kc              *keycloak
-	tokens          *verifier
+	verifier        *verifier
 	origins         *http.CrossOriginProtection // from which the cookie is taken
 	metrics         *metrics
 	now             func() time.Time // a field, so that a test can move it
@@ -148,7 +148,7 @@ func newServer(ctx context.Context, cfg config, log *slog.Logger) (*server, erro
 			return nil, fmt.Errorf("CORS_ALLOWED_ORIGINS: %w", err)
 		}
 	}
-	return &server{cfg: cfg, log: log, store: st, kc: kc, tokens: newVerifier(cfg, kc, now), origins: origins, metrics: m, now: now}, nil
+	return &server{cfg: cfg, log: log, store: st, kc: kc, verifier: newVerifier(cfg, kc, now), origins: origins, metrics: m, now: now}, nil
 }
 
 // serve runs the listeners and loops until ctx ends, then lets requests in flight
@@ -173,10 +173,10 @@ func (s *server) serve(ctx context.Context) error {
 
 	loops, stopLoops := context.WithCancel(ctx)
 	var running sync.WaitGroup
-	running.Go(func() { s.tokens.keepKeys(loops) })
+	running.Go(func() { s.verifier.keepKeys(loops) })
 	running.Go(func() {
 		every(loops, time.Second, s.log, job{"migrate", s.migrateOnce()})
-		running.Go(func() { s.followWithdrawals(loops) })
+		running.Go(func() { s.followRevocations(loops) })
 		if s.cfg.JobInterval > 0 && loops.Err() == nil {
 			for _, j := range s.jobs() {
 				interval := s.cfg.JobInterval
@@ -229,7 +229,7 @@ func (s *server) jobs() []job {
 		{"seal", s.sealAudit},
 		{"sweep", func(ctx context.Context) error {
 			answered := s.now().Add(-s.cfg.RefreshGrace - time.Minute) // instances' clocks differ
-			return errors.Join(s.store.sweepLimits(ctx, s.now()), s.store.forgetAnswers(ctx, answered), s.store.forgetWithdrawals(ctx),
+			return errors.Join(s.store.purgeLimits(ctx, s.now()), s.store.purgeAnswers(ctx, answered), s.store.purgeRevocations(ctx),
 				s.store.endFloods(ctx, s.now()), s.store.makeMonths(ctx, s.now()))
 		}},
 	}
@@ -325,8 +325,8 @@ func (s *server) managementHandler() http.Handler {
 			text(w, 503, "stopping")
 		case h.Status == "down":
 			text(w, 503, "the database is down")
-		case s.tokens.withdrawn.lastRead().IsZero():
-			text(w, 503, "what was withdrawn has not been read yet")
+		case s.verifier.revoked.lastRead().IsZero():
+			text(w, 503, "what was revoked has not been read yet")
 		default:
 			text(w, 200, "ok")
 		}

@@ -54,8 +54,8 @@ func testMain(m *testing.M) int {
 	defer services.Stop()
 	flag.Set("test.parallel", "4") // those that are parallel mostly wait
 	code := m.Run()
-	if sharedWorld.w != nil {
-		sharedWorld.w.close()
+	if sharedTestEnv.w != nil {
+		sharedTestEnv.w.close()
 	}
 	return code
 }
@@ -65,17 +65,17 @@ const backendSecret = "test-backend-secret"
 // password is what every test user chooses; check looks for it in logs and audit.
 const password = "correct horse battery staple"
 
-// world is a realm, a database and a mail server of a test's own, with one or more
+// env is a realm, a database and a mail server of a test's own, with one or more
 // instances of the service in front of them.
-type world struct {
+type env struct {
 	testing.TB
 	realm      string
 	db         string
 	pool       *pgxpool.Pool
 	mail       *mail.Catcher
-	kc         *gate // between the service and Keycloak, where faults are made
-	pg         *pipe // between the service and PostgreSQL
-	env        map[string]string
+	kc         *keycloakProxy // between the service and Keycloak, where faults are made
+	pg         *postgresProxy // between the service and PostgreSQL
+	vars       map[string]string
 	url        string  // of the first instance
 	management string  // listener of the latest instance
 	logs       *buffer // of all instances
@@ -84,39 +84,39 @@ type world struct {
 	quick      bool // don't check answers against the OpenAPI document
 }
 
-// sharedWorld is for all tests that can live together: they differ in the
+// sharedTestEnv is for all tests that can live together: they differ in the
 // addresses that they register. Tests that need settings or faults of their own
-// build their own world.
-var sharedWorld struct {
+// build their own env.
+var sharedTestEnv struct {
 	sync.Once
-	w   *world
+	w   *env
 	err error
 }
 
-// inSharedWorld returns the shared world for a test, and checks the invariants at
+// sharedEnv returns the shared env for a test, and checks the invariants at
 // its end.
-func inSharedWorld(t testing.TB) *world {
+func sharedEnv(t testing.TB) *env {
 	t.Helper()
-	sharedWorld.Do(func() { sharedWorld.w, sharedWorld.err = build(t.Context(), nil, nil) })
-	if sharedWorld.err != nil {
-		t.Fatal(sharedWorld.err)
+	sharedTestEnv.Do(func() { sharedTestEnv.w, sharedTestEnv.err = build(t.Context(), nil, nil) })
+	if sharedTestEnv.err != nil {
+		t.Fatal(sharedTestEnv.err)
 	}
-	w := *sharedWorld.w
+	w := *sharedTestEnv.w
 	w.TB = t
 	t.Cleanup(w.check)
 	return &w
 }
 
-// newWorld builds a world with settings of its own, and users that Keycloak has.
-func newWorld(t testing.TB, settings map[string]string, users ...body) *world {
+// newEnv builds a env with settings of its own, and users that Keycloak has.
+func newEnv(t testing.TB, settings map[string]string, users ...body) *env {
 	t.Helper()
-	w := uncheckedWorld(t, settings, users...)
+	w := uncheckedEnv(t, settings, users...)
 	t.Cleanup(w.check)
 	return w
 }
 
-// uncheckedWorld is newWorld for what is seeded and fulfils no invariant, or is too much to check.
-func uncheckedWorld(t testing.TB, settings map[string]string, users ...body) *world {
+// uncheckedEnv is newEnv for what is seeded and fulfils no invariant, or is too much to check.
+func uncheckedEnv(t testing.TB, settings map[string]string, users ...body) *env {
 	t.Helper()
 	w, err := build(t.Context(), settings, users)
 	if err != nil {
@@ -127,10 +127,10 @@ func uncheckedWorld(t testing.TB, settings map[string]string, users ...body) *wo
 	return w
 }
 
-func build(ctx context.Context, settings map[string]string, users []body) (*world, error) {
-	ctx = context.WithoutCancel(ctx) // the shared world outlives the test that builds it
+func build(ctx context.Context, settings map[string]string, users []body) (*env, error) {
+	ctx = context.WithoutCancel(ctx) // the shared env outlives the test that builds it
 	name := "test-" + strings.ToLower(gonanoid.MustGenerate("abcdefghijklmnopqrstuvwxyz", 10))
-	w := &world{realm: name, db: strings.ReplaceAll(name, "-", "_"), logs: new(buffer), secrets: new(buffer)}
+	w := &env{realm: name, db: strings.ReplaceAll(name, "-", "_"), logs: new(buffer), secrets: new(buffer)}
 	var err error
 	if w.mail, err = mail.Start("127.0.0.1:0"); err != nil {
 		return nil, err
@@ -147,27 +147,27 @@ func build(ctx context.Context, settings map[string]string, users []body) (*worl
 	if w.pool, err = pgxpool.New(ctx, dbURL); err != nil {
 		return nil, err
 	}
-	if w.kc, err = newGate(services.KeycloakURL); err != nil {
+	if w.kc, err = newKeycloakProxy(services.KeycloakURL); err != nil {
 		return nil, err
 	}
 	parsed, err := url.Parse(dbURL)
 	if err != nil {
 		return nil, err
 	}
-	if w.pg, err = newPipe(parsed.Host); err != nil {
+	if w.pg, err = newPostgresProxy(parsed.Host); err != nil {
 		return nil, err
 	}
 	if settings["KEYCLOAK_URL"] == "" { // benchmarks go to both servers without a proxy in between
 		parsed.Host = w.pg.addr
 	}
-	w.env = map[string]string{
+	w.vars = map[string]string{
 		"DATABASE_URL": parsed.String(), "KEYCLOAK_URL": w.kc.url(), "KEYCLOAK_PUBLIC_URL": services.KeycloakURL, "KEYCLOAK_REALM": w.realm,
 		"KEYCLOAK_AUTH_CLIENT_ID": "auth-client", "KEYCLOAK_BACKEND_CLIENT_ID": "backend-admin",
 		"KEYCLOAK_BACKEND_CLIENT_SECRET": backendSecret, "SERVER_HOST": "127.0.0.1", "SERVER_PORT": "0",
 		"MANAGEMENT_ADDR": "127.0.0.1:0", "TRUSTED_PROXIES": "127.0.0.0/8", "LOG_LEVEL": "debug",
 		"JOB_INTERVAL": "1s",
 	}
-	maps.Copy(w.env, settings)
+	maps.Copy(w.vars, settings)
 	w.secrets.add(password, backendSecret)
 	w.url, err = w.start(ctx)
 	return w, err
@@ -175,18 +175,18 @@ func build(ctx context.Context, settings map[string]string, users []body) (*worl
 
 // start starts one more instance of the service, in this process, and returns its
 // address as soon as it answers and its schema is there.
-func (w *world) start(ctx context.Context) (string, error) {
+func (w *env) start(ctx context.Context) (string, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	logs := new(buffer)
 	ended := make(chan error, 1)
 	go func() {
-		ended <- run(ctx, nil, func(name string) string { return w.env[name] }, io.Discard, io.MultiWriter(logs, w.logs))
+		ended <- run(ctx, nil, func(name string) string { return w.vars[name] }, io.Discard, io.MultiWriter(logs, w.logs))
 	}()
 	w.ends = append(w.ends, func() error { cancel(); return <-ended })
 	var line struct{ Address, Management string }
 	if err := logs.waitFor(30*time.Second, func(text string) bool {
 		m := regexp.MustCompile(`(?m)^.*"msg":"listening".*$`).FindString(text)
-		return json.Unmarshal([]byte(m), &line) == nil && strings.Contains(text, "the withdrawals are read")
+		return json.Unmarshal([]byte(m), &line) == nil && strings.Contains(text, "the revocations are read")
 	}); err != nil {
 		return "", fmt.Errorf("the service did not start: %w\n%s", err, logs)
 	}
@@ -195,7 +195,7 @@ func (w *world) start(ctx context.Context) (string, error) {
 }
 
 // restarted has do done while no instance runs; the next one has these settings.
-func (w *world) restarted(settings map[string]string, do func()) {
+func (w *env) restarted(settings map[string]string, do func()) {
 	w.Helper()
 	for _, end := range w.ends {
 		if err := end(); err != nil {
@@ -204,15 +204,15 @@ func (w *world) restarted(settings map[string]string, do func()) {
 	}
 	w.ends = nil
 	do()
-	maps.Copy(w.env, settings)
+	maps.Copy(w.vars, settings)
 	var err error
 	if w.url, err = w.start(context.WithoutCancel(w.Context())); err != nil {
 		w.Fatal(err)
 	}
 }
 
-// close ends everything that belongs to the world.
-func (w *world) close() {
+// close ends everything that belongs to the env.
+func (w *env) close() {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	var errs []error
@@ -223,7 +223,7 @@ func (w *world) close() {
 	errs = append(errs, w.kc.close(), w.pg.close(), w.mail.Close(),
 		services.DropDatabase(ctx, w.db), services.DeleteRealm(ctx, w.realm))
 	if err := errors.Join(errs...); err != nil && w.TB != nil {
-		w.Errorf("the world did not end well: %v", err)
+		w.Errorf("the env did not end well: %v", err)
 	}
 }
 
@@ -275,7 +275,7 @@ func (b *buffer) waitFor(patience time.Duration, fulfils func(string) bool) erro
 }
 
 // eventually waits until a condition that lies outside this process holds.
-func (w *world) eventually(what string, patience time.Duration, holds func() bool) {
+func (w *env) eventually(what string, patience time.Duration, holds func() bool) {
 	w.Helper()
 	for end := time.Now().Add(patience); !holds(); time.Sleep(20 * time.Millisecond) {
 		if time.Now().After(end) {
@@ -312,7 +312,7 @@ type call struct {
 }
 
 // do sends a request and returns the answer, checked against the OpenAPI document.
-func (w *world) do(r call) answer {
+func (w *env) do(r call) answer {
 	w.Helper()
 	a, err := w.send(w.url, r)
 	if err != nil {
@@ -324,18 +324,18 @@ func (w *world) do(r call) answer {
 	return a
 }
 
-func (w *world) post(path string, body any) answer {
+func (w *env) post(path string, body any) answer {
 	w.Helper()
 	return w.do(call{method: "POST", path: path, json: body})
 }
 
-func (w *world) get(path string) answer {
+func (w *env) get(path string) answer {
 	w.Helper()
 	return w.do(call{method: "GET", path: path})
 }
 
 // form sends a form like a browser does, from a page of the service.
-func (w *world) form(path string, values map[string]string) answer {
+func (w *env) form(path string, values map[string]string) answer {
 	w.Helper()
 	form := url.Values{}
 	for name, value := range values {
@@ -350,7 +350,7 @@ var client = &http.Client{
 	Transport:     &http.Transport{MaxIdleConnsPerHost: 100},
 }
 
-func (w *world) send(base string, r call) (answer, error) {
+func (w *env) send(base string, r call) (answer, error) {
 	var a answer
 	body := r.body
 	contentType := ""
@@ -430,7 +430,7 @@ var (
 )
 
 // readMail waits for the n-th mail to an address and reads its link and code.
-func (w *world) readMail(email string, n int) link {
+func (w *env) readMail(email string, n int) link {
 	w.Helper()
 	ctx, cancel := context.WithTimeout(w.Context(), 30*time.Second)
 	defer cancel()
@@ -441,7 +441,7 @@ func (w *world) readMail(email string, n int) link {
 	return w.readLink(m)
 }
 
-func (w *world) readLink(m mail.Message) link {
+func (w *env) readLink(m mail.Message) link {
 	w.Helper()
 	found, code := linkPattern.FindString(m.Text), codePattern.FindStringSubmatch(m.Text)
 	if found == "" || code == nil {
@@ -460,7 +460,7 @@ func (w *world) readLink(m mail.Message) link {
 }
 
 // register registers an address with a password and returns the answer.
-func (w *world) register(email string) answer {
+func (w *env) register(email string) answer {
 	w.Helper()
 	a := w.post("/api/v1/register", map[string]any{"email": email, "password": password})
 	if a.Status != 201 {
@@ -470,7 +470,7 @@ func (w *world) register(email string) answer {
 }
 
 // account registers and verifies an address.
-func (w *world) account(email string) {
+func (w *env) account(email string) {
 	w.Helper()
 	w.register(email)
 	l := w.readMail(email, 1)
@@ -479,13 +479,13 @@ func (w *world) account(email string) {
 	}
 }
 
-func (w *world) login(email, password string) answer {
+func (w *env) login(email, password string) answer {
 	w.Helper()
 	return w.post("/api/v1/auth/login", map[string]any{"email": email, "password": password})
 }
 
 // wants fails the test if the answer is not this status and problem ("" = none).
-func (w *world) wants(a answer, status int, slug string) {
+func (w *env) wants(a answer, status int, slug string) {
 	w.Helper()
 	if a.Status != status || a.slug() != slug {
 		cause := regexp.MustCompile(`.*"request failed".*` + a.Header.Get("X-Request-Id") + `.*`).FindString(w.logs.String())

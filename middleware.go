@@ -71,7 +71,7 @@ func newMetrics() *metrics {
 			Help: "Runs of background jobs, by job and outcome."}, []string{"job", "outcome"}),
 		mails: f.NewCounterVec(prometheus.CounterOpts{Name: "verification_mails_total",
 			Help: "Verification mails handed to Keycloak, by outcome."}, []string{"outcome"}),
-		channel: f.NewGauge(prometheus.GaugeOpts{Name: "withdrawal_channel_up", Help: "1 while withdrawals of tokens come at once; 0 while they are polled."}),
+		channel: f.NewGauge(prometheus.GaugeOpts{Name: "revocation_channel_up", Help: "1 while revocations of tokens come at once; 0 while they are polled."}),
 		reuse:   f.NewCounter(prometheus.CounterOpts{Name: "refresh_token_reuse_total", Help: "Sessions ended because an old refresh token was shown."}),
 		synced: f.NewCounterVec(prometheus.CounterOpts{Name: "sync_differences_total",
 			Help: "Differences between the two stores that full passes have found, by class and outcome."}, []string{"class", "outcome"}),

@@ -12,7 +12,7 @@ import (
 )
 
 // at sends requests at once, each to the next instance, and returns the answers.
-func (w *world) at(instances []string, calls ...call) []answer {
+func (w *env) at(instances []string, calls ...call) []answer {
 	w.Helper()
 	answers := make([]answer, len(calls))
 	start := make(chan struct{})
@@ -40,9 +40,9 @@ func tally(answers []answer) map[string]int {
 	return n
 }
 
-// TestParallel has three instances that share one world.
+// TestParallel has three instances that share one env.
 func TestParallel(t *testing.T) {
-	w := newWorld(t, map[string]string{"RESEND_COOLDOWN": "1ms", "RESEND_LIMIT": "100"})
+	w := newEnv(t, map[string]string{"RESEND_COOLDOWN": "1ms", "RESEND_LIMIT": "100"})
 	first := w.url
 	var instances []string
 	for _, v := range w.fleet() {

@@ -63,8 +63,8 @@ var seededTables = []struct{ table, sql string }{
 		select md5('token' || i) || md5('hash' || i), id('SES', greatest(i / 20, 1) * 20), case when i % 20 > 0 then now() + interval '1 year' end,
 			case when i % 50 = 1 then 'sealed'::bytea end
 		from generate_series($1::int, $2) i`},
-	{"withdrawals", `
-		insert into withdrawals (at, keycloak_session_id, user_id, role, network_id, station_id, is_active)
+	{"revocations", `
+		insert into revocations (at, keycloak_session_id, user_id, role, network_id, station_id, is_active)
 		select now() - interval '5 minutes' - r(i, 1, 1200) * interval '1 second', case when i % 2 = 0 then md5('sid' || i) else '' end, id('USR', i), 'user', '', '', true
 		from generate_series($1::int, $2) i`},
 	{"audit_log", ` -- numbers before those that are given in a walk, so that the job seals them
@@ -90,7 +90,7 @@ var seededTables = []struct{ table, sql string }{
 }
 
 // seed adds the rows of these numbers to each table.
-func (w *world) seed(first, last int) {
+func (w *env) seed(first, last int) {
 	w.Helper()
 	w.exec(`
 		create or replace function r(i bigint, salt int, n int) returns int language sql immutable as 'select abs(hashint8extended(i, salt) % n)::int';
@@ -140,13 +140,13 @@ func seedTable(ctx context.Context, tx pgx.Tx, table, sql string, first, last in
 // planKinds are for any values, or made for those of each call: PostgreSQL may take either.
 var planKinds = []string{"force_generic_plan", "force_custom_plan"}
 
-// statementPlan builds a world with an instance for each kind of plan. PostgreSQL logs the plans
+// statementPlan builds a env with an instance for each kind of plan. PostgreSQL logs the plans
 // of all that they do.
-func statementPlan(t testing.TB) (w *world, instances []string) {
+func statementPlan(t testing.TB) (w *env, instances []string) {
 	t.Helper()
-	w = uncheckedWorld(t, map[string]string{"JOB_INTERVAL": "0"})
+	w = uncheckedEnv(t, map[string]string{"JOB_INTERVAL": "0"})
 	w.exec(`select setval('audit_numbers', 10000000)`) // those before are for what is seeded
-	w.env["DATABASE_URL"] += "&" + url.Values{"plan_cache_mode": planKinds[:1], "session_preload_libraries": {"auto_explain"},
+	w.vars["DATABASE_URL"] += "&" + url.Values{"plan_cache_mode": planKinds[:1], "session_preload_libraries": {"auto_explain"},
 		"auto_explain.log_min_duration": {"0"}, "auto_explain.log_analyze": {"on"}, "auto_explain.log_buffers": {"on"}, "auto_explain.log_timing": {"off"},
 		"auto_explain.log_nested_statements": {"on"}, "auto_explain.log_format": {"json"}}.Encode()
 	for _, kind := range planKinds {
@@ -162,8 +162,8 @@ func statementPlan(t testing.TB) (w *world, instances []string) {
 }
 
 // planKind decides for what is started from now on.
-func (w *world) planKind(kind string) {
-	w.env["DATABASE_URL"] = regexp.MustCompile(`force_\w+_plan`).ReplaceAllString(w.env["DATABASE_URL"], kind)
+func (w *env) planKind(kind string) {
+	w.vars["DATABASE_URL"] = regexp.MustCompile(`force_\w+_plan`).ReplaceAllString(w.vars["DATABASE_URL"], kind)
 }
 
 // cost is what a statement has cost, over all of its calls.
@@ -192,7 +192,7 @@ type node struct {
 	Plans    []node
 }
 
-var seeded = regexp.MustCompile(`^(users|user_registrations|sessions|refresh_tokens|withdrawals|audit_log.*|rate_limits|audit_floods|sync_runs)$`)
+var seeded = regexp.MustCompile(`^(users|user_registrations|sessions|refresh_tokens|revocations|audit_log.*|rate_limits|audit_floods|sync_runs)$`)
 
 // wholePass are statements of a full pass of sync, which goes through all users.
 var wholePass = regexp.MustCompile(`^select (count\(\*\) from users where is_active$|keycloak_id from users where keycloak_id > )`)
@@ -229,7 +229,7 @@ func (n node) scans(found map[string]bool) {
 }
 
 // costs are the statements of a walk by their text.
-func (w *world) costs(walk func()) map[string]cost {
+func (w *env) costs(walk func()) map[string]cost {
 	w.Helper()
 	path := filepath.Join(services.Dir, "postgres.log")
 	before, err := os.Stat(path)
@@ -338,10 +338,10 @@ func lists(t testing.TB, path string, in any, values map[string][]string) []stri
 }
 
 // doEverything has the service do all that it can do.
-func (w *world) doEverything(instances []string) {
+func (w *env) doEverything(instances []string) {
 	command := func(args ...string) {
 		w.Helper()
-		if err := run(w.Context(), args, func(name string) string { return w.env[name] }, io.Discard, w.logs); err != nil {
+		if err := run(w.Context(), args, func(name string) string { return w.vars[name] }, io.Discard, w.logs); err != nil {
 			w.Fatalf("%v: %v", args, err)
 		}
 	}
@@ -353,7 +353,7 @@ func (w *world) doEverything(instances []string) {
 	stranger := func(attributes body) {
 		w.Helper()
 		email := newEmail()
-		w.admin("POST", "/users", body{"username": email, "email": email, "enabled": true, "emailVerified": true, "attributes": attributes}, nil)
+		w.keycloakAdmin("POST", "/users", body{"username": email, "email": email, "enabled": true, "emailVerified": true, "attributes": attributes}, nil)
 	}
 	stranger(nil)
 	for _, kind := range planKinds {
@@ -382,7 +382,7 @@ func (w *world) doEverything(instances []string) {
 	w.minuteLater(replaced)
 	w.register(replaced)
 	w.wants(w.do(cancelling(w.readMail(replaced, 2))), 200, "")
-	w.admin("PUT", "/users/"+w.keycloakID(email), body{"firstName": "Grace"}, nil)
+	w.keycloakAdmin("PUT", "/users/"+w.keycloakID(email), body{"firstName": "Grace"}, nil)
 	w.edits(w.keycloakID(email), body{attrRoles: []string{roleAdmin}})
 	late := newEmail()
 	id := w.register(late).text("registration_id")
@@ -391,7 +391,7 @@ func (w *world) doEverything(instances []string) {
 	w.kc.on("enable_user ", lost)
 	queued := newEmail()
 	w.register(queued) // its mail is queued
-	w.admin("PUT", "/users/"+w.keycloakID(queued), body{"lastName": "Hopper"}, nil)
+	w.keycloakAdmin("PUT", "/users/"+w.keycloakID(queued), body{"lastName": "Hopper"}, nil)
 	w.kc.on("enable_user ", 0)
 	w.wants(w.do(registering(email, password)), 409, "user-exists")
 
@@ -427,12 +427,12 @@ func (w *world) doEverything(instances []string) {
 		email := newEmail()
 		created := send("POST", "", body{"email": email, "role": role, "network_id": "NET-7", "station_id": "STA-7"})
 		w.wants(created, 201, "")
-		w.admin("PUT", "/users/"+created.text("keycloak_id"), body{"emailVerified": true, "requiredActions": []string{}}, nil)
-		w.admin("PUT", "/users/"+created.text("keycloak_id")+"/reset-password", body{"type": "password", "value": password}, nil)
+		w.keycloakAdmin("PUT", "/users/"+created.text("keycloak_id"), body{"emailVerified": true, "requiredActions": []string{}}, nil)
+		w.keycloakAdmin("PUT", "/users/"+created.text("keycloak_id")+"/reset-password", body{"type": "password", "value": password}, nil)
 		signIns[role] = w.signsIn(email)
 	}
 	elsewhere := "only-in-keycloak-" + strings.ReplaceAll(email, "@", ".")
-	w.admin("POST", "/users", body{"username": elsewhere, "email": newEmail()}, nil)
+	w.keycloakAdmin("POST", "/users", body{"username": elsewhere, "email": newEmail()}, nil)
 	w.wants(send("POST", "", body{"email": newEmail(), "username": elsewhere}), 409, "user-exists")
 	one := "/" + w.value(`select user_id from sessions where session_id = $1`, signIns["user"].text("session_id"))
 	w.kc.on("assign_user ", lost)
@@ -494,7 +494,7 @@ func (w *world) doEverything(instances []string) {
 		w.exec(`update user_registrations set due_at = now() where due_at < now() + interval '2 days'`)
 		w.exec(`update users set due_at = now() where user_id = $1`, user)
 		w.exec(`update sessions set due_at = now() where due_at < now() + interval '2 days'`)
-		w.exec(`insert into withdrawals (at, keycloak_session_id, user_id, role, network_id, station_id, is_active) values (now() - interval '2 hours', '', '', '', '', '', true)`)
+		w.exec(`insert into revocations (at, keycloak_session_id, user_id, role, network_id, station_id, is_active) values (now() - interval '2 hours', '', '', '', '', '', true)`)
 		w.exec(`insert into audit_floods values (now() - interval '1 hour', 'login', 'invalid-credentials', $1, '192.0.2.7', 1000)`, email)
 		w.exec(`update refresh_tokens set used_at = now() - interval '5 minutes' where session_id = $1 and answer is not null`, signIns["user"].text("session_id"))
 		w.exec(`update rate_limits set resets_at = resets_at + interval '1 hour' where resets_at < now()`) // of the walk itself, how slow it ever was

@@ -45,7 +45,7 @@ var (
 	problemSignInIncomplete      = newProblem(400, "sign-in-incomplete", "Sign-in not completed", "The sign-in did not come to an end. Please try again.")
 	problemInvalidCode           = newProblem(400, "invalid-code", "Wrong code", "The e-mail address or the code is wrong.")
 	problemUnauthorized          = newProblem(401, "unauthorized", "Not signed in", "A valid access token is needed.")
-	problemInvalidAccessToken    = problemUnauthorized.saying("The access token is not valid or has expired.").challenging("invalid_token")
+	problemInvalidAccessToken    = problemUnauthorized.withDetail("The access token is not valid or has expired.").withChallenge("invalid_token")
 	problemInvalidRefreshToken   = newProblem(401, "invalid-token", "Invalid link or token", "The refresh token is not valid, or its session has ended. Please sign in again.")
 	problemTokenReused           = newProblem(401, "token-reused", "Token reused", "This refresh token was used before. To be safe, the session was ended. Please sign in again.")
 	problemInvalidCredentials    = newProblem(401, "invalid-credentials", "Sign-in failed", "The username, the e-mail address or the password is wrong.")
@@ -53,7 +53,7 @@ var (
 	problemAccountNotVerified    = newProblem(403, "account-not-verified", "Account not verified", "The e-mail address of this account is not confirmed yet. Look into your mailbox.")
 	problemAccountDisabled       = newProblem(403, "account-disabled", "Account disabled", "This account is disabled.")
 	problemAccountSetupRequired  = newProblem(403, "account-setup-required", "Account setup required", "This account is not set up completely.")
-	problemAccountUnfit          = problemAccountSetupRequired.saying("This account does not fit in here: another one may have its e-mail address or username. Please ask an administrator.")
+	problemAccountUnfit          = problemAccountSetupRequired.withDetail("This account does not fit in here: another one may have its e-mail address or username. Please ask an administrator.")
 	problemNotFound              = newProblem(404, "not-found", "Not found", "There is nothing at this address.")
 	problemRegistrationNotFound  = newProblem(404, "registration-not-found", "No registration", "There is no open registration for this.")
 	problemUserNotFound          = newProblem(404, "user-not-found", "No such user", "There is no such user, or none that you may see.")
@@ -110,16 +110,16 @@ func (p problem) slug() string { return strings.TrimPrefix(p.Type, "/problems/")
 func (p problem) retryAfter(d time.Duration) problem { p.Wait = max(d, time.Second); return p }
 
 // because keeps the cause for the log.
-func (p problem) because(err error) problem { p.err = err; return p }
+func (p problem) withCause(err error) problem { p.err = err; return p }
 
 // about names whom the refusal concerns, for the audit trail.
-func (p problem) about(target string) problem { p.target = target; return p }
+func (p problem) withTarget(target string) problem { p.target = target; return p }
 
 // challenging names the error in the challenge of RFC 6750 §3.1.
-func (p problem) challenging(oauthError string) problem { p.challenge = oauthError; return p }
+func (p problem) withChallenge(oauthError string) problem { p.challenge = oauthError; return p }
 
 // saying replaces the detail by one that fits the case.
-func (p problem) saying(detail string) problem { p.Detail = detail; return p }
+func (p problem) withDetail(detail string) problem { p.Detail = detail; return p }
 
 // invalid is invalid-request with the wrong fields.
 func invalid(fields ...fieldError) problem {
@@ -135,11 +135,11 @@ func asProblem(err error) problem {
 	switch {
 	case errors.As(err, &p):
 	case errors.Is(err, errBusy), errors.Is(err, errLeaseLost):
-		p = problemUnavailable.retryAfter(2 * time.Second).because(err)
+		p = problemUnavailable.retryAfter(2 * time.Second).withCause(err)
 	case errors.Is(err, errUnavailable):
-		p = problemUnavailable.retryAfter(5 * time.Second).because(err)
+		p = problemUnavailable.retryAfter(5 * time.Second).withCause(err)
 	default:
-		p = problemInternal.because(err)
+		p = problemInternal.withCause(err)
 	}
 	if p.Status == http.StatusTooManyRequests {
 		p.Wait = max(p.Wait, time.Second)

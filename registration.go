@@ -29,8 +29,8 @@ const (
 )
 
 // registerLimit bounds how often one address is registered, whoever does it.
-func registerLimit(email string) limit {
-	return limit{"register:" + tokenHash(strings.ToLower(email)), 5, 10 * time.Minute, problemTooManyRequests}
+func registerLimit(email string) rateLimit {
+	return rateLimit{"register:" + tokenHash(strings.ToLower(email)), 5, 10 * time.Minute, problemTooManyRequests}
 }
 
 // profile is what is known of somebody who gets an account.
@@ -152,7 +152,7 @@ func (s *server) begin(ctx context.Context, c caller, reg registration) (registr
 					s.letGo(ctx, earlier)
 					return reg, err // while Keycloak is away, what there is stays as it is
 				}
-				if !user.account() { // else V3 has happened
+				if !user.activated() { // else V3 has happened
 					replaced = earlier
 					continue
 				}
@@ -199,7 +199,7 @@ func (s *server) abandon(ctx context.Context, c caller, reg registration, cause 
 	case errors.Is(cause, errUnavailable):
 		s.letGo(ctx, reg) // Keycloak may have it or not: the loop looks, the client doesn't wait
 	case reg.KeycloakID == "":
-		err = s.store.forgetUser(ctx, c, reg, s.now())
+		err = s.store.deleteUnverifiedUser(ctx, c, reg, s.now())
 	default:
 		err = s.settle(ctx, c, reg)
 	}
@@ -223,7 +223,7 @@ func (s *server) lease(ctx context.Context, id registrationID) (registration, er
 		}
 		select {
 		case <-ctx.Done():
-			return reg, problemUnavailable.retryAfter(2 * time.Second).because(err)
+			return reg, problemUnavailable.retryAfter(2 * time.Second).withCause(err)
 		case <-time.After(25 * time.Millisecond):
 		}
 	}
@@ -301,8 +301,8 @@ func (s *server) cancel(ctx context.Context, c caller, in cancelIn) (cancelOut, 
 	}
 	switch reg.State {
 	case pending:
-		if user, err := s.userOf(ctx, reg); err == nil && user.account() { // V3
-			return cancelOut{}, errors.Join(s.settle(ctx, c, reg), problemAlreadyVerified.about(string(reg.ID)))
+		if user, err := s.userOf(ctx, reg); err == nil && user.activated() { // V3
+			return cancelOut{}, errors.Join(s.settle(ctx, c, reg), problemAlreadyVerified.withTarget(string(reg.ID)))
 		}
 		if err := s.store.endRegistration(ctx, c, reg, cancelled, "not_me", s.now()); err != nil {
 			return cancelOut{}, err
@@ -311,9 +311,9 @@ func (s *server) cancel(ctx context.Context, c caller, in cancelIn) (cancelOut, 
 			return cancelOut{}, err
 		} // while Keycloak is away the cancellation stands, and the repair loop deletes
 	case verified:
-		return cancelOut{}, problemAlreadyVerified.about(string(reg.ID))
+		return cancelOut{}, problemAlreadyVerified.withTarget(string(reg.ID))
 	case expired:
-		return cancelOut{}, problemVerificationExpired.about(string(reg.ID))
+		return cancelOut{}, problemVerificationExpired.withTarget(string(reg.ID))
 	}
 	return cancelOut{reg.ID, "cancelled"}, nil
 }
@@ -378,14 +378,14 @@ func (s *server) settle(ctx context.Context, c caller, reg registration) error {
 		return s.store.release(ctx, reg, s.now().Add(time.Minute)) // R2: a lost creation may still arrive
 
 	case reg.State != pending: // E2, C2: Keycloak's user goes, then E3 ours
-		if known && !user.account() {
+		if known && !user.activated() {
 			if err := s.kc.deleteUser(ctx, user.id()); err != nil {
 				s.letGo(ctx, reg)
 				return err
 			}
 		}
 		// Dying here (E2) leaves a users row: the next settle removes it.
-		return s.store.forgetUser(ctx, c, reg, s.now())
+		return s.store.deleteUnverifiedUser(ctx, c, reg, s.now())
 
 	case known && user.verified(): // V3
 		return s.finish(ctx, c, reg, user)
@@ -399,7 +399,7 @@ func (s *server) settle(ctx context.Context, c caller, reg registration) error {
 	case !known: // R1, no password
 		return s.createAgain(ctx, c, reg)
 
-	case !user.registers(): // an administrator of Keycloak has removed what the link is compared with
+	case !user.awaitsVerification(): // an administrator of Keycloak has removed what the link is compared with
 		return s.end(ctx, c, reg, cancelled, "no_token")
 
 	case reg.Mail == mailQueued: // R3, R4, M1 … M3

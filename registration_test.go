@@ -25,7 +25,7 @@ type attempt struct {
 }
 
 // try sends a table of requests, in order.
-func (w *world) try(list ...attempt) {
+func (w *env) try(list ...attempt) {
 	w.Helper()
 	for _, r := range list {
 		w.Run(r.name, func() { w.wants(w.post(r.path, r.body), r.status, r.slug) })
@@ -33,7 +33,7 @@ func (w *world) try(list ...attempt) {
 }
 
 // value is the one text that a query returns.
-func (w *world) value(sql string, args ...any) (text string) {
+func (w *env) value(sql string, args ...any) (text string) {
 	w.Helper()
 	if err := w.pool.QueryRow(w.Context(), sql, args...).Scan(&text); err != nil {
 		w.Fatal(err)
@@ -42,7 +42,7 @@ func (w *world) value(sql string, args ...any) (text string) {
 }
 
 // minuteLater lets the cooldown of an address be over.
-func (w *world) minuteLater(email string) {
+func (w *env) minuteLater(email string) {
 	w.exec(`update rate_limits set resets_at = now() where key = $1`, mailLimits(email, 0)[0].Key)
 }
 
@@ -53,7 +53,7 @@ const (
 )
 
 func TestRegisterWithPassword(t *testing.T) {
-	w := inSharedWorld(t)
+	w := sharedEnv(t)
 	email := newEmail()
 	username := "ada-" + email[:8]
 	a := w.post(registerPath, body{"email": email, "username": username, "first_name": "Ada", "last_name": "Lovelace",
@@ -116,7 +116,7 @@ func TestRegisterWithPassword(t *testing.T) {
 }
 
 func TestRegisterWithoutPassword(t *testing.T) {
-	w := inSharedWorld(t)
+	w := sharedEnv(t)
 	byLink, byCode := newEmail(), newEmail()
 	for _, email := range []string{byLink, byCode} {
 		w.wants(w.post(registerPath, body{"email": email}), 201, "")
@@ -148,7 +148,7 @@ func TestRegisterWithoutPassword(t *testing.T) {
 
 // Every path of the table of routes does the same as its first one.
 func TestAliases(t *testing.T) {
-	w := inSharedWorld(t)
+	w := sharedEnv(t)
 	for _, path := range []string{"/register", "/api/v1/auth/register"} {
 		w.wants(w.post(path, body{"email": newEmail(), "password": password}), 201, "")
 	}
@@ -216,7 +216,7 @@ func TestRegisterFields(t *testing.T) {
 }
 
 func TestRegisterRefused(t *testing.T) {
-	w := inSharedWorld(t)
+	w := sharedEnv(t)
 	taken, name := newEmail(), "name-"+newEmail()[:8]
 	w.account(taken)
 	for _, c := range []struct {
@@ -264,7 +264,7 @@ func TestRegisterRefused(t *testing.T) {
 }
 
 func TestDuplicates(t *testing.T) {
-	w := inSharedWorld(t)
+	w := sharedEnv(t)
 	names := map[string]string{}
 	for _, where := range []string{"both", "keycloak", "here"} {
 		names[where] = where + "-" + newEmail()[:8]
@@ -272,7 +272,7 @@ func TestDuplicates(t *testing.T) {
 	address := func(where string) string { return names[where] + "@example.test" }
 	w.wants(w.post(registerPath, body{"email": address("both"), "username": names["both"], "password": password}), 201, "")
 	w.wants(w.post(verifyPath, body{"token": w.readMail(address("both"), 1).Token}), 200, "")
-	w.admin("POST", "/users", body{"email": address("keycloak"), "username": names["keycloak"], "enabled": true}, nil)
+	w.keycloakAdmin("POST", "/users", body{"email": address("keycloak"), "username": names["keycloak"], "enabled": true}, nil)
 	w.exec(`insert into users (user_id, keycloak_id, email, username, source) values ($1, $1, $2, $3, 'internal')`,
 		"USR-"+names["here"], address("here"), names["here"])
 	defer w.exec(`delete from users where user_id = $1`, "USR-"+names["here"]) // Keycloak has no such user
@@ -295,7 +295,7 @@ func TestDuplicates(t *testing.T) {
 }
 
 func TestReplace(t *testing.T) {
-	w := inSharedWorld(t)
+	w := sharedEnv(t)
 	email := newEmail()
 	first := w.post(registerPath, body{"email": email, "username": "first-" + email[:6], "password": "the first password"})
 	w.secrets.add("the first password")
@@ -330,7 +330,7 @@ func TestReplace(t *testing.T) {
 }
 
 func TestDefaultUsername(t *testing.T) {
-	w := inSharedWorld(t)
+	w := sharedEnv(t)
 	id := newEmail()[:12]
 	for _, c := range []struct{ email, username string }{
 		{id + "@example.test", id + "@example.test"},
@@ -352,7 +352,7 @@ func TestDefaultUsername(t *testing.T) {
 }
 
 func TestMailLanguage(t *testing.T) {
-	w := inSharedWorld(t)
+	w := sharedEnv(t)
 	const english, german = "Confirm your e-mail address", "Bitte bestätigen Sie Ihre E-Mail-Adresse"
 	for _, c := range []struct{ locale, header, subject, text string }{
 		{"", "", english, "Someone registered"},
@@ -381,7 +381,7 @@ func TestMailLanguage(t *testing.T) {
 }
 
 func TestCodes(t *testing.T) {
-	w := inSharedWorld(t)
+	w := sharedEnv(t)
 	email, unknown := newEmail(), newEmail()
 	id := w.register(email).text("registration_id")
 	l := w.readMail(email, 1)
@@ -428,7 +428,7 @@ func TestCodes(t *testing.T) {
 }
 
 func TestBodiesOfTheOthers(t *testing.T) {
-	w := inSharedWorld(t)
+	w := sharedEnv(t)
 	email, id := newEmail(), string(newRegistrationID())
 	for path, bodies := range map[string][]body{
 		verifyPath: {{}, {"email": email}, {"code": "123456"}, {"token": "t", "email": email, "code": "123456"}, {"email": email, "code": "12345"},
@@ -457,7 +457,7 @@ func TestBodiesOfTheOthers(t *testing.T) {
 }
 
 func TestExpiry(t *testing.T) {
-	w := inSharedWorld(t)
+	w := sharedEnv(t)
 	for name, touch := range map[string]func(email, id string, l link){
 		"by the link": func(_, _ string, l link) {
 			w.wants(w.post(verifyPath, body{"token": l.Token}), 410, "verification-expired")
@@ -505,7 +505,7 @@ func TestExpiry(t *testing.T) {
 }
 
 func TestResend(t *testing.T) {
-	w := inSharedWorld(t)
+	w := sharedEnv(t)
 	email := newEmail()
 	id := w.register(email).text("registration_id")
 	l := w.readMail(email, 1)
@@ -565,7 +565,7 @@ func TestResend(t *testing.T) {
 }
 
 func TestCancel(t *testing.T) {
-	w := inSharedWorld(t)
+	w := sharedEnv(t)
 	email := newEmail()
 	a := w.register(email)
 	id, l := a.text("registration_id"), w.readMail(email, 1)
@@ -587,7 +587,7 @@ func TestCancel(t *testing.T) {
 }
 
 func TestStatus(t *testing.T) {
-	w := inSharedWorld(t)
+	w := sharedEnv(t)
 	for word, lead := range map[string]func(email string, l link){
 		"pending_verification": func(string, link) {},
 		"active":               func(_ string, l link) { w.wants(w.post(verifyPath, body{"token": l.Token}), 200, "") },
@@ -621,7 +621,7 @@ func TestStatus(t *testing.T) {
 
 // Mail scanners open links, with GET and HEAD, before the person does.
 func TestLinksChangeNothing(t *testing.T) {
-	w := inSharedWorld(t)
+	w := sharedEnv(t)
 	email, from := newEmail(), newAddress()
 	r := w.register(email)
 	l := w.readMail(email, 1)
@@ -663,7 +663,7 @@ func TestLinksChangeNothing(t *testing.T) {
 
 // The forms do what the API does, with the same statuses.
 func TestForms(t *testing.T) {
-	w := inSharedWorld(t)
+	w := sharedEnv(t)
 	email := newEmail()
 	person := map[string]string{"email": " " + email + " ", "phone": "+49 30 123456", "password": password}
 	type form = map[string]string

@@ -50,17 +50,12 @@ create table if not exists users (
         (deleted_at is not null and is_active = false)
     )
 );
-alter table users add column if not exists locale varchar(20) not null default '', add column if not exists due_at timestamptz,
-    add column if not exists invitation_due boolean not null default false, add column if not exists enable_due boolean not null default false,
-    add column if not exists names_due boolean not null default false, add column if not exists lease_owner varchar(32);
 create unique index if not exists one_live_user_per_email on users (lower(email)) where deleted_at is null;
 create unique index if not exists one_live_user_per_username on users (lower(username)) where deleted_at is null;
 
 -- Lists run from the latest to the earliest, within a scope. Every combination of filters
 -- has an index in which its rows stand together: see filter in store.go.
 create extension if not exists pg_trgm;
-drop index if exists users_by_time, users_by_role, users_by_source, users_by_network, users_by_network_and_role,
-    users_by_network_and_station, users_by_station; -- of versions before
 create index if not exists users_in_all on users (role, source, is_active, created_at, user_id);
 create index if not exists users_in_network on users (network_id, role, source, is_active, created_at, user_id);
 create index if not exists users_in_network_and_station on users (network_id, station_id, role, source, is_active, created_at, user_id);
@@ -122,8 +117,6 @@ create table if not exists sessions (
     ended_reason        varchar(40),
     due_at              timestamptz                    -- when the loop must look: does it live in Keycloak, or must it end there; null = settled
 );
-alter table sessions drop column if exists refresh_hash, add column if not exists due_at timestamptz; -- of versions before refresh_tokens
-drop index if exists sessions_by_user; -- of versions before
 create index if not exists sessions_of_user on sessions (user_id, (ended_at is null), created_at, session_id); -- live ones apart
 create index if not exists sessions_due on sessions (due_at) where due_at is not null;
 
@@ -142,8 +135,8 @@ create index if not exists refresh_tokens_answered on refresh_tokens (used_at) w
 -- Access tokens that count no more although they have not expired: of a session that has
 -- ended, or of a user whose role or scope is another now. Kept for as long as a token
 -- may live.
-create table if not exists withdrawals (
-    withdrawal_id       bigint generated always as identity primary key,
+create table if not exists revocations (
+    revocation_id       bigint generated always as identity primary key,
     at                  timestamptz not null default clock_timestamp(),
     keycloak_session_id varchar(255) not null,         -- claim sid; '' = of a user
     user_id             varchar(32) not null,
@@ -152,25 +145,18 @@ create table if not exists withdrawals (
     station_id          varchar(32) not null,
     is_active           boolean not null
 );
-create index if not exists withdrawals_by_time on withdrawals (at);
+create index if not exists withdrawals_by_time on revocations (at);
 
 -- What happened, who did it, to whom, from where. Written in the transaction of
 -- the change that it records. Append-only: the triggers below refuse the rest, and the
 -- service's role has no right to it. One partition a month, so that a month is dropped
 -- as a whole when its time is over.
-do $$ begin
-    if exists (select from pg_class where oid = to_regclass('audit_log') and relkind = 'r') then -- of versions before partitions
-        alter table audit_log rename to audit_log_before;
-        alter table audit_log_before rename constraint audit_log_pkey to audit_log_before_pkey;
-        drop index audit_by_time, audit_by_target, audit_by_actor;
-    end if;
-end $$;
 create sequence if not exists audit_numbers;
 create table if not exists audit_log (
     audit_id   varchar(32) not null,                   -- AUD-…
     number     bigint not null default nextval('audit_numbers'), -- the order of sealing; some are never used
     at         timestamptz not null,
-    actor      varchar(100) not null,                  -- USR-…, anonymous, system:…, operator:…
+    actor      varchar(100) not null,                  -- USR-…, anonymous, system:…, cli:…
     action     varchar(50) not null,                   -- registration.verify, login, …
     target     varchar(100) not null,                  -- the id of what was acted on, or ''
     outcome    varchar(10) not null,                   -- ok, refused, failed
@@ -186,7 +172,6 @@ create table if not exists audit_log (
 -- For sealing, and for each way to ask for entries: see filter in store.go. A combination
 -- without an index of its own has a person or a target in it, and those have few entries.
 create index if not exists audit_by_number on audit_log (number);
-drop index if exists audit_by_time, audit_by_target, audit_by_actor, audit_by_network; -- of versions before
 create index if not exists audit_by_outcome on audit_log (outcome, at, audit_id);
 create index if not exists audit_by_action on audit_log (action, outcome, at, audit_id);
 create index if not exists audit_of_target on audit_log (target, outcome, at, audit_id);
@@ -219,16 +204,6 @@ begin
             name, month at time zone 'UTC', (month + interval '1 month') at time zone 'UTC');
         execute format('create or replace trigger audit_log_keeps_all before truncate on %I
             for each statement execute function audit_log_is_append_only()', name);
-    end if;
-end $$;
-
-do $$ begin
-    if to_regclass('audit_log_before') is not null then
-        perform audit_log_month(at) from (select distinct date_trunc('month', at, 'UTC') as at from audit_log_before) months;
-        insert into audit_log (audit_id, at, actor, action, target, outcome, reason, ip_address, user_agent, request_id, details)
-            select audit_id, at, actor, action, target, outcome, reason, ip_address, user_agent, request_id, details
-            from audit_log_before order by at;
-        drop table audit_log_before;
     end if;
 end $$;
 
@@ -265,8 +240,6 @@ create table if not exists sync_place (
     owner    varchar(32),                              -- who applies them now, until then
     until    timestamptz not null
 );
-alter table sync_place add column if not exists user_at bigint not null default 0;
-alter table sync_place add column if not exists left_users text[] not null default '{}';
 
 -- Full passes over all users, and their reports.
 create table if not exists sync_runs (
@@ -300,7 +273,7 @@ create index if not exists rate_limits_by_end on rate_limits (resets_at);
 do $$ begin
     if exists (select from pg_roles where rolname = 'auth_service') then
         grant select on schema_version to auth_service;
-        grant select, insert, update, delete on users, user_registrations, sessions, refresh_tokens, withdrawals,
+        grant select, insert, update, delete on users, user_registrations, sessions, refresh_tokens, revocations,
             rate_limits, audit_floods, sync_place, sync_runs to auth_service;
         grant select, insert on audit_seals to auth_service;
         grant select, insert (audit_id, at, actor, action, target, outcome, reason, network_id, ip_address, user_agent,

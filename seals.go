@@ -132,7 +132,7 @@ func (s *server) verifyAudit(ctx context.Context, known, operator string, out io
 	if _, printErr := fmt.Fprint(out, report); printErr != nil {
 		return printErr
 	}
-	return errors.Join(err, s.store.audit(ctx, caller{Actor: "operator:" + operator}, s.now(), e))
+	return errors.Join(err, s.store.audit(ctx, caller{Actor: "cli:" + operator}, s.now(), e))
 }
 
 // sealReport is what verifySeals has seen.

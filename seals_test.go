@@ -324,9 +324,9 @@ func TestTampering(t *testing.T) {
 			t.Errorf("%s: %v, want %s", c.name, err, c.want)
 		}
 		// That it was looked at is on record itself.
-		said, what := r.value(`select concat_ws(' ', actor, outcome, reason) from audit_log where action = 'audit.verify'`), "operator:tester ok"
+		said, what := r.value(`select concat_ws(' ', actor, outcome, reason) from audit_log where action = 'audit.verify'`), "cli:tester ok"
 		if c.want != "" {
-			what = "operator:tester failed misfit"
+			what = "cli:tester failed misfit"
 		}
 		if strings.TrimSpace(said) != what {
 			t.Errorf("%s: on record is %q, not %q", c.name, said, what)

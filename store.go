@@ -143,8 +143,8 @@ func storeError(err error) error {
 	return err
 }
 
-// limit is at most N hits of a key in a window that begins with the first one.
-type limit struct {
+// rateLimit is at most N hits of a key in a window that begins with the first one.
+type rateLimit struct {
 	Key     string
 	N       int
 	Window  time.Duration
@@ -153,7 +153,7 @@ type limit struct {
 
 // hit counts one hit, exactly, over all instances. Over the limit it counts
 // nothing and returns the limit's problem with the time until the window ends.
-func hit(ctx context.Context, q querier, l limit, now time.Time) error {
+func hit(ctx context.Context, q querier, l rateLimit, now time.Time) error {
 	var hits int
 	var resets time.Time
 	if err := q.QueryRow(ctx, `
@@ -170,12 +170,12 @@ func hit(ctx context.Context, q querier, l limit, now time.Time) error {
 	return nil
 }
 
-func (st *store) hit(ctx context.Context, l limit, now time.Time) error {
+func (st *store) hit(ctx context.Context, l rateLimit, now time.Time) error {
 	return hit(ctx, st.pool, l, now)
 }
 
 // peek says what hit would, and counts nothing.
-func (st *store) peek(ctx context.Context, l limit, now time.Time) error {
+func (st *store) peek(ctx context.Context, l rateLimit, now time.Time) error {
 	var resets time.Time
 	err := storeError(st.pool.QueryRow(ctx, `select resets_at from rate_limits where key = $1 and hits >= $2 and resets_at > $3`,
 		l.Key, l.N, now).Scan(&resets))
@@ -187,8 +187,8 @@ func (st *store) peek(ctx context.Context, l limit, now time.Time) error {
 	return l.Problem.retryAfter(resets.Sub(now))
 }
 
-// sweepLimits removes counters whose window is over.
-func (st *store) sweepLimits(ctx context.Context, now time.Time) error {
+// purgeLimits removes counters whose window is over.
+func (st *store) purgeLimits(ctx context.Context, now time.Time) error {
 	_, err := st.pool.Exec(ctx, `delete from rate_limits where key = any(array(
 		select key from rate_limits where resets_at < $1 order by resets_at limit 10000 for update skip locked))`, now)
 	return storeError(err)
@@ -214,7 +214,7 @@ func (f *filter) and(condition string, values ...any) {
 	f.conditions = append(f.conditions, condition)
 }
 
-// is demands a value, unless it is empty.
+// is required a value, unless it is empty.
 func (f *filter) is(column, value string) {
 	if value != "" {
 		f.and(column+" = ?", value)

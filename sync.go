@@ -59,9 +59,9 @@ const syncAction = "user.sync"
 // be gone in a moment.
 func differences(u syncUser, ku keycloakUser) (all []difference) {
 	switch {
-	case u.Registering && ku.verified():
+	case u.RegistrationOpen && ku.verified():
 		return []difference{diffVerified}
-	case u.Registering:
+	case u.RegistrationOpen:
 		return nil
 	}
 	now := u.following(ku)
@@ -106,9 +106,11 @@ func (ku keycloakUser) profileOf(u user) user {
 	return u
 }
 
-// registers says whether Keycloak's user is one that waits for its confirmation: an account
+// awaitsVerification says whether Keycloak's user is one that waits for its confirmation: an account
 // has lost the mail's secrets, also if it has a new address that is not confirmed.
-func (ku keycloakUser) registers() bool { return !ku.verified() && ku.attribute(attrToken) != "" }
+func (ku keycloakUser) awaitsVerification() bool {
+	return !ku.verified() && ku.attribute(attrToken) != ""
+}
 
 // reconcile brings one user into step, whatever the difference is by now. It may be
 // repeated, and dies nowhere with anything lost: what has changed here is due in Keycloak
@@ -131,7 +133,7 @@ func (s *server) reconcile(ctx context.Context, c caller, keycloakID string) err
 			}
 			continue
 		}
-		if u.Registering && !settled { // what the repair loop would do
+		if u.RegistrationOpen && !settled { // what the repair loop would do
 			if err := s.settleRegistration(ctx, c, u.ID); err != nil {
 				return err
 			}
@@ -143,7 +145,7 @@ func (s *server) reconcile(ctx context.Context, c caller, keycloakID string) err
 		switch {
 		case err != nil && !missing:
 			return err
-		case u.Registering, !here && missing:
+		case u.RegistrationOpen, !here && missing:
 			return nil
 		case !here:
 			return s.takeOver(ctx, c, ku)
@@ -243,7 +245,7 @@ func (u user) fits() bool {
 func (s *server) newcomer(ku keycloakUser) user {
 	now := s.now()
 	u := ku.profileOf(user{ID: userID(ku.attribute(attrUserID)), KeycloakID: ku.id(), Role: roleUser, Source: sourceInternal,
-		IsVerified: ku.verified(), IsActive: ku.enabled() || ku.registers(), CreatedAt: now, UpdatedAt: now})
+		IsVerified: ku.verified(), IsActive: ku.enabled() || ku.awaitsVerification(), CreatedAt: now, UpdatedAt: now})
 	if !u.IsActive {
 		u.DeletedAt = &now
 	}
@@ -274,7 +276,7 @@ func (s *server) takeOver(ctx context.Context, c caller, ku keycloakUser) error 
 	if u.Source == sourceWeb {
 		id := registrationID(ku.attribute(attrRegistrationID))
 		known, err := s.store.registration(ctx, id)
-		if err == nil && (known.State == pending || known.State != verified && ku.registers()) { // R2, or ended: E2
+		if err == nil && (known.State == pending || known.State != verified && ku.awaitsVerification()) { // R2, or ended: E2
 			if known, err = s.lease(ctx, id); err == nil {
 				err = s.settle(ctx, c, known)
 			}
@@ -302,7 +304,7 @@ func (s *server) registrationOf(u user, ku keycloakUser) registration {
 		reg.CreatedAt = time.UnixMilli(*ku.CreatedTimestamp).UTC()
 	}
 	reg.ExpiresAt = reg.CreatedAt.Add(s.cfg.VerificationTTL)
-	if ku.registers() {
+	if ku.awaitsVerification() {
 		token := ku.attribute(attrToken)
 		reg.State, reg.TokenHash, reg.CodeHash = pending, tokenHash(token), codeHash(token, ku.attribute(attrCode))
 		reg.WithPassword = ku.RequiredActions == nil || !slices.Contains(*ku.RequiredActions, "UPDATE_PASSWORD")
@@ -386,7 +388,7 @@ func (s *server) notTooMany(ctx context.Context, users []string, alive func() er
 		return nil
 	}
 	run := syncRun{}
-	if err := s.limit(ctx, &run); err != nil {
+	if err := s.syncLimit(ctx, &run); err != nil {
 		return err
 	}
 	return s.inspectAll(ctx, &run, users, func(*syncRun) error { return alive() })

@@ -52,7 +52,7 @@ func (s seeds) inKeycloak(first, last int) (users []body) {
 }
 
 // here writes their rows.
-func (s seeds) here(w *world, first, last int) {
+func (s seeds) here(w *env, first, last int) {
 	w.Helper()
 	w.exec(`insert into users (user_id, keycloak_id, email, username, first_name, last_name, is_verified, role, network_id, station_id, source)
 		select 'USR-' || lpad(n::text, 16, '0'), $1 || lpad(n::text, 12, '0'), 'ZZ' || lpad(n::text, greatest(4, length(n::text)), '0') || '@seed.test', 'zz' || lpad(n::text, greatest(4, length(n::text)), '0'), 'First', 'Last',
@@ -63,12 +63,12 @@ func (s seeds) here(w *world, first, last int) {
 }
 
 // seen is all that a store has of users: by id in Keycloak.
-func (w *world) seenInKeycloak() map[string]body {
+func (w *env) seenInKeycloak() map[string]body {
 	w.Helper()
 	users := map[string]body{}
 	for first := 0; ; first += 100 {
 		var page []body
-		w.admin("GET", fmt.Sprintf("/users?briefRepresentation=false&first=%d&max=100", first), nil, &page)
+		w.keycloakAdmin("GET", fmt.Sprintf("/users?briefRepresentation=false&first=%d&max=100", first), nil, &page)
 		for _, u := range page {
 			users[u["id"].(string)] = u
 		}
@@ -78,7 +78,7 @@ func (w *world) seenInKeycloak() map[string]body {
 	}
 }
 
-func (w *world) seenHere() map[string]body {
+func (w *env) seenHere() map[string]body {
 	w.Helper()
 	rows, _ := w.pool.Query(w.Context(), `select to_jsonb(u) from users u`)
 	list, err := pgx.CollectRows(rows, pgx.RowTo[body])
@@ -94,7 +94,7 @@ func (w *world) seenHere() map[string]body {
 
 // outOfStep lists the users that the two stores don't agree on, but for those that are due
 // or wait for their confirmation.
-func (w *world) outOfStep() (wrong []string) {
+func (w *env) outOfStep() (wrong []string) {
 	w.Helper()
 	here, there := w.seenHere(), w.seenInKeycloak()
 	text := func(v any) string { s, _ := v.(string); return strings.ToLower(s) }
@@ -137,10 +137,10 @@ func (w *world) outOfStep() (wrong []string) {
 }
 
 // sync is the command; found and repaired are its report by class.
-func (w *world) sync(settings map[string]string, args ...string) (found, repaired map[difference]int, out string, err error) {
+func (w *env) sync(settings map[string]string, args ...string) (found, repaired map[difference]int, out string, err error) {
 	w.Helper()
 	var stdout bytes.Buffer
-	env := maps.Clone(w.env)
+	env := maps.Clone(w.vars)
 	maps.Copy(env, settings)
 	err = run(w.Context(), append([]string{"sync"}, args...), func(name string) string { return env[name] }, &stdout, w.logs)
 	found, repaired = map[difference]int{}, map[difference]int{}
@@ -152,9 +152,9 @@ func (w *world) sync(settings map[string]string, args ...string) (found, repaire
 }
 
 // command runs another subcommand, which must succeed.
-func (w *world) command(args ...string) {
+func (w *env) command(args ...string) {
 	w.Helper()
-	if err := run(w.Context(), args, func(name string) string { return w.env[name] }, new(bytes.Buffer), w.logs); err != nil {
+	if err := run(w.Context(), args, func(name string) string { return w.vars[name] }, new(bytes.Buffer), w.logs); err != nil {
 		w.Fatalf("%v: %v", args, err)
 	}
 }
@@ -245,7 +245,7 @@ func TestSync(t *testing.T) {
 			i++
 		}
 	}
-	w := newWorld(t, map[string]string{"JOB_INTERVAL": "0"}, slices.DeleteFunc(users, func(ku body) bool { return len(ku) == 0 })...)
+	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0"}, slices.DeleteFunc(users, func(ku body) bool { return len(ku) == 0 })...)
 	s.here(w, 0, n)
 	for i := range sql {
 		w.exec(sql[len(sql)-1-i], whose[len(sql)-1-i]) // those first whose address the one before takes
@@ -254,7 +254,7 @@ func TestSync(t *testing.T) {
 	for _, email := range []string{pendingOne, between, ended} {
 		registered(w, email, password)
 	}
-	w.admin("PUT", "/users/"+w.value(`select keycloak_id from users where email = $1`, between), body{"enabled": true, "emailVerified": true}, nil) // V3
+	w.keycloakAdmin("PUT", "/users/"+w.value(`select keycloak_id from users where email = $1`, between), body{"enabled": true, "emailVerified": true}, nil) // V3
 	w.exec(`with e as (update user_registrations set status = 'expired', due_at = now() where email = $1 returning registration_id) -- E1
 		insert into audit_log (audit_id, at, actor, action, target, outcome) select 'AUD-expired', now(), 'system:expiry', 'registration.expired', registration_id, 'ok' from e`, ended)
 	found[diffVerified]++
@@ -379,7 +379,7 @@ func TestSync(t *testing.T) {
 	w.Run("when nothing is due or in conflict any more", func() {
 		for id, name := range drifted {
 			if strings.Contains(name, "without an address") {
-				w.admin("PUT", "/users/"+id, body{"email": newEmail()}, nil)
+				w.keycloakAdmin("PUT", "/users/"+id, body{"email": newEmail()}, nil)
 			}
 		}
 		w.exec(`update users set due_at = now() where due_at is not null`)
@@ -402,23 +402,23 @@ func withoutZero(counts map[difference]int) map[difference]int {
 }
 
 // keycloakID is the id in Keycloak of the user with an address.
-func (w *world) keycloakID(email string) string {
+func (w *env) keycloakID(email string) string {
 	w.Helper()
 	return w.value(`select keycloak_id from users where lower(email) = lower($1)`, email)
 }
 
 // edits changes attributes in Keycloak, as an administrator there does.
-func (w *world) edits(id string, attributes body) {
+func (w *env) edits(id string, attributes body) {
 	w.Helper()
 	var ku body
-	w.admin("GET", "/users/"+id, nil, &ku)
+	w.keycloakAdmin("GET", "/users/"+id, nil, &ku)
 	maps.Copy(ku["attributes"].(body), attributes)
-	w.admin("PUT", "/users/"+id, ku, nil)
+	w.keycloakAdmin("PUT", "/users/"+id, ku, nil)
 }
 
 // What others change in Keycloak arrives within seconds.
 func TestSyncEvents(t *testing.T) {
-	w := newWorld(t, nil) // with JOB_INTERVAL=1s
+	w := newEnv(t, nil) // with JOB_INTERVAL=1s
 	arrives := func(what, sql string, args ...any) {
 		w.Helper()
 		w.eventually(what, 10*time.Second, func() bool { return w.value(sql, args...) == "t" })
@@ -427,11 +427,11 @@ func TestSyncEvents(t *testing.T) {
 		email, id, next := newEmail(), "", newEmail()
 		w.account(email)
 		id = w.keycloakID(email)
-		w.admin("PUT", "/users/"+id, body{"email": next, "firstName": "Grace"}, nil)
+		w.keycloakAdmin("PUT", "/users/"+id, body{"email": next, "firstName": "Grace"}, nil)
 		arrives("both", `select case when email = $2 and first_name = 'Grace' then 't' else 'f' end from users where keycloak_id = $1`, id, next)
-		w.admin("PUT", "/users/"+id, body{"email": newEmail(), "emailVerified": false}, nil)
+		w.keycloakAdmin("PUT", "/users/"+id, body{"email": newEmail(), "emailVerified": false}, nil)
 		arrives("not confirmed", `select case when is_verified then 'f' else 't' end from users where keycloak_id = $1`, id)
-		w.admin("PUT", "/users/"+id, body{"emailVerified": true}, nil)
+		w.keycloakAdmin("PUT", "/users/"+id, body{"emailVerified": true}, nil)
 		arrives("confirmed again", `select case when is_verified then 't' else 'f' end from users where keycloak_id = $1`, id)
 	})
 	w.Run("a new address, confirmed at the sign-in", func() {
@@ -444,10 +444,10 @@ func TestSyncEvents(t *testing.T) {
 	w.Run("disabled", func() {
 		email, a := w.signedIn()
 		id := w.keycloakID(email)
-		w.admin("PUT", "/users/"+id, body{"enabled": false}, nil)
+		w.keycloakAdmin("PUT", "/users/"+id, body{"enabled": false}, nil)
 		arrives("disabled here", `select case when is_active then 'f' else 't' end from users where keycloak_id = $1`, id)
 		w.wants(w.do(refreshing(a.text("refresh_token"))), 401, "invalid-token")
-		w.admin("PUT", "/users/"+id, body{"enabled": true}, nil) // only restore does
+		w.keycloakAdmin("PUT", "/users/"+id, body{"enabled": true}, nil) // only restore does
 		w.eventually("disabled there again", 10*time.Second, func() bool { return w.seenInKeycloak()[id]["enabled"] == false })
 		w.value(`select audit_id from audit_log where actor = 'system:sync' and action = 'user.sync' and target = (select user_id from users where keycloak_id = $1)`, id)
 		admin := w.signsIn(w.administrator())
@@ -456,14 +456,14 @@ func TestSyncEvents(t *testing.T) {
 	})
 	w.Run("deleted", func() {
 		created := newEmail()
-		w.admin("POST", "/users", body{"username": created, "email": created, "enabled": true, "emailVerified": true,
+		w.keycloakAdmin("POST", "/users", body{"username": created, "email": created, "enabled": true, "emailVerified": true,
 			"attributes": body{attrRoles: []string{roleAdmin}}}, nil)
 		arrives("taken over", `select case when exists (select from users where email = $1 and role = 'user' and due_at is null) then 't' else 'f' end`, created)
 		id := w.keycloakID(created)
 		if wrong := w.outOfStep(); len(wrong) > 0 {
 			w.Error(strings.Join(wrong, "\n"))
 		}
-		w.admin("DELETE", "/users/"+id, nil, nil)
+		w.keycloakAdmin("DELETE", "/users/"+id, nil, nil)
 		arrives("deleted here, and nothing due", `select case when not is_active and due_at is null then 't' else 'f' end from users where keycloak_id = $1`, id)
 		admin := w.signsIn(w.administrator())
 		w.wants(w.as(admin, "POST", "/api/v1/users/"+w.value(`select user_id from users where keycloak_id = $1`, id)+"/restore"), 409, "user-gone")
@@ -489,7 +489,7 @@ func TestSyncEvents(t *testing.T) {
 		email := newEmail()
 		w.account(email)
 		id := w.keycloakID(email)
-		w.admin("PUT", "/users/"+id, body{"requiredActions": []string{"UPDATE_PROFILE"}}, nil)
+		w.keycloakAdmin("PUT", "/users/"+id, body{"requiredActions": []string{"UPDATE_PROFILE"}}, nil)
 		p := w.person()
 		a := p.visit(p.begins("/"), call{})
 		a = p.visit(html.UnescapeString(string(formAction.FindSubmatch(a.Body)[1])), call{method: "POST", form: url.Values{"username": {email}, "password": {password}}})
@@ -504,7 +504,7 @@ func TestSyncEvents(t *testing.T) {
 		w.account(email)
 		id := w.keycloakID(email)
 		w.noEvents()
-		w.admin("PUT", "/users/"+id, body{"firstName": "Grace"}, nil)
+		w.keycloakAdmin("PUT", "/users/"+id, body{"firstName": "Grace"}, nil)
 		w.command("grant-admin", email)
 		w.exec(`update sync_place set until = now()`)
 		arrives("the name", `select case when first_name = 'Grace' and role = 'admin' then 't' else 'f' end from users where keycloak_id = $1`, id)
@@ -517,7 +517,7 @@ func TestSyncEventsOnce(t *testing.T) {
 	if out, err := exec.Command("go", "build", "-o", binary, ".").CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	w := newWorld(t, map[string]string{"JOB_INTERVAL": "0", "SYNC_MAX_SHARE": "100"}, newSeeds().inKeycloak(0, 1)...)
+	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0", "SYNC_MAX_SHARE": "100"}, newSeeds().inKeycloak(0, 1)...)
 	w.command("jobs") // from now on
 	w.Run("our own", func() {
 		w.account(newEmail())
@@ -529,12 +529,12 @@ func TestSyncEventsOnce(t *testing.T) {
 	})
 	const n = 120 // more than a page of events
 	s := newSeeds()
-	w.admin("POST", "/partialImport", body{"ifResourceExists": "FAIL", "users": s.inKeycloak(1, 1+n)}, nil) // which tells of no user
+	w.keycloakAdmin("POST", "/partialImport", body{"ifResourceExists": "FAIL", "users": s.inKeycloak(1, 1+n)}, nil) // which tells of no user
 	var edits sync.WaitGroup
 	for part := range 4 { // some in the same millisecond
 		edits.Go(func() {
 			for i := part; i < n; i += 4 {
-				w.admin("PUT", "/users/"+s.keycloakID(1+i), body{"firstName": "Ada"}, nil)
+				w.keycloakAdmin("PUT", "/users/"+s.keycloakID(1+i), body{"firstName": "Ada"}, nil)
 			}
 		})
 	}
@@ -542,7 +542,7 @@ func TestSyncEventsOnce(t *testing.T) {
 	for kill := range 6 {
 		if kill > 0 {
 			for i := range 20 {
-				w.admin("PUT", "/users/"+s.keycloakID(1+20*kill+i), body{"firstName": fmt.Sprint("Grace ", kill)}, nil)
+				w.keycloakAdmin("PUT", "/users/"+s.keycloakID(1+20*kill+i), body{"firstName": fmt.Sprint("Grace ", kill)}, nil)
 			}
 		}
 		p := w.spawn(binary, map[string]string{"JOB_INTERVAL": "20ms"})
@@ -568,14 +568,14 @@ func TestSyncEventsOnce(t *testing.T) {
 
 // Whoever signs in and is known to Keycloak only gets the right claims at once.
 func TestSyncSignIn(t *testing.T) {
-	w := newWorld(t, map[string]string{"JOB_INTERVAL": "0", "CORS_ALLOWED_ORIGINS": app, "PUBLIC_URL": "http://localhost:3000"})
+	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0", "CORS_ALLOWED_ORIGINS": app, "PUBLIC_URL": "http://localhost:3000"})
 	create := func(change body) string {
 		w.Helper()
 		email := newEmail()
 		u := body{"username": email, "email": email, "enabled": true, "emailVerified": true, "attributes": body{attrRoles: []string{roleAdmin}},
 			"credentials": []body{{"type": "password", "value": password, "temporary": false}}}
 		maps.Copy(u, change)
-		w.admin("POST", "/users", u, nil)
+		w.keycloakAdmin("POST", "/users", u, nil)
 		return email
 	}
 	says := func(email string, a answer) {
@@ -639,7 +639,7 @@ func TestSyncSignIn(t *testing.T) {
 		got := make(chan answer)
 		go func() { got <- w.login(email, password) }()
 		<-there
-		w.admin("PUT", "/users/"+w.keycloakID(email), body{"enabled": false}, nil)
+		w.keycloakAdmin("PUT", "/users/"+w.keycloakID(email), body{"enabled": false}, nil)
 		release()
 		w.wants(<-got, 403, "account-disabled")
 		if got := w.value(`select actor from audit_log where action = 'user.sync' and target = $1`, w.userOf(email)); got != "system:sync" {
@@ -652,7 +652,7 @@ func TestSyncSignIn(t *testing.T) {
 		got := make(chan answer)
 		go func() { got <- w.login(email, password) }()
 		<-there
-		w.admin("DELETE", "/users/"+w.inKeycloak(email)[0], nil, nil)
+		w.keycloakAdmin("DELETE", "/users/"+w.inKeycloak(email)[0], nil, nil)
 		release()
 		w.wants(<-got, 403, "account-setup-required")
 	})
@@ -662,7 +662,7 @@ func TestSyncSignIn(t *testing.T) {
 		u := body{"username": email, "email": email, "enabled": true, "emailVerified": true,
 			"credentials": []body{{"type": "password", "value": password, "temporary": false}}}
 		maps.Copy(u, change)
-		w.admin("POST", "/partialImport", body{"ifResourceExists": "FAIL", "users": []body{u}}, nil)
+		w.keycloakAdmin("POST", "/partialImport", body{"ifResourceExists": "FAIL", "users": []body{u}}, nil)
 		return email
 	}
 	w.Run("what Keycloak itself would refuse", func() {
@@ -670,7 +670,7 @@ func TestSyncSignIn(t *testing.T) {
 		for range 2 {
 			w.wants(w.login(email, password), 403, "account-setup-required")
 		}
-		w.admin("PUT", "/users/"+w.inKeycloak(email)[0], body{"firstName": "Ada"}, nil)
+		w.keycloakAdmin("PUT", "/users/"+w.inKeycloak(email)[0], body{"firstName": "Ada"}, nil)
 		says(email, w.signsIn(email))
 	})
 	w.Run("ids and a locale that are none of ours", func() {
@@ -687,7 +687,7 @@ func TestSyncSignIn(t *testing.T) {
 		if found, _, out, err := w.sync(nil); !errors.Is(err, errDiffer) || found[diffConflict] != 1 {
 			w.Errorf("%v: %s", err, out)
 		}
-		w.admin("PUT", "/users/"+w.inKeycloak(email)[0], body{"firstName": strings.Repeat("Ä", 100)}, nil)
+		w.keycloakAdmin("PUT", "/users/"+w.inKeycloak(email)[0], body{"firstName": strings.Repeat("Ä", 100)}, nil)
 		says(email, w.signsIn(email))
 	})
 }
@@ -705,11 +705,11 @@ func TestSyncRuns(t *testing.T) {
 		users[i]["firstName"] = "Grace"
 		users[60+i]["attributes"].(body)[attrRoles] = []string{roleAdmin}
 	}
-	w := newWorld(t, map[string]string{"JOB_INTERVAL": "0"}, users...)
+	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0"}, users...)
 	s.here(w, 0, n)
 	v, _ := w.another(nil)
 	admin := w.signsIn(w.administrator())
-	start := func(w *world, dry bool) call {
+	start := func(w *env, dry bool) call {
 		return call{method: "POST", path: "/api/v1/sync", json: body{"dry_run": dry}, auth: []string{"Bearer " + admin.text("access_token")}}
 	}
 	status := func(id string) answer { return w.as(admin, "GET", "/api/v1/sync/"+id) }
@@ -810,7 +810,7 @@ func TestSyncRuns(t *testing.T) {
 	})
 	w.Run("killed again and again", func() {
 		env := func() (all []string) {
-			for name, value := range w.env {
+			for name, value := range w.vars {
 				all = append(all, name+"="+value)
 			}
 			return all
@@ -824,16 +824,16 @@ func TestSyncRuns(t *testing.T) {
 			}
 			ended := make(chan error, 1)
 			go func() { ended <- cmd.Wait() }()
-			patience := time.Duration(200+rand.IntN(600)) * time.Millisecond
+			timeout := time.Duration(200+rand.IntN(600)) * time.Millisecond
 			if kills == 6 {
-				patience = time.Minute
+				timeout = time.Minute
 			}
 			select {
 			case err := <-ended:
 				if err != nil {
 					w.Errorf("it ends with %v", err)
 				}
-			case <-time.After(patience):
+			case <-time.After(timeout):
 				cmd.Process.Kill()
 				<-ended
 				w.exec(`update sync_runs set seen_at = now() - interval '61 seconds' where status = 'running'`)
@@ -897,7 +897,7 @@ func TestSyncRuns(t *testing.T) {
 		}
 	})
 	w.Run("the wrong realm", func() {
-		empty := newWorld(w.TB, map[string]string{"JOB_INTERVAL": "0"})
+		empty := newEnv(w.TB, map[string]string{"JOB_INTERVAL": "0"})
 		looked := empty.kc.count("get_user")
 		_, _, out, err := w.sync(map[string]string{"KEYCLOAK_REALM": empty.realm, "KEYCLOAK_URL": empty.kc.url()})
 		if err == nil || !strings.Contains(out, "stopped") {
@@ -911,7 +911,7 @@ func TestSyncRuns(t *testing.T) {
 
 // A copy of the database that is older than Keycloak is put back.
 func TestSyncRestored(t *testing.T) {
-	w := newWorld(t, map[string]string{"JOB_INTERVAL": "0", "SYNC_MAX_SHARE": "100"})
+	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0", "SYNC_MAX_SHARE": "100"})
 	accounts := map[string]string{} // what becomes of them, address
 	for _, name := range []string{"stays", "moves", "promoted", "demoted", "deleted", "signs in", "restored", "deleted there"} {
 		accounts[name] = newEmail()
@@ -943,8 +943,8 @@ func TestSyncRestored(t *testing.T) {
 	w.register(replaced)
 	latest := w.readMail(replaced, 2)
 	moved := newEmail()
-	w.admin("PUT", "/users/"+w.keycloakID(accounts["moves"]), body{"email": moved}, nil)
-	w.admin("DELETE", "/users/"+w.keycloakID(accounts["deleted there"]), nil, nil)
+	w.keycloakAdmin("PUT", "/users/"+w.keycloakID(accounts["moves"]), body{"email": moved}, nil)
+	w.keycloakAdmin("DELETE", "/users/"+w.keycloakID(accounts["deleted there"]), nil, nil)
 	patch := authorized(admin.text("access_token"), "PATCH", "/api/v1/users/"+id("promoted"))
 	patch.json = body{"role": roleOperator, "network_id": "NET-1", "station_id": "STA-1"}
 	w.wants(w.do(patch), 200, "")
@@ -994,7 +994,7 @@ func TestSyncRestored(t *testing.T) {
 }
 
 // copyDatabase makes a database of another's content, in its place, while no instance runs.
-func (w *world) copyDatabase(from, to string) {
+func (w *env) copyDatabase(from, to string) {
 	w.Helper()
 	w.restarted(nil, func() {
 		w.pool.Reset()
@@ -1021,7 +1021,7 @@ func (w *world) copyDatabase(from, to string) {
 }
 
 // noEvents keeps those of Keycloak from being applied.
-func (w *world) noEvents() {
+func (w *env) noEvents() {
 	w.Helper()
 	w.exec(`insert into sync_place (at, user_at, events, owner, until) values (0, 0, '{}', 'another', 'infinity')
 		on conflict (only_row) do update set owner = 'another', until = 'infinity'`)
@@ -1030,12 +1030,12 @@ func (w *world) noEvents() {
 // What sync must not do, and what it must not forget.
 func TestSyncRules(t *testing.T) {
 	s := newSeeds()
-	w := newWorld(t, map[string]string{"JOB_INTERVAL": "0", "RESEND_COOLDOWN": "1ms"}, s.inKeycloak(0, 12)...)
+	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0", "RESEND_COOLDOWN": "1ms"}, s.inKeycloak(0, 12)...)
 	v, _ := w.another(nil)
 	admin := w.signsIn(w.administrator())
 	fromKeycloak := func(id string) (ku body) {
 		w.Helper()
-		w.admin("GET", "/users/"+id, nil, &ku)
+		w.keycloakAdmin("GET", "/users/"+id, nil, &ku)
 		return ku
 	}
 	confirmed := func(email string, enabled bool) { // as V3 leaves it, but for enabled
@@ -1046,7 +1046,7 @@ func TestSyncRules(t *testing.T) {
 			delete(ku["attributes"].(body), name)
 		}
 		maps.Copy(ku, body{"emailVerified": true, "enabled": enabled, "requiredActions": []string{}})
-		w.admin("PUT", "/users/"+id, ku, nil)
+		w.keycloakAdmin("PUT", "/users/"+id, ku, nil)
 	}
 	row := func(email string) string {
 		w.Helper()
@@ -1089,7 +1089,7 @@ func TestSyncRules(t *testing.T) {
 			w.register(emails[len(emails)-1])
 		}
 		for _, email := range emails {
-			w.admin("DELETE", "/users/"+w.keycloakID(email), nil, nil)
+			w.keycloakAdmin("DELETE", "/users/"+w.keycloakID(email), nil, nil)
 		}
 		stopped()
 		finds(map[string]string{"SYNC_MAX_SHARE": "100"}, map[difference]int{diffMissing: 12})
@@ -1168,7 +1168,7 @@ func TestSyncRules(t *testing.T) {
 		l := registered(w, email, password)
 		id := w.keycloakID(email)
 		w.edits(id, body{attrRoles: []string{roleAdmin}})
-		w.admin("PUT", "/users/"+id, body{"email": "new-" + email, "firstName": "Ada"}, nil)
+		w.keycloakAdmin("PUT", "/users/"+id, body{"email": "new-" + email, "firstName": "Ada"}, nil)
 		w.command("jobs")
 		is(email, "active, not confirmed")
 		w.wants(w.do(verifying(l)), 200, "")
@@ -1184,7 +1184,7 @@ func TestSyncRules(t *testing.T) {
 				w.mail.Close()
 			}
 			w.register(email)
-			w.admin("PUT", "/users/"+w.keycloakID(email), body{"email": email, "attributes": body{}}, nil)
+			w.keycloakAdmin("PUT", "/users/"+w.keycloakID(email), body{"email": email, "attributes": body{}}, nil)
 			if !mailed {
 				if err := w.mail.Restart(); err != nil {
 					w.Fatal(err)
@@ -1215,7 +1215,7 @@ func TestSyncRules(t *testing.T) {
 	w.Run("a code for a registration that Keycloak does not have yet", func() {
 		email := newEmail()
 		l := registered(w, email, "")
-		w.admin("DELETE", "/users/"+w.keycloakID(email), nil, nil)
+		w.keycloakAdmin("DELETE", "/users/"+w.keycloakID(email), nil, nil)
 		w.exec(`update user_registrations set keycloak_id = null, user_id = null, mail_state = 'queued' where email = $1`, email) // R1
 		w.exec(`delete from users where email = $1`, email)
 		w.wants(w.do(typing(email, other(l.Code))), 400, "invalid-code")
@@ -1223,7 +1223,7 @@ func TestSyncRules(t *testing.T) {
 	})
 	w.Run("an address that is not confirmed yet is managed", func() {
 		email, _ := w.signedIn()
-		w.admin("PUT", "/users/"+w.keycloakID(email), body{"email": "new-" + email, "emailVerified": false}, nil)
+		w.keycloakAdmin("PUT", "/users/"+w.keycloakID(email), body{"email": "new-" + email, "emailVerified": false}, nil)
 		w.command("jobs")
 		is("new-"+email, "active, not confirmed")
 		w.wants(w.do(forgetting("new-"+email)), 202, "")
@@ -1233,7 +1233,7 @@ func TestSyncRules(t *testing.T) {
 		w.wants(w.do(managing(admin, "DELETE", path+"/sessions", nil)), 204, "")
 		w.wants(w.do(managing(admin, "DELETE", path, nil)), 204, "")
 		w.wants(w.do(managing(admin, "POST", path+"/restore", nil)), 200, "")
-		w.admin("PUT", "/users/"+w.keycloakID("new-"+email), body{"emailVerified": true}, nil)
+		w.keycloakAdmin("PUT", "/users/"+w.keycloakID("new-"+email), body{"emailVerified": true}, nil)
 		w.command("jobs")
 		is("new-"+email, "active")
 	})
@@ -1242,7 +1242,7 @@ func TestSyncRules(t *testing.T) {
 		email := newEmail()
 		w.wants(w.do(managing(admin, "POST", "", body{"email": email})), 201, "")
 		is(email, "active, not confirmed, due")
-		w.admin("PUT", "/users/"+w.keycloakID(email), body{"enabled": false, "firstName": "Grace"}, nil)
+		w.keycloakAdmin("PUT", "/users/"+w.keycloakID(email), body{"enabled": false, "firstName": "Grace"}, nil)
 		w.command("jobs")
 		is(email, "deleted, not confirmed")
 		if err := w.mail.Restart(); err != nil {
@@ -1259,17 +1259,17 @@ func TestSyncRules(t *testing.T) {
 		ku := fromKeycloak(id)
 		w.wants(w.do(cancelling(l)), 200, "")
 		delete(ku, "id")
-		w.admin("POST", "/users", ku, nil) // as a restored Keycloak has it
+		w.keycloakAdmin("POST", "/users", ku, nil) // as a restored Keycloak has it
 		finds(nil, map[difference]int{diffUnknown: 1})
 		is(email, "none")
 		if left := w.inKeycloak(email); len(left) > 0 {
 			w.Errorf("in Keycloak %v is left", left)
 		}
 		maps.Copy(ku, body{"emailVerified": true, "enabled": true, "requiredActions": []string{}})
-		w.admin("POST", "/users", ku, nil)
+		w.keycloakAdmin("POST", "/users", ku, nil)
 		finds(nil, map[difference]int{diffUnknown: 1}) // and an account is never deleted
 		is(email, "active")
-		w.admin("DELETE", "/users/"+w.keycloakID(email), nil, nil)
+		w.keycloakAdmin("DELETE", "/users/"+w.keycloakID(email), nil, nil)
 		w.exec(`delete from users where email = $1`, email)
 	})
 	w.Run("an invitation whose id is not here", func() {
@@ -1306,7 +1306,7 @@ func TestSyncRules(t *testing.T) {
 	w.Run("several sign-ins of one whom only Keycloak knows", func() {
 		for range 4 {
 			email := newEmail()
-			w.admin("POST", "/users", body{"username": email, "email": email, "enabled": true, "emailVerified": true,
+			w.keycloakAdmin("POST", "/users", body{"username": email, "email": email, "enabled": true, "emailVerified": true,
 				"credentials": []body{{"type": "password", "value": password, "temporary": false}}}, nil)
 			for _, a := range w.at([]string{w.url, v.url}, signingIn(email, password), signingIn(email, password), signingIn(email, password)) {
 				w.wants(a, 200, "")
@@ -1333,7 +1333,7 @@ func TestSyncRules(t *testing.T) {
 		var emails []string
 		rename := func(name string) {
 			for _, email := range emails {
-				w.admin("PUT", "/users/"+w.keycloakID(email), body{"firstName": name}, nil)
+				w.keycloakAdmin("PUT", "/users/"+w.keycloakID(email), body{"firstName": name}, nil)
 			}
 		}
 		names := func() string {
@@ -1368,7 +1368,7 @@ func TestSyncRules(t *testing.T) {
 		w.exec(`update sync_place set owner = null, at = $1, user_at = $1`, time.Now().UnixMilli())
 		rename("Joan")
 		w.kc.on("^(get_user|list_users) ", lost) // for all
-		if err := run(w.Context(), []string{"jobs"}, func(name string) string { return w.env[name] }, new(bytes.Buffer), w.logs); err == nil {
+		if err := run(w.Context(), []string{"jobs"}, func(name string) string { return w.vars[name] }, new(bytes.Buffer), w.logs); err == nil {
 			w.Error("the events are applied")
 		}
 		w.kc.on("^(get_user|list_users) ", 0)
@@ -1384,7 +1384,7 @@ func TestSyncRules(t *testing.T) {
 			w.account(email)
 			ids, emails = append(ids, w.keycloakID(email)), append(emails, newEmail())
 		}
-		becomes := func(who int, email string) { w.admin("PUT", "/users/"+ids[who], body{"email": email}, nil) }
+		becomes := func(who int, email string) { w.keycloakAdmin("PUT", "/users/"+ids[who], body{"email": email}, nil) }
 		for who := range 3 {
 			becomes(who, emails[who+1])
 		}
@@ -1413,7 +1413,7 @@ func TestSyncRules(t *testing.T) {
 			return (w.kc.count("get_user") - n) / 2 // a GET that is lost is tried once more
 		}
 		for _, id := range ids {
-			w.admin("PUT", "/users/"+id, body{"firstName": "Ada"}, nil)
+			w.keycloakAdmin("PUT", "/users/"+id, body{"firstName": "Ada"}, nil)
 		}
 		some := "^get_user .*(" + strings.Join(ids, "|") + ")"
 		w.kc.on(some, lost)
@@ -1434,7 +1434,7 @@ func TestSyncRules(t *testing.T) {
 		email := newEmail()
 		registered(w, email, password)
 		w.exec(`update user_registrations set lease_owner = 'another', due_at = 'infinity' where email = $1`, email)
-		w.admin("DELETE", "/users/"+w.keycloakID(email), nil, nil)
+		w.keycloakAdmin("DELETE", "/users/"+w.keycloakID(email), nil, nil)
 		w.command("jobs")
 		is(email, "active, not confirmed")
 		w.exec(`update user_registrations set lease_owner = null where email = $1`, email)
@@ -1446,7 +1446,7 @@ func TestSyncRules(t *testing.T) {
 		w.account(email)
 		w.exec(`update sync_place set at = $1, user_at = $1`, time.Now().Add(time.Hour).UnixMilli())
 		w.command("jobs")
-		w.admin("PUT", "/users/"+w.keycloakID(email), body{"firstName": "Grace"}, nil)
+		w.keycloakAdmin("PUT", "/users/"+w.keycloakID(email), body{"firstName": "Grace"}, nil)
 		w.command("jobs")
 		if got := w.value(`select first_name from users where email = $1`, email); got != "Grace" {
 			w.Errorf("the name is %s", got)
@@ -1470,16 +1470,16 @@ func TestSyncRules(t *testing.T) {
 }
 
 // settleNow makes the registrations of an address due.
-func (w *world) settleNow(email string) {
+func (w *env) settleNow(email string) {
 	w.Helper()
 	w.exec(`update user_registrations set due_at = now() where email = $1`, email)
 }
 
 // inKeycloak returns the ids of the users there who have an address.
-func (w *world) inKeycloak(email string) (ids []string) {
+func (w *env) inKeycloak(email string) (ids []string) {
 	w.Helper()
 	var users []body
-	w.admin("GET", "/users?exact=true&email="+url.QueryEscape(email), nil, &users)
+	w.keycloakAdmin("GET", "/users?exact=true&email="+url.QueryEscape(email), nil, &users)
 	for _, u := range users {
 		ids = append(ids, u["id"].(string))
 	}

@@ -10,12 +10,12 @@ import (
 
 // mailLimits are the budgets of an address. They count mails, not registrations,
 // so that replacing a registration is no way around them.
-func mailLimits(email string, cooldown time.Duration) []limit {
-	return []limit{{"mail:" + tokenHash(strings.ToLower(email)), 1, cooldown, problemResendTooSoon}, mailsADay(email)}
+func mailLimits(email string, cooldown time.Duration) []rateLimit {
+	return []rateLimit{{"mail:" + tokenHash(strings.ToLower(email)), 1, cooldown, problemResendTooSoon}, mailsADay(email)}
 }
 
-func mailsADay(email string) limit {
-	return limit{"mail-day:" + tokenHash(strings.ToLower(email)), mailsPerDay, 24 * time.Hour, problemResendLimit}
+func mailsADay(email string) rateLimit {
+	return rateLimit{"mail-day:" + tokenHash(strings.ToLower(email)), mailsPerDay, 24 * time.Hour, problemResendLimit}
 }
 
 // sendFirst sends the mail of a user who was just created and is disabled (R4).
@@ -152,13 +152,13 @@ func (s *server) verify(ctx context.Context, c caller, in verifyIn) (verifyOut, 
 		return s.verifyAnswer(ctx, reg, in, false), nil
 	case verified:
 		if in.Token == "" && !sameSecret(reg.CodeHash, codeHash(reg.TokenHash, in.Code)) {
-			return verifyOut{}, problemInvalidCode.about(string(reg.ID))
+			return verifyOut{}, problemInvalidCode.withTarget(string(reg.ID))
 		}
 		return s.verifyAnswer(ctx, reg, in, true), nil
 	case expired:
-		return verifyOut{}, problemVerificationExpired.about(string(reg.ID))
+		return verifyOut{}, problemVerificationExpired.withTarget(string(reg.ID))
 	}
-	return verifyOut{}, problemVerificationCancelled.about(string(reg.ID))
+	return verifyOut{}, problemVerificationCancelled.withTarget(string(reg.ID))
 }
 
 // lookUp finds the registration that the token or the address belongs to. For a
@@ -178,7 +178,7 @@ func (s *server) lookUp(ctx context.Context, in verifyIn) (registration, error) 
 	}
 	if reg.State != pending && reg.State != verified {
 		key := "code:" + tokenHash(strings.ToLower(in.Email))
-		err := s.store.hit(ctx, limit{key, codeAttempts, 24 * time.Hour, problemTooManyAttempts}, s.now())
+		err := s.store.hit(ctx, rateLimit{key, codeAttempts, 24 * time.Hour, problemTooManyAttempts}, s.now())
 		if errors.As(err, new(problem)) {
 			err = problemTooManyAttempts.retryAfter(s.cfg.ResendCooldown)
 		} else if err == nil {
@@ -188,7 +188,7 @@ func (s *server) lookUp(ctx context.Context, in verifyIn) (registration, error) 
 	}
 	allowed, err := s.store.countCodeAttempt(ctx, reg.ID)
 	if err == nil && !allowed {
-		err = problemTooManyAttempts.retryAfter(s.cfg.ResendCooldown).about(string(reg.ID)) // by then a new code may be had
+		err = problemTooManyAttempts.retryAfter(s.cfg.ResendCooldown).withTarget(string(reg.ID)) // by then a new code may be had
 	}
 	return reg, err
 }
@@ -207,22 +207,22 @@ func (s *server) checkedUser(ctx context.Context, c caller, reg registration, in
 		case err != nil:
 			return user, err
 		case reg.State == pending: // it is created now, with another code
-			return user, problemInvalidCode.about(string(reg.ID))
+			return user, problemInvalidCode.withTarget(string(reg.ID))
 		}
-		return user, problemVerificationCancelled.about(string(reg.ID))
+		return user, problemVerificationCancelled.withTarget(string(reg.ID))
 	}
 	token := user.attribute(attrToken)
 	switch {
 	case err != nil:
 	case user.verified(): // V3 had happened: what remains is our conclusion
 		if in.Token == "" && !sameSecret(reg.CodeHash, codeHash(reg.TokenHash, in.Code)) {
-			err = problemInvalidCode.about(string(reg.ID))
+			err = problemInvalidCode.withTarget(string(reg.ID))
 		}
 	case in.Token != "" && !sameSecret(token, in.Token):
-		err = problemInvalidToken.about(string(reg.ID))
+		err = problemInvalidToken.withTarget(string(reg.ID))
 	case in.Token == "" && !(sameSecret(user.attribute(attrCode), in.Code) &&
 		(sameSecret(reg.CodeHash, codeHash(token, in.Code)) || sameSecret(reg.CodeHash, codeHash(reg.TokenHash, in.Code)))):
-		err = problemInvalidCode.about(string(reg.ID))
+		err = problemInvalidCode.withTarget(string(reg.ID))
 	}
 	if err != nil {
 		s.letGo(ctx, reg)
@@ -239,7 +239,7 @@ func (s *server) finish(ctx context.Context, c caller, reg registration, user ke
 	if code := user.attribute(attrCode); code != "" {
 		err = s.store.rekeyCode(ctx, reg, codeHash(reg.TokenHash, code))
 	}
-	if err == nil && !user.account() {
+	if err == nil && !user.activated() {
 		err = s.kc.activate(ctx, user) // V3
 	}
 	if err != nil {
@@ -320,28 +320,28 @@ func (s *server) resend(ctx context.Context, c caller, in resendIn) (resendOut, 
 	switch reg.State {
 	case pending:
 	case verified:
-		return resendOut{}, problemAlreadyVerified.about(string(reg.ID))
+		return resendOut{}, problemAlreadyVerified.withTarget(string(reg.ID))
 	case expired:
-		return resendOut{}, problemVerificationExpired.about(string(reg.ID))
+		return resendOut{}, problemVerificationExpired.withTarget(string(reg.ID))
 	default: // unknown, or cancelled: there is none
 		return resendOut{}, problemRegistrationNotFound
 	}
 	if reg.ResendCount+1 >= s.cfg.ResendLimit {
 		s.letGo(ctx, reg)
-		return resendOut{}, problemResendLimit.retryAfter(reg.ExpiresAt.Sub(s.now())).about(string(reg.ID))
+		return resendOut{}, problemResendLimit.retryAfter(reg.ExpiresAt.Sub(s.now())).withTarget(string(reg.ID))
 	}
 	user, err := s.kc.user(ctx, reg.KeycloakID)
-	if err != nil || !user.registers() {
+	if err != nil || !user.awaitsVerification() {
 		// Unfinished, deleted, spoilt, or verified already: settle knows, if Keycloak answers.
 		if !errors.Is(err, errUnavailable) {
-			return resendOut{}, errors.Join(s.settle(ctx, c, reg), problemUnavailable.retryAfter(time.Second).because(err))
+			return resendOut{}, errors.Join(s.settle(ctx, c, reg), problemUnavailable.retryAfter(time.Second).withCause(err))
 		}
 		s.letGo(ctx, reg)
 		return resendOut{}, err
 	}
 	reg, err = s.sendAgain(ctx, c, reg, user, true)
 	if limited := (problem{}); errors.As(err, &limited) {
-		return resendOut{}, limited.about(string(reg.ID))
+		return resendOut{}, limited.withTarget(string(reg.ID))
 	} else if err != nil {
 		return resendOut{}, err
 	}

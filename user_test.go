@@ -14,15 +14,15 @@ import (
 
 const usersPath = "/api/v1/users"
 
-// colleague is somebody who is signed in, with a role and a scope.
-type colleague struct {
-	*world
+// testUser is somebody who is signed in, with a role and a scope.
+type testUser struct {
+	*env
 	user
 	signIn answer // or the latest refresh
 }
 
 // asks sends a request with the access token.
-func (c *colleague) asks(method, path string, in any) answer {
+func (c *testUser) asks(method, path string, in any) answer {
 	c.Helper()
 	r := authorized(c.signIn.text("access_token"), method, path)
 	r.json = in
@@ -30,7 +30,7 @@ func (c *colleague) asks(method, path string, in any) answer {
 }
 
 // changes patches a user, and returns it.
-func (c *colleague) changes(id userID, in body) user {
+func (c *testUser) changes(id userID, in body) user {
 	c.Helper()
 	a := c.asks("PATCH", usersPath+"/"+string(id), in)
 	c.wants(a, 200, "")
@@ -38,7 +38,7 @@ func (c *colleague) changes(id userID, in body) user {
 }
 
 // invites creates a user that no one else is.
-func (c *colleague) invites(in body) user {
+func (c *testUser) invites(in body) user {
 	c.Helper()
 	a := c.asks("POST", usersPath, changed(body{"email": newEmail()}, in))
 	c.wants(a, 201, "")
@@ -46,7 +46,7 @@ func (c *colleague) invites(in body) user {
 }
 
 // principal is whom the access token speaks for.
-func (c *colleague) principal() principal {
+func (c *testUser) principal() principal {
 	return principal{UserID: c.ID, Roles: []string{c.Role}, NetworkID: c.NetworkID, StationID: c.StationID}
 }
 
@@ -56,26 +56,26 @@ func shown(a answer) (u user) {
 	return u
 }
 
-// colleague signs an account in.
-func (w *world) colleague(email string) *colleague {
+// testUser signs an account in.
+func (w *env) testUser(email string) *testUser {
 	w.Helper()
-	c := &colleague{world: w, signIn: w.signsIn(email)}
+	c := &testUser{env: w, signIn: w.signsIn(email)}
 	a := c.asks("GET", usersPath+"/me", nil)
 	w.wants(a, 200, "")
 	c.user = shown(a)
 	return c
 }
 
-// hires makes an administrator give a new account a role and a scope, and signs it in.
-func (c *colleague) hires(role, network, station string) *colleague {
+// invited makes an administrator give a new account a role and a scope, and signs it in.
+func (c *testUser) invited(role, network, station string) *testUser {
 	c.Helper()
 	email, _, _ := c.member()
 	c.changes(userID(c.value(`select user_id from users where email = $1`, email)), body{"role": role, "network_id": network, "station_id": station})
-	return c.world.colleague(email)
+	return c.env.testUser(email)
 }
 
 // list returns all pages of a list of users.
-func (c *colleague) list(query string) (all []user) {
+func (c *testUser) list(query string) (all []user) {
 	c.Helper()
 	for cursor := ""; ; {
 		a := c.asks("GET", usersPath+"?"+query+"&cursor="+cursor, nil)
@@ -101,14 +101,14 @@ func ids(list []user) (all []string) {
 // What follows from a change: the old access tokens are dead in a second, at every
 // instance, the next ones carry it, and it is on record.
 func TestChangeOfRole(t *testing.T) {
-	w := inSharedWorld(t)
+	w := sharedEnv(t)
 	v, _ := w.another(nil)
-	admin := w.boss()
-	c := admin.hires("user", "", "")
+	admin := w.admin()
+	c := admin.invited("user", "", "")
 	before := admin.changes(c.ID, body{"first_name": "Ada", "phone": "+4930123456", "photo": "https://cdn.example/ada.jpg"})
 	validates := func(token, demand string, status int) {
 		t.Helper()
-		for _, at := range []*world{w, v} {
+		for _, at := range []*env{w, v} {
 			at.eventually(fmt.Sprint(status), time.Second, func() bool { return at.do(bearing(validatePath+demand, token)).Status == status })
 		}
 	}
@@ -128,7 +128,7 @@ func TestChangeOfRole(t *testing.T) {
 	if got := fmt.Sprint(claims["user_id"], claims["roles"], claims["network_id"], claims["station_id"]); got != fmt.Sprint(c.ID, []string{"operator"}, "N1", "S1") {
 		t.Errorf("claims: %s", got)
 	}
-	for _, at := range []*world{w, v} { // at once
+	for _, at := range []*env{w, v} { // at once
 		w.wants(at.do(bearing(validatePath+"?role=operator&network_id=N1&station_id=S1", c.signIn.text("access_token"))), 200, "")
 	}
 	w.wants(c.asks("GET", usersPath+"/me", nil), 200, "")
@@ -166,17 +166,17 @@ func TestChangeOfRole(t *testing.T) {
 
 // Whoever is deleted is out at once, and can come back.
 func TestDeleteAndRestore(t *testing.T) {
-	w := inSharedWorld(t)
+	w := sharedEnv(t)
 	v, _ := w.another(nil)
-	admin := w.boss()
-	c := admin.hires("operator", "N1", "S1")
+	admin := w.admin()
+	c := admin.invited("operator", "N1", "S1")
 	path := usersPath + "/" + string(c.ID)
 	other := w.signsIn(c.Email)
 	a := admin.asks("DELETE", path, nil)
 	w.wants(a, 204, "")
 	w.ended("user deleted", c.signIn)
 	w.ended("user deleted", other)
-	for _, at := range []*world{w, v} {
+	for _, at := range []*env{w, v} {
 		at.eventually("the access token is dead", time.Second, func() bool { return at.do(bearing(validatePath, c.signIn.text("access_token"))).Status == 401 })
 	}
 	w.wants(w.login(c.Email, password), 403, "account-disabled")
@@ -206,7 +206,7 @@ func TestDeleteAndRestore(t *testing.T) {
 	w.wants(twice, 200, "")
 	w.wants(w.do(refreshing(other.text("refresh_token"))), 401, "invalid-token")
 	w.wants(w.do(bearing(validatePath, c.signIn.text("access_token"))), 401, "unauthorized") // its session has ended
-	c = w.colleague(c.Email)
+	c = w.testUser(c.Email)
 	w.wants(c.asks("GET", validatePath+"?role=operator&network_id=N1&station_id=S1", nil), 200, "")
 	for _, one := range []struct {
 		answer
@@ -225,10 +225,10 @@ func TestDeleteAndRestore(t *testing.T) {
 
 // TestManagedSessions has what a manager sees and ends of others.
 func TestManagedSessions(t *testing.T) {
-	w := inSharedWorld(t)
+	w := sharedEnv(t)
 	network := "N-" + gonanoid.Must(8)
-	admin := w.boss()
-	partner, c := admin.hires("partner", network, ""), admin.hires("user", network, "")
+	admin := w.admin()
+	partner, c := admin.invited("partner", network, ""), admin.invited("user", network, "")
 	path := usersPath + "/" + string(c.ID) + "/sessions"
 	var all []answer
 	for range 3 {
@@ -256,7 +256,7 @@ func TestManagedSessions(t *testing.T) {
 	for _, bad := range []string{id(partner.signIn), id(admin.signIn), string(newSessionID()), "SES-1", "x"} {
 		w.wants(partner.asks("DELETE", path+"/"+bad, nil), 404, "not-found")
 	}
-	for _, of := range []*colleague{admin, partner} {
+	for _, of := range []*testUser{admin, partner} {
 		w.wants(c.asks("GET", usersPath+"/"+string(of.ID)+"/sessions", nil), 404, "user-not-found")
 		w.wants(c.asks("DELETE", usersPath+"/"+string(of.ID)+"/sessions/"+id(of.signIn), nil), 404, "user-not-found")
 	}
@@ -277,13 +277,13 @@ func TestManagedSessions(t *testing.T) {
 // TestUserRequests is the contract of each request: what is wrong is named, what is right
 // is done as it says.
 func TestUserRequests(t *testing.T) {
-	w := inSharedWorld(t)
-	admin := w.boss()
+	w := sharedEnv(t)
+	admin := w.admin()
 	long, pending := strings.Repeat("x", 101), newEmail()
 	w.wants(w.post(registerPath, body{"email": pending, "username": "p-" + pending[:8], "password": password}), 201, "")
 	unverified := userID(w.value(`select user_id from users where email = $1`, pending))
 	elsewhere := newEmail()
-	w.admin("POST", "/users", body{"email": elsewhere, "username": "k-" + elsewhere[:8], "enabled": true}, nil)
+	w.keycloakAdmin("POST", "/users", body{"email": elsewhere, "username": "k-" + elsewhere[:8], "enabled": true}, nil)
 	gone := admin.invites(body{"username": "g-" + pending[:8]})
 	w.wants(admin.asks("DELETE", usersPath+"/"+string(gone.ID), nil), 204, "")
 	u := admin.invites(body{"username": "U-" + pending[:8]})
@@ -303,7 +303,7 @@ func TestUserRequests(t *testing.T) {
 		{"create: its address as username", "POST", usersPath, body{"email": "N" + pending, "username": "n" + pending}, 201, ""},
 		{"create: null and empty are nothing", "POST", usersPath, create(body{"username": nil, "role": nil, "network_id": "", "phone": "", "first_name": nil}), 201, ""},
 		{"create: nothing", "POST", usersPath, body{}, 400, "email"},
-		{"create: everything wrong", "POST", usersPath, body{"email": "ada", "username": "a", "first_name": "<b>", "last_name": long, "phone": "030", "role": "boss",
+		{"create: everything wrong", "POST", usersPath, body{"email": "ada", "username": "a", "first_name": "<b>", "last_name": long, "phone": "030", "role": "admin",
 			"network_id": "N 1", "station_id": strings.Repeat("S", 33), "locale": "german", "password": password, "photo": "https://x.example/"},
 			400, "email first_name last_name locale network_id password phone photo role station_id username"},
 		{"create: wrong types", "POST", usersPath, body{"email": 1, "role": []string{"user"}, "network_id": 7}, 400, "email network_id role"},
@@ -333,7 +333,7 @@ func TestUserRequests(t *testing.T) {
 		{"change: wrong types", "PATCH", one, body{"first_name": 1, "role": true, "station_id": []string{}}, 400, "first_name role station_id"},
 		{"change: empty clears", "PATCH", one, body{"first_name": "", "last_name": "", "phone": "", "photo": "", "network_id": "", "station_id": ""}, 200, ""},
 
-		{"list: a wrong role", "GET", usersPath + "?role=boss&source=mail", nil, 400, "role source"},
+		{"list: a wrong role", "GET", usersPath + "?role=admin&source=mail", nil, 400, "role source"},
 		{"list: a short search", "GET", usersPath + "?q=ab", nil, 400, "q"},
 		{"list: a short search in two bytes each", "GET", usersPath + "?q=%C3%A4%C3%B6", nil, 400, "q"},
 		{"list: long ones", "GET", usersPath + "?q=" + long + "&network_id=" + long[:33], nil, 400, "network_id q"},
@@ -408,8 +408,8 @@ func TestUserRequests(t *testing.T) {
 
 // TestUserList filters, searches and pages.
 func TestUserList(t *testing.T) {
-	w := inSharedWorld(t)
-	admin, tag := w.boss(), gonanoid.MustGenerate("abcdefghijklmnopqrstuvwxyz", 10)
+	w := sharedEnv(t)
+	admin, tag := w.admin(), gonanoid.MustGenerate("abcdefghijklmnopqrstuvwxyz", 10)
 	network := "N-" + tag
 	var all []user
 	for i, in := range []body{
@@ -421,7 +421,7 @@ func TestUserList(t *testing.T) {
 	} {
 		all = append([]user{admin.invites(changed(in, body{"network_id": network, "email": fmt.Sprintf("%s-%d@Example.test", tag, i)}))}, all...)
 	}
-	web := admin.hires("user", network, "S1")
+	web := admin.invited("user", network, "S1")
 	all = append([]user{web.user}, all...)
 	w.wants(admin.asks("DELETE", usersPath+"/"+string(all[1].ID), nil), 204, "") // the last one that was invited
 	for query, want := range map[string]string{
@@ -459,12 +459,12 @@ func TestUserList(t *testing.T) {
 
 // Whoever is deleted comes back only while nobody else has the address.
 func TestRestoreTaken(t *testing.T) {
-	w := inSharedWorld(t)
-	admin := w.boss()
+	w := sharedEnv(t)
+	admin := w.admin()
 	gone := admin.invites(body{"username": "gone-" + gonanoid.MustGenerate("abcdef", 8)})
 	path := usersPath + "/" + string(gone.ID)
 	w.wants(admin.asks("DELETE", path, nil), 204, "")
-	w.admin("PUT", "/users/"+gone.KeycloakID, body{"email": newEmail()}, nil) // somebody gives the address away in Keycloak
+	w.keycloakAdmin("PUT", "/users/"+gone.KeycloakID, body{"email": newEmail()}, nil) // somebody gives the address away in Keycloak
 	other := admin.invites(body{"email": strings.ToUpper(gone.Email), "username": gone.Username + "x"})
 	a := admin.asks("POST", path+"/restore", nil)
 	w.wants(a, 409, "user-exists")
@@ -482,10 +482,10 @@ func TestRestoreTaken(t *testing.T) {
 // Whoever changes a user at the same time: Keycloak ends up with the last of it, and
 // nobody waits for what is over.
 func TestChangesAtOnce(t *testing.T) {
-	w := newWorld(t, nil)
+	w := newEnv(t, nil)
 	v, _ := w.another(nil)
-	admin := w.boss()
-	c := admin.hires("user", "", "")
+	admin := w.admin()
+	c := admin.invited("user", "", "")
 	change := func(in body) call {
 		r := authorized(admin.signIn.text("access_token"), "PATCH", usersPath+"/"+string(c.ID))
 		r.json = in
@@ -533,7 +533,7 @@ func TestChangesAtOnce(t *testing.T) {
 	}
 
 	// While Keycloak is away a change counts here already, and reaches it later.
-	gone := admin.hires("user", "", "")
+	gone := admin.invited("user", "", "")
 	w.kc.close()
 	w.wants(w.do(change(body{"role": "partner", "network_id": "N9"})), 200, "")
 	w.wants(admin.asks("DELETE", usersPath+"/"+string(gone.ID), nil), 204, "")

@@ -62,11 +62,11 @@ func (p principal) may(do action, u user) error {
 	case do == actRead, do == actEdit && self, do == actSessions && self:
 		return nil
 	case self && (do == actAssign || do == actDelete):
-		return problemForbidden.saying("Nobody changes their own role or scope, or deletes themselves.")
+		return problemForbidden.withDetail("Nobody changes their own role or scope, or deletes themselves.")
 	case !manages:
 		return problemForbidden
-	case u.Registering: // its registration's flow has it in hand
-		return problemAccountNotVerified.saying("The e-mail address of this account is not confirmed yet.")
+	case u.RegistrationOpen: // its registration's flow has it in hand
+		return problemAccountNotVerified.withDetail("The e-mail address of this account is not confirmed yet.")
 	}
 	return nil
 }
@@ -103,13 +103,13 @@ func (s *server) target(ctx context.Context, c caller, id userID, do action) (us
 	}
 	u, err := s.store.user(ctx, id)
 	if errors.Is(err, errNotFound) {
-		return u, problemUserNotFound.about(string(id))
+		return u, problemUserNotFound.withTarget(string(id))
 	} else if err != nil {
 		return u, err
 	}
 	var refused problem
 	if errors.As(c.may(do, u), &refused) {
-		return u, refused.about(string(id))
+		return u, refused.withTarget(string(id))
 	}
 	return u, nil
 }
@@ -169,7 +169,7 @@ type patchUserIn struct {
 	StationID *string `json:"station_id,omitempty" maxLength:"32" pattern:"^([A-WYZa-z0-9_.-]|[A-Za-z0-9_.-]{2,})?$" mismatch:"must be letters, digits, and _ . - only; X alone stands for none" example:"STA-7" description:"Empty: none."`
 }
 
-// patchUser changes what it is given: U1 our row, with the withdrawal of tokens that say
+// patchUser changes what it is given: U1 our row, with the revocation of tokens that say
 // something else, U2 Keycloak's attributes, U3 settled.
 func (s *server) patchUser(ctx context.Context, c caller, in patchUserIn) (user, error) {
 	return s.changeUser(ctx, c, in.ID, "user.update", func(u user) (user, error) {
@@ -219,7 +219,7 @@ func (s *server) restoreUser(ctx context.Context, c caller, in userIn) (user, er
 		return u, err
 	}
 	if _, err := s.kc.user(ctx, u.KeycloakID); errors.Is(err, errNotFound) && u.KeycloakID != "" { // else its creation is due
-		return u, problemUserGone.about(string(u.ID))
+		return u, problemUserGone.withTarget(string(u.ID))
 	}
 	return s.changeUser(ctx, c, in.ID, "user.restore", func(u user) (user, error) {
 		u.IsActive, u.DeletedAt = true, nil
@@ -239,11 +239,11 @@ func (s *server) changeUser(ctx context.Context, c caller, id userID, action str
 	u, ended, err := s.store.changeUser(ctx, c, id, action, change, s.now()) // U1
 	switch {
 	case errors.Is(err, errNotFound):
-		return u, problemUserNotFound.about(string(id))
+		return u, problemUserNotFound.withTarget(string(id))
 	case errors.Is(err, errConflict): // restored, and another has the address or username by now
-		return u, problemUserExists.about(string(id))
+		return u, problemUserExists.withTarget(string(id))
 	case errors.As(err, &refused):
-		return u, refused.about(string(id))
+		return u, refused.withTarget(string(id))
 	case err != nil:
 		return u, err
 	}
@@ -281,7 +281,7 @@ func (s *server) settleUser(ctx context.Context, c caller, id userID) (user, err
 func (s *server) settleLeased(ctx context.Context, c caller, u owedUser) (user, error) {
 	err := s.bringUser(ctx, c, &u)
 	if err != nil {
-		return u.user, errors.Join(err, s.store.releaseUser(ctx, u, s.now().Add(retryTime)), s.store.keepWithdrawn(ctx, u.ID))
+		return u.user, errors.Join(err, s.store.releaseUser(ctx, u, s.now().Add(retryTime)), s.store.renewRevocation(ctx, u.ID))
 	}
 	if settled, err := s.store.userSettled(ctx, u); settled || err != nil { // U3
 		return u.user, err
@@ -374,7 +374,7 @@ func (s *server) grantAdmin(ctx context.Context, email, operator string, out io.
 	} else if err != nil {
 		return err
 	}
-	u, err = s.changeUser(ctx, caller{Actor: "operator:" + operator}, u.ID, "user.grant_admin", func(u user) (user, error) {
+	u, err = s.changeUser(ctx, caller{Actor: "cli:" + operator}, u.ID, "user.grant_admin", func(u user) (user, error) {
 		u.Role = roleAdmin
 		return u, nil
 	})

@@ -16,7 +16,7 @@ import (
 var actionLink = regexp.MustCompile(`https?://[^\s"<>]*/login-actions/action-token\?key=[^\s"<>]*`)
 
 // readInvitation is Keycloak's link in an invitation, which is ours and in a language.
-func (w *world) readInvitation(m mail.Message, language string) string {
+func (w *env) readInvitation(m mail.Message, language string) string {
 	w.Helper()
 	says := map[string]string{"en": "has been created for you", "de": "ein Konto für Sie angelegt"}[language]
 	link := actionLink.FindString(m.Text)
@@ -58,7 +58,7 @@ func (p *person) choosesPassword(link string) {
 }
 
 // invitationSettled waits until the loop has done all for a user.
-func (w *world) invitationSettled(id userID) {
+func (w *env) invitationSettled(id userID) {
 	w.Helper()
 	w.eventually("it is settled", 20*time.Second, func() bool {
 		return w.value(`select (due_at is null and not invitation_due)::text from users where user_id = $1`, id) == "true"
@@ -68,8 +68,8 @@ func (w *world) invitationSettled(id userID) {
 // Who is invited chooses a password by the mail's link, which proves the address; before
 // that nobody can sign in.
 func TestInvitation(t *testing.T) {
-	w := inSharedWorld(t)
-	admin := w.boss()
+	w := sharedEnv(t)
+	admin := w.admin()
 	for _, c := range []struct {
 		language, header string
 		in               body
@@ -87,7 +87,7 @@ func TestInvitation(t *testing.T) {
 		link := w.readInvitation(m, c.language)
 		sameLinks(t, m)
 		w.wants(w.login(u.Email, password), 401, "invalid-credentials") // there is none
-		w.admin("PUT", "/users/"+u.KeycloakID+"/reset-password", body{"type": "password", "value": password, "temporary": false}, nil)
+		w.keycloakAdmin("PUT", "/users/"+u.KeycloakID+"/reset-password", body{"type": "password", "value": password, "temporary": false}, nil)
 		w.wants(w.login(u.Email, password), 403, "account-setup-required") // not even with one
 		w.wants(w.post(resendPath, body{"email": u.Email}), 404, "registration-not-found")
 		if c.lost {
@@ -109,7 +109,7 @@ func TestInvitation(t *testing.T) {
 		}
 		p := w.person()
 		p.choosesPassword(link)
-		it := w.colleague(u.Email)
+		it := w.testUser(u.Email)
 		if !it.IsVerified || it.LastLoginAt == nil || it.Role != u.Role || it.NetworkID != u.NetworkID || it.Source != "internal" {
 			t.Errorf("signed in: %+v", it.user)
 		}
@@ -138,9 +138,9 @@ func TestInvitation(t *testing.T) {
 
 // Without a mail server, or without Keycloak, the invitation waits and goes out once.
 func TestInvitationQueued(t *testing.T) {
-	w := newWorld(t, nil)
+	w := newEnv(t, nil)
 	w.another(nil) // two loops
-	admin := w.boss()
+	admin := w.admin()
 	for _, c := range []struct {
 		name         string
 		away, back   func() error
@@ -186,7 +186,7 @@ func TestInvitationQueued(t *testing.T) {
 				t.Errorf("%d mails", n)
 			}
 			w.person().choosesPassword(link)
-			if it := w.colleague(u.Email); it.Role != "operator" || it.KeycloakID == "" {
+			if it := w.testUser(u.Email); it.Role != "operator" || it.KeycloakID == "" {
 				t.Errorf("signed in: %+v", it.user)
 			}
 		})
@@ -195,8 +195,8 @@ func TestInvitationQueued(t *testing.T) {
 
 // An address gets ten mails a day, whatever for. Who is refused here uses none up.
 func TestInvitationLimit(t *testing.T) {
-	w := inSharedWorld(t)
-	admin := w.boss()
+	w := sharedEnv(t)
+	admin := w.admin()
 	u := admin.invites(nil)
 	day := mailsADay(u.Email).Key
 	for range 3 {
@@ -209,7 +209,7 @@ func TestInvitationLimit(t *testing.T) {
 	w.exec(`insert into rate_limits (key, hits, resets_at) values ($1, $2 - 1, now() + interval '1 hour')`, mailsADay(email).Key, mailsPerDay)
 	tenth := admin.invites(body{"email": email})
 	w.wants(admin.asks("DELETE", usersPath+"/"+string(tenth.ID), nil), 204, "")
-	w.admin("PUT", "/users/"+tenth.KeycloakID, body{"email": newEmail()}, nil) // so that the address is free
+	w.keycloakAdmin("PUT", "/users/"+tenth.KeycloakID, body{"email": newEmail()}, nil) // so that the address is free
 	a := admin.asks("POST", usersPath, body{"email": strings.ToUpper(email), "username": "x-" + email[:8]})
 	w.wants(a, 429, "resend-limit")
 	if got := w.value(`select concat_ws(' ', actor, action, outcome, reason) from audit_log where request_id = $1`, a.text("request_id")); got != string(admin.ID)+" createUser refused resend-limit" {

@@ -12,11 +12,11 @@ import (
 )
 
 // administrator is an account that grant-admin has made one.
-func (w *world) administrator() (email string) {
+func (w *env) administrator() (email string) {
 	w.Helper()
 	email = newEmail()
 	w.account(email)
-	if err := run(w.Context(), []string{"grant-admin", email}, func(name string) string { return w.env[name] }, io.Discard, w.logs); err != nil {
+	if err := run(w.Context(), []string{"grant-admin", email}, func(name string) string { return w.vars[name] }, io.Discard, w.logs); err != nil {
 		w.Fatal(err)
 	}
 	return email
@@ -30,7 +30,7 @@ func managing(by answer, method, path string, in any) call {
 }
 
 // passes says whether the instance lets an access token pass. It must be able to tell.
-func (w *world) passes(a answer) bool {
+func (w *env) passes(a answer) bool {
 	w.Helper()
 	got := w.do(bearing(validatePath, a.text("access_token")))
 	if got.Status != 200 {
@@ -39,17 +39,17 @@ func (w *world) passes(a answer) bool {
 	return got.Status == 200
 }
 
-// withdrawn fails unless the access tokens count no more within a second.
-func (w *world) withdrawn(list ...answer) {
+// revoked fails unless the access tokens count no more within a second.
+func (w *env) revoked(list ...answer) {
 	w.Helper()
 	for i, a := range list {
 		w.eventually(fmt.Sprintf("token %d counts no more", i), time.Second, func() bool { return !w.passes(a) })
 	}
 }
 
-// Whatever makes a token untrue or ends its session withdraws it, and nothing else.
-func TestWithdrawals(t *testing.T) {
-	w := newWorld(t, map[string]string{"JOB_INTERVAL": "200ms"})
+// Whatever makes a token untrue or ends its session revokes it, and nothing else.
+func TestRevocations(t *testing.T) {
+	w := newEnv(t, map[string]string{"JOB_INTERVAL": "200ms"})
 	_, bystander := w.signedIn()
 	admin := w.signsIn(w.administrator())
 	type victim struct {
@@ -76,7 +76,7 @@ func TestWithdrawals(t *testing.T) {
 	for _, c := range []struct {
 		cause  string
 		do     func(v victim)
-		tokens string // that are withdrawn …
+		tokens string // that are revoked …
 		ends   bool   // … with their sessions
 		undo   func(v victim)
 		login  string // a problem, while it is not undone
@@ -100,14 +100,14 @@ func TestWithdrawals(t *testing.T) {
 			next := w.refreshed(v.first)
 			w.graceEnds(next)
 			w.wants(w.do(refreshing(v.first.text("refresh_token"))), 401, "token-reused")
-			w.withdrawn(next)
+			w.revoked(next)
 		}, first, true, nil, ""},
 		{"ended in Keycloak, found by the loop", func(v victim) {
-			w.admin("DELETE", "/sessions/"+w.sid(v.first), nil, nil)
+			w.keycloakAdmin("DELETE", "/sessions/"+w.sid(v.first), nil, nil)
 			ended(v)
 		}, first, true, nil, ""},
 		{"ended in Keycloak, found by a refresh", func(v victim) {
-			w.admin("DELETE", "/sessions/"+w.sid(v.first), nil, nil)
+			w.keycloakAdmin("DELETE", "/sessions/"+w.sid(v.first), nil, nil)
 			w.wants(w.do(refreshing(v.first.text("refresh_token"))), 401, "invalid-token")
 		}, first, true, nil, ""},
 	} {
@@ -122,13 +122,13 @@ func TestWithdrawals(t *testing.T) {
 			}
 			c.do(v)
 			old := map[string][]answer{both: {v.first, v.second}, first: {v.first}}[c.tokens]
-			w.withdrawn(old...)
+			w.revoked(old...)
 			var fresh []answer
 			for i, session := range []answer{v.first, v.second} {
 				gone := i < len(old)
 				switch {
 				case !gone && !w.passes(session):
-					w.Errorf("the token of session %d was withdrawn, too", i)
+					w.Errorf("the token of session %d was revoked, too", i)
 				case gone && c.ends:
 					w.wants(w.do(refreshing(session.text("refresh_token"))), 401, "invalid-token")
 				default: // the session goes on, with a token that says what is true
@@ -152,10 +152,10 @@ func TestWithdrawals(t *testing.T) {
 			if c.ends { // its session does not come back
 				a := w.signsIn(email)
 				w.eventually("a new token passes", time.Second, func() bool { return w.passes(a) })
-				w.withdrawn(old...)
+				w.revoked(old...)
 				return
 			}
-			w.withdrawn(fresh...)
+			w.revoked(fresh...)
 			for _, a := range old { // what it says is true again
 				w.eventually("the first token passes again", time.Second, func() bool { return w.passes(a) })
 			}
@@ -164,36 +164,36 @@ func TestWithdrawals(t *testing.T) {
 }
 
 // What is known of a user and a session decides alone: no clock, and not the order in
-// which it was heard.
-func TestWithdrawalsCheck(t *testing.T) {
+// which it was received.
+func TestRevocationsCheck(t *testing.T) {
 	p := principal{UserID: "USR-a", SessionID: "s1", Roles: []string{roleOperator}, NetworkID: "N", StationID: "S"}
-	now := func(number int64, change func(*withdrawal)) withdrawal {
-		w := withdrawal{UserID: p.UserID, Role: roleOperator, NetworkID: "N", StationID: "S", Active: true, Number: number}
+	now := func(number int64, change func(*revocation)) revocation {
+		w := revocation{UserID: p.UserID, Role: roleOperator, NetworkID: "N", StationID: "S", Active: true, Number: number}
 		change(&w)
 		return w
 	}
-	same := func(*withdrawal) {}
-	demoted := func(w *withdrawal) { w.Role = roleUser }
+	same := func(*revocation) {}
+	demoted := func(w *revocation) { w.Role = roleUser }
 	for name, c := range map[string]struct {
-		heard  []withdrawal
-		passes bool
+		received []revocation
+		passes   bool
 	}{
-		"nothing":                     {nil, true},
-		"its session":                 {[]withdrawal{{SessionID: "s1", Number: 1}}, false},
-		"another session":             {[]withdrawal{{SessionID: "s2", Number: 1}}, true},
-		"its session, then a user":    {[]withdrawal{{SessionID: "s1", Number: 1}, now(2, same)}, false},
-		"as it says":                  {[]withdrawal{now(1, same)}, true},
-		"another user":                {[]withdrawal{now(1, func(w *withdrawal) { w.UserID, w.Active = "USR-b", false })}, true},
-		"another role":                {[]withdrawal{now(1, demoted)}, false},
-		"another network":             {[]withdrawal{now(1, func(w *withdrawal) { w.NetworkID = "" })}, false},
-		"another station":             {[]withdrawal{now(1, func(w *withdrawal) { w.StationID = "S2" })}, false},
-		"deleted":                     {[]withdrawal{now(1, func(w *withdrawal) { w.Active = false })}, false},
-		"demoted and back":            {[]withdrawal{now(1, demoted), now(2, same)}, true},
-		"the same, heard late":        {[]withdrawal{now(2, same), now(1, demoted)}, true},
-		"twice the same, heard twice": {[]withdrawal{now(1, same), now(2, demoted), now(1, same), now(2, demoted)}, false},
+		"nothing":                        {nil, true},
+		"its session":                    {[]revocation{{SessionID: "s1", Number: 1}}, false},
+		"another session":                {[]revocation{{SessionID: "s2", Number: 1}}, true},
+		"its session, then a user":       {[]revocation{{SessionID: "s1", Number: 1}, now(2, same)}, false},
+		"as it says":                     {[]revocation{now(1, same)}, true},
+		"another user":                   {[]revocation{now(1, func(w *revocation) { w.UserID, w.Active = "USR-b", false })}, true},
+		"another role":                   {[]revocation{now(1, demoted)}, false},
+		"another network":                {[]revocation{now(1, func(w *revocation) { w.NetworkID = "" })}, false},
+		"another station":                {[]revocation{now(1, func(w *revocation) { w.StationID = "S2" })}, false},
+		"deleted":                        {[]revocation{now(1, func(w *revocation) { w.Active = false })}, false},
+		"demoted and back":               {[]revocation{now(1, demoted), now(2, same)}, true},
+		"the same, received late":        {[]revocation{now(2, same), now(1, demoted)}, true},
+		"twice the same, received twice": {[]revocation{now(1, same), now(2, demoted), now(1, same), now(2, demoted)}, false},
 	} {
-		w := withdrawals{sessions: map[string]heard{}, users: map[userID]heard{}}
-		w.add(time.Time{}, c.heard...)
+		w := revocations{sessions: map[string]received{}, users: map[userID]received{}}
+		w.add(time.Time{}, c.received...)
 		if err := w.check(p); !errors.Is(err, errUnavailable) {
 			t.Errorf("%s, nothing read: %v", name, err)
 		}
@@ -206,63 +206,63 @@ func TestWithdrawalsCheck(t *testing.T) {
 		if err := w.check(two); err == nil && len(w.users) > 0 && w.users[p.UserID].Number > 0 {
 			t.Errorf("%s: two roles are not one", name)
 		}
-		for since, kept := range map[time.Duration]bool{0: true, tokenLife: true, tokenLife + withdrawalLag + time.Second: false} {
+		for since, kept := range map[time.Duration]bool{0: true, tokenLife: true, tokenLife + revocationLag + time.Second: false} {
 			for sid, h := range w.sessions {
-				w.sessions[sid] = heard{h.withdrawal, time.Now().Add(-since)}
+				w.sessions[sid] = received{h.revocation, time.Now().Add(-since)}
 			}
 			for id, h := range w.users {
-				w.users[id] = heard{h.withdrawal, time.Now().Add(-since)}
+				w.users[id] = received{h.revocation, time.Now().Add(-since)}
 			}
 			before := len(w.sessions) + len(w.users)
 			w.forget()
 			if n := len(w.sessions) + len(w.users); kept && n != before || !kept && n != 0 {
 				t.Errorf("%s: %d of %d are kept after %v", name, n, before, since)
 			}
-			w.add(time.Time{}, c.heard...)
+			w.add(time.Time{}, c.received...)
 		}
 	}
 }
 
 // What is read after a while is what has come meanwhile, at most what a token can live.
-func TestWithdrawalsRead(t *testing.T) {
-	w := inSharedWorld(t)
+func TestRevocationsRead(t *testing.T) {
+	w := sharedEnv(t)
 	ages := []time.Duration{62 * time.Minute, 59 * time.Minute, 30 * time.Minute, 3 * time.Minute, 30 * time.Second}
 	mark := newEmail()
 	sid := func(age time.Duration) string { return mark + " " + age.String() }
-	s := idle(t, slog.New(slog.DiscardHandler), map[string]string{"DATABASE_URL": w.env["DATABASE_URL"]})
+	s := idle(t, slog.New(slog.DiscardHandler), map[string]string{"DATABASE_URL": w.vars["DATABASE_URL"]})
 	for away, known := range map[time.Duration]int{0: 4, time.Second: 1, 20 * time.Minute: 2, 40 * time.Minute: 3, 5 * time.Hour: 4} {
-		w.exec(`delete from withdrawals where keycloak_session_id like $1 || '%'`, mark)
+		w.exec(`delete from revocations where keycloak_session_id like $1 || '%'`, mark)
 		for _, age := range ages {
-			w.exec(`insert into withdrawals (at, keycloak_session_id, user_id, role, network_id, station_id, is_active)
+			w.exec(`insert into revocations (at, keycloak_session_id, user_id, role, network_id, station_id, is_active)
 				values (now() - $1::interval, $2, '', '', '', '', false)`, age, sid(age))
 		}
-		s.tokens.withdrawn.sessions, s.tokens.withdrawn.read = map[string]heard{}, time.Time{}
+		s.verifier.revoked.sessions, s.verifier.revoked.read = map[string]received{}, time.Time{}
 		if away > 0 {
-			s.tokens.withdrawn.read = time.Now().Add(-away)
+			s.verifier.revoked.read = time.Now().Add(-away)
 		}
-		if err := s.loadWithdrawals(t.Context(), s.store.pool); err != nil {
+		if err := s.loadRevocations(t.Context(), s.store.pool); err != nil {
 			t.Fatal(err)
 		}
 		for i, age := range ages {
-			if _, heard := s.tokens.withdrawn.sessions[sid(age)]; heard != (i >= len(ages)-known) {
-				t.Errorf("%v after the last look (0: the first one): one of %v ago is known: %v", away, age, heard)
+			if _, received := s.verifier.revoked.sessions[sid(age)]; received != (i >= len(ages)-known) {
+				t.Errorf("%v after the last look (0: the first one): one of %v ago is known: %v", away, age, received)
 			}
 		}
 	}
-	if err := s.store.forgetWithdrawals(t.Context()); err != nil {
+	if err := s.store.purgeRevocations(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if left := w.value(`select string_agg(keycloak_session_id, ', ' order by at) from withdrawals where keycloak_session_id like $1 || '%'`, mark); strings.Count(left, ",") != 3 ||
+	if left := w.value(`select string_agg(keycloak_session_id, ', ' order by at) from revocations where keycloak_session_id like $1 || '%'`, mark); strings.Count(left, ",") != 3 ||
 		strings.Contains(left, sid(ages[0])) {
 		t.Errorf("left is %s", left)
 	}
 }
 
 // An instance whose connection breaks looks into the table instead, and misses nothing.
-func TestWithdrawalChannel(t *testing.T) {
-	w := newWorld(t, nil)
+func TestRevocationChannel(t *testing.T) {
+	w := newEnv(t, nil)
 	// Nothing happens to the instance that makes the changes.
-	safe, _ := w.another(map[string]string{"DATABASE_URL": strings.Replace(w.env["DATABASE_URL"], w.pg.addr, w.pg.target, 1)})
+	safe, _ := w.another(map[string]string{"DATABASE_URL": strings.Replace(w.vars["DATABASE_URL"], w.pg.addr, w.pg.target, 1)})
 	admin := w.administrator()
 	by := safe.signsIn(admin)
 	channel := func(up string) bool {
@@ -274,26 +274,26 @@ func TestWithdrawalChannel(t *testing.T) {
 		}
 	}
 	user := func(email string) string { return w.value(`select user_id from users where email = $1`, email) }
-	broken := func() int { return strings.Count(w.logs.String(), "withdrawals can't be followed") }
+	broken := func() int { return strings.Count(w.logs.String(), "revocations can't be followed") }
 	w.Run("the notification is swallowed", func() {
 		email, old := w.signedIn()
 		_, good := w.signedIn()
-		w.exec(`insert into withdrawals (keycloak_session_id, user_id, role, network_id, station_id, is_active) values ('', $1, 'partner', '', '', true)`, user(email))
-		w.withdrawn(old)
+		w.exec(`insert into revocations (keycloak_session_id, user_id, role, network_id, station_id, is_active) values ('', $1, 'partner', '', '', true)`, user(email))
+		w.revoked(old)
 		if !w.passes(good) {
-			w.Error("another's token was withdrawn")
+			w.Error("another's token was revoked")
 		}
 	})
 	var heal func()
 	for _, c := range []struct {
-		name     string
-		cut      func()
-		heals    func() // nil: the service does it alone
-		patience time.Duration
+		name    string
+		cut     func()
+		heals   func() // nil: the service does it alone
+		timeout time.Duration
 	}{
 		{"the listening connection is cut", func() {
 			w.exec(`select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()
-				and (query like 'listen withdrawals' or query like '%select keycloak_session_id%from withdrawals%')`)
+				and (query like 'listen revocations' or query like '%select keycloak_session_id%from revocations%')`)
 		}, nil, time.Second},
 		{"every connection is cut", func() {
 			w.at([]string{w.url}, slices.Repeat([]call{authorized(by.text("access_token"), "GET", mePath)}, 32)...) // none has been idle
@@ -316,30 +316,30 @@ func TestWithdrawalChannel(t *testing.T) {
 			w.eventually("it is noticed", 3*time.Second, func() bool { return broken() > before })
 			promote(victim)
 			if c.heals != nil {
-				safe.withdrawn(old)
+				safe.revoked(old)
 				if !w.passes(old) || !channel("0") { // nobody can have told it
 					w.Error("PostgreSQL is not away at all")
 				}
 				c.heals()
 			}
 			start := time.Now()
-			w.eventually("the old token counts no more", c.patience, func() bool { return !w.passes(old) })
+			w.eventually("the old token counts no more", c.timeout, func() bool { return !w.passes(old) })
 			w.Logf("known after %v", time.Since(start))
 			if !w.passes(good) {
-				w.Error("another's token was withdrawn")
+				w.Error("another's token was revoked")
 			}
 			w.eventually("the channel is up again", 15*time.Second, func() bool { return channel("1") })
 			promote(other)
-			w.withdrawn(good)
+			w.revoked(good)
 		})
 	}
 	w.pg.close() // what hangs in the hole would hold up the end
 	open()
 }
 
-// An instance that starts lets nobody pass before it knows what was withdrawn.
-func TestWithdrawalsAtStart(t *testing.T) {
-	w := newWorld(t, nil)
+// An instance that starts lets nobody pass before it knows what was revoked.
+func TestRevocationsAtStart(t *testing.T) {
+	w := newEnv(t, nil)
 	admin := w.signsIn(w.administrator())
 	_, out := w.signedIn()
 	w.wants(w.do(loggingOut(out.text("refresh_token"))), 204, "")
@@ -364,8 +364,8 @@ func TestWithdrawalsAtStart(t *testing.T) {
 		begin, end func() error
 	}{
 		{"PostgreSQL is away", "the database is down", w.pg.close, w.pg.open},
-		{"the table is locked", "what was withdrawn has not been read yet", func() error {
-			_, err := tx.Exec(t.Context(), `lock table withdrawals in access exclusive mode`)
+		{"the table is locked", "what was revoked has not been read yet", func() error {
+			_, err := tx.Exec(t.Context(), `lock table revocations in access exclusive mode`)
 			return err
 		}, func() error { return tx.Rollback(t.Context()) }},
 	} {
@@ -391,7 +391,7 @@ func TestWithdrawalsAtStart(t *testing.T) {
 			status := func(a answer) int { return late.do(bearing(validatePath, a.text("access_token"))).Status }
 			late.eventually("it lets the good one pass", 20*time.Second, func() bool {
 				if status(out) == 200 || status(demoted) == 200 {
-					late.Fatal("one that was withdrawn passes")
+					late.Fatal("one that was revoked passes")
 				}
 				return status(admin) == 200
 			})
@@ -418,10 +418,10 @@ func TestWithdrawalsAtStart(t *testing.T) {
 	}
 }
 
-// A change that does not reach Keycloak renews what is withdrawn by the row as it is then,
+// A change that does not reach Keycloak renews what is revoked by the row as it is then,
 // not as it was when the change began.
-func TestWithdrawalOvertaken(t *testing.T) {
-	w := newWorld(t, map[string]string{"JOB_INTERVAL": "0"})
+func TestRevocationOvertaken(t *testing.T) {
+	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0"})
 	admin, email := w.signsIn(w.administrator()), newEmail()
 	w.account(email)
 	id := w.userOf(email)
@@ -461,7 +461,7 @@ func TestWithdrawalOvertaken(t *testing.T) {
 		read := w.value(`select clock_timestamp()::text`)
 		w.eventually("the table is read again", 5*time.Second, func() bool {
 			return w.value(`select coalesce(max(query_start) > $1::timestamptz, false)::text from pg_stat_activity
-				where datname = current_database() and query like '%from withdrawals%' and pid <> pg_backend_pid()`, read) == "true"
+				where datname = current_database() and query like '%from revocations%' and pid <> pg_backend_pid()`, read) == "true"
 		})
 	}
 }

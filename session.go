@@ -26,8 +26,8 @@ func (s session) due(now time.Time) time.Time {
 	return s.ExpiresAt
 }
 
-// tokens is a token response (RFC 6749 §5.1) with what the service adds to it.
-type tokens struct {
+// tokenResponse is a token response (RFC 6749 §5.1) with what the service adds to it.
+type tokenResponse struct {
 	AccessToken      string    `json:"access_token"`
 	RefreshToken     string    `json:"refresh_token,omitempty" description:"Absent if it is in the cookie."`
 	IDToken          string    `json:"id_token"`
@@ -38,9 +38,9 @@ type tokens struct {
 	SessionID        sessionID `json:"session_id" example:"SES-V1StGXR8_Z5jdHi6"`
 }
 
-func tokensOf(t *oauth2.Token, id sessionID) tokens {
+func newTokenResponse(t *oauth2.Token, id sessionID) tokenResponse {
 	seconds := func(name string) int { n, _ := t.Extra(name).(float64); return int(n) }
-	out := tokens{AccessToken: t.AccessToken, RefreshToken: t.RefreshToken, TokenType: "Bearer",
+	out := tokenResponse{AccessToken: t.AccessToken, RefreshToken: t.RefreshToken, TokenType: "Bearer",
 		ExpiresIn: seconds("expires_in"), RefreshExpiresIn: seconds("refresh_expires_in"), SessionID: id}
 	out.IDToken, _ = t.Extra("id_token").(string)
 	out.Scope, _ = t.Extra("scope").(string)
@@ -66,7 +66,7 @@ func (in *refreshIn) setCookie(token string) { in.RefreshToken, in.Cookie = toke
 func (in refreshIn) fromCookie() bool { return in.Cookie != "" && in.RefreshToken == in.Cookie }
 
 type refreshOut struct {
-	tokens
+	tokenResponse
 	setCookie *http.Cookie
 }
 
@@ -80,7 +80,7 @@ func (s *server) refresh(ctx context.Context, c caller, in refreshIn) (refreshOu
 	ctx, cancel := detached(ctx, rotationTime+rotationWait)
 	defer cancel()
 	answer, err := s.exchange(ctx, c, in.RefreshToken)
-	out := refreshOut{tokens: answer}
+	out := refreshOut{tokenResponse: answer}
 	if err == nil && in.fromCookie() {
 		out.setCookie = refreshCookie(answer.RefreshToken, answer.RefreshExpiresIn)
 		out.RefreshToken = ""
@@ -89,22 +89,22 @@ func (s *server) refresh(ctx context.Context, c caller, in refreshIn) (refreshOu
 }
 
 // exchange returns the answer to a refresh token, however many ask for it at once.
-func (s *server) exchange(ctx context.Context, c caller, token string) (tokens, error) {
-	for patience, pause := time.Now().Add(rotationWait), 10*time.Millisecond; ; pause = min(2*pause, 500*time.Millisecond) {
+func (s *server) exchange(ctx context.Context, c caller, token string) (tokenResponse, error) {
+	for timeout, pause := time.Now().Add(rotationWait), 10*time.Millisecond; ; pause = min(2*pause, 500*time.Millisecond) {
 		t, err := s.store.takeRefreshToken(ctx, tokenHash(token), s.now()) // F1
 		used := t.UsedAt.Unix() > 0
 		switch {
 		case errors.Is(err, errNotFound), err == nil && t.Ended:
-			return tokens{}, problemInvalidRefreshToken
+			return tokenResponse{}, problemInvalidRefreshToken
 		case err != nil:
-			return tokens{}, err
+			return tokenResponse{}, err
 		case t.Leased:
 			answer, err := s.rotate(ctx, c, t.session, t.Of, token)
 			if !errors.Is(err, errLeaseLost) {
 				return answer, err
 			} // the session has just ended, or we were too slow: look again
 		case used && s.now().Before(t.UsedAt.Add(s.cfg.RefreshGrace)):
-			var answer tokens
+			var answer tokenResponse
 			plain, err := openSealed(token, t.Answer)
 			if err == nil {
 				err = json.Unmarshal(plain, &answer)
@@ -114,11 +114,11 @@ func (s *server) exchange(ctx context.Context, c caller, token string) (tokens, 
 			n, err := s.signOut(ctx, c, t.UserID, t.ID, entry{Action: "session.end", Reason: problemTokenReused.slug()})
 			s.metrics.reuse.Add(float64(n))
 			if err != nil {
-				return tokens{}, err
+				return tokenResponse{}, err
 			}
-			return tokens{}, problemTokenReused.about(string(t.UserID))
-		case time.Now().After(patience):
-			return tokens{}, errBusy
+			return tokenResponse{}, problemTokenReused.withTarget(string(t.UserID))
+		case time.Now().After(timeout):
+			return tokenResponse{}, errBusy
 		default: // somebody else exchanges it
 			select {
 			case <-ctx.Done():
@@ -133,12 +133,12 @@ func (s *server) exchange(ctx context.Context, c caller, token string) (tokens, 
 // an answer of Keycloak: the client's next try gets another when the lease has ended, as
 // refreshTokenMaxReuse 1 allows once. Tokens that do not say what is true of u here, since
 // somebody has changed that in Keycloak, are replaced at once; dying then ends the session.
-func (s *server) rotate(ctx context.Context, c caller, session session, u user, token string) (tokens, error) {
+func (s *server) rotate(ctx context.Context, c caller, session session, u user, token string) (tokenResponse, error) {
 	ctx, cancel := context.WithTimeout(ctx, rotationTime)
 	defer cancel()
 	next, err := s.kc.refresh(ctx, token) // F2
 	if err == nil {
-		if claims, _ := readClaims(next.AccessToken); !claims.say(u) {
+		if claims, _ := readClaims(next.AccessToken); !claims.match(u) {
 			if err = s.reconcile(ctx, c, u.KeycloakID); err == nil || errors.Is(err, errConflict) {
 				next, err = s.kc.refresh(ctx, next.RefreshToken)
 			}
@@ -148,16 +148,16 @@ func (s *server) rotate(ctx context.Context, c caller, session session, u user, 
 	case errors.Is(err, errInvalidGrant): // ended by idleness, its maximum or an administrator
 		s.log.InfoContext(ctx, "a session has ended in Keycloak", "session", session.ID, "error", err)
 		if _, err := s.signOut(ctx, c, session.UserID, session.ID, entry{Action: "session.end", Reason: "keycloak"}); err != nil {
-			return tokens{}, err
+			return tokenResponse{}, err
 		}
-		return tokens{}, problemInvalidRefreshToken.about(string(session.UserID))
+		return tokenResponse{}, problemInvalidRefreshToken.withTarget(string(session.UserID))
 	case err != nil:
-		return tokens{}, errors.Join(err, s.store.releaseRefreshToken(context.WithoutCancel(ctx), tokenHash(token)))
+		return tokenResponse{}, errors.Join(err, s.store.releaseRefreshToken(context.WithoutCancel(ctx), tokenHash(token)))
 	}
-	answer := tokensOf(next, session.ID)
+	answer := newTokenResponse(next, session.ID)
 	plain, err := json.Marshal(answer)
 	if err != nil {
-		return tokens{}, err
+		return tokenResponse{}, err
 	}
 	session.ExpiresAt = s.now().Add(time.Duration(answer.RefreshExpiresIn) * time.Second)
 	return answer, s.store.rotate(ctx, session, tokenHash(token), tokenHash(answer.RefreshToken), seal(token, plain), s.now()) // F3

@@ -15,7 +15,7 @@ import (
 
 // What people do in the browser of browser_test.go.
 
-func walkWithPassword(b *browser) {
+func scenarioWithPassword(b *browser) {
 	email := newEmail()
 	b.open("/", 200, "Welcome")
 	b.press("Create an account", 200, "Create an account")
@@ -30,7 +30,7 @@ func walkWithPassword(b *browser) {
 	b.open(l.URL, 200, "Already confirmed", email)
 }
 
-func walkWithoutPassword(b *browser) {
+func scenarioWithoutPassword(b *browser) {
 	email := newEmail()
 	b.registers(email, "")
 	b.opensMail(email, 1, "Confirm your e‑mail address")
@@ -56,7 +56,7 @@ func (b *browser) choosesPassword(label, done string) {
 	b.audit("")
 }
 
-func walkCode(b *browser) {
+func scenarioCode(b *browser) {
 	email := newEmail()
 	b.registers(email, password)
 	code := b.readMail(email, 1).Code
@@ -87,7 +87,7 @@ func walkCode(b *browser) {
 // otherCode is a code that is not this one.
 func otherCode(code string) string { return string('0'+(code[0]-'0'+1)%10) + code[1:] }
 
-func walkResend(b *browser) {
+func scenarioResend(b *browser) {
 	email := newEmail()
 	b.registers(email, password)
 	first := b.readMail(email, 1)
@@ -100,7 +100,7 @@ func walkResend(b *browser) {
 	if second.URL != first.URL || second.Code == first.Code {
 		b.Errorf("the second mail has %v after %v", second, first)
 	}
-	b.press(b.env["PUBLIC_URL"]+"/account/verify", 200, "Enter your code")
+	b.press(b.vars["PUBLIC_URL"]+"/account/verify", 200, "Enter your code")
 	b.fill("email", email, "code", second.Code)
 	b.press("Confirm this address", 200, "Your address is confirmed", email)
 
@@ -112,7 +112,7 @@ func walkResend(b *browser) {
 	b.press("Send again", 404, "No registration")
 }
 
-func walkCancel(b *browser) {
+func scenarioCancel(b *browser) {
 	email := newEmail()
 	b.registers(email, password)
 	l := b.opensMail(email, 1, "Confirm your e‑mail address")
@@ -128,7 +128,7 @@ func walkCancel(b *browser) {
 	b.press("This was not me", 200, "You did not register?", email)
 }
 
-func walkExpired(b *browser) {
+func scenarioExpired(b *browser) {
 	email := newEmail()
 	b.registers(email, password)
 	l := b.readMail(email, 1)
@@ -139,7 +139,7 @@ func walkExpired(b *browser) {
 	b.press("Register again", 200, "Create an account")
 }
 
-func walkMistakes(b *browser) {
+func scenarioMistakes(b *browser) {
 	email := newEmail()
 	b.account(email)
 	b.open("/account/register", 200, "Create an account")
@@ -156,7 +156,7 @@ func walkMistakes(b *browser) {
 	b.press("Create an account", 409, "Create an account", "exists already")
 }
 
-func walkUnavailable(b *browser) {
+func scenarioUnavailable(b *browser) {
 	email := newEmail()
 	b.registers(email, password)
 	b.open(b.readMail(email, 1).URL, 200, "Confirm your e-mail address", email)
@@ -167,8 +167,8 @@ func walkUnavailable(b *browser) {
 	b.press("Confirm this address", 200, "Your address is confirmed", email)
 }
 
-// walkElsewhere arrives by links that are wrong and from places that are not ours.
-func walkElsewhere(b *browser) {
+// scenarioElsewhere arrives by links that are wrong and from places that are not ours.
+func scenarioElsewhere(b *browser) {
 	b.arrive(chromedp.Navigate(b.elsewhere+"/form"), 200, "")
 	b.press("Win", 403, "Not allowed")
 	if n := len(b.mail.To("victim@example.test")); n > 0 {
@@ -178,10 +178,10 @@ func walkElsewhere(b *browser) {
 	b.open("/account/cancel", 400, "Invalid link")
 	b.open("/problems/user-exists", 200, "Account exists", "application/problem+json")
 	b.open("/problems/no-such-problem", 404, "Not found")
-	b.arrive(chromedp.Navigate(b.env["PUBLIC_URL"]+"/no-such-page"), 404, "", "/problems/not-found")
+	b.arrive(chromedp.Navigate(b.vars["PUBLIC_URL"]+"/no-such-page"), 404, "", "/problems/not-found")
 }
 
-func walkGerman(b *browser) {
+func scenarioGerman(b *browser) {
 	email := newEmail()
 	b.open("/", 200, "Willkommen")
 	b.press("Konto anlegen", 200, "Konto anlegen")
@@ -210,8 +210,8 @@ func (b *browser) signsIn(email, heading string, texts ...string) {
 	b.arrive(chromedp.Click(chromedp.CSS("[type=submit]")), 200, heading, texts...)
 }
 
-// walkFrontend goes from the confirmed address to a frontend that is signed in.
-func walkFrontend(b *browser) {
+// scenarioFrontend goes from the confirmed address to a frontend that is signed in.
+func scenarioFrontend(b *browser) {
 	email := newEmail()
 	b.registers(email, password)
 	b.open(b.readMail(email, 1).URL, 200, "Confirm your e-mail address", email)
@@ -276,8 +276,8 @@ func walkFrontend(b *browser) {
 	at(b.frontend + "/app?back")
 }
 
-// walkSignInMistakes comes back from Keycloak without having signed in.
-func walkSignInMistakes(b *browser) {
+// scenarioSignInMistakes comes back from Keycloak without having signed in.
+func scenarioSignInMistakes(b *browser) {
 	said := map[string][]string{
 		"en": {"Sign-in not completed", "The sign-in was cancelled.", "This sign-in is over already.", "This sign-in took too long.",
 			"This sign-in was not begun in this browser.", "Sign in", "Account disabled", "You are signed in"},
@@ -287,13 +287,13 @@ func walkSignInMistakes(b *browser) {
 	title, cancelled, over, late, foreign, signIn, disabled, signedIn := said[0], said[1], said[2], said[3], said[4], said[5], said[6], said[7]
 	email := newEmail()
 	b.account(email)
-	b.arrive(chromedp.Navigate(b.env["PUBLIC_URL"]+"/auth/login"), 200, anything)
+	b.arrive(chromedp.Navigate(b.vars["PUBLIC_URL"]+"/auth/login"), 200, anything)
 	state := evaluate[string](b, `new URL(location.href).searchParams.get("state")`)
 	back := "/auth/callback?error=access_denied&state="
 	b.open(back+state, 400, title, cancelled)
 	b.open(back+state, 400, title, over)
 	b.open(back+"x"+state, 400, title, foreign)
-	cookies, err := chromedp.Call(b.ctx, cdpnetwork.GetCookies, cdpnetwork.GetCookiesParams{URLs: []string{b.env["PUBLIC_URL"]}})
+	cookies, err := chromedp.Call(b.ctx, cdpnetwork.GetCookies, cdpnetwork.GetCookiesParams{URLs: []string{b.vars["PUBLIC_URL"]}})
 	b.must(err)
 	b.open(back+newSignIn(cookies.Cookies[0].Value, "/account/signed-in", time.Now().Add(-time.Hour)).state, 400, title, late)
 	b.arrive(chromedp.Click(labelled(signIn)), 200, anything)
@@ -306,8 +306,8 @@ func walkSignInMistakes(b *browser) {
 	b.signsIn(email, signedIn)
 }
 
-// walkSamples looks at every page in every state, and at every mail.
-func walkSamples(b *browser) {
+// scenarioSamples looks at every page in every state, and at every mail.
+func scenarioSamples(b *browser) {
 	for _, m := range preview.Mails {
 		b.arrive(chromedp.Navigate(b.elsewhere+"/mail/"+m.Name+"."+b.language+"@example.test"), 200, anything)
 		b.look(mailRules)
@@ -318,12 +318,12 @@ func walkSamples(b *browser) {
 	}
 }
 
-// walkSwaggerUI tries an operation in Swagger UI, which needs its scripts.
-func walkSwaggerUI(b *browser) {
+// scenarioSwaggerUI tries an operation in Swagger UI, which needs its scripts.
+func scenarioSwaggerUI(b *browser) {
 	b.scripts(true)
 	messages := chromedp.Console(b.ctx)
 	health := `#operations-Service-health `
-	if err := chromedp.Do(b.ctx, chromedp.EmulateViewport(1280, 1000), chromedp.Navigate(b.env["PUBLIC_URL"]+"/swagger-ui"),
+	if err := chromedp.Do(b.ctx, chromedp.EmulateViewport(1280, 1000), chromedp.Navigate(b.vars["PUBLIC_URL"]+"/swagger-ui"),
 		chromedp.Click(chromedp.CSS(health+".opblock-summary-control")),
 		chromedp.Click(chromedp.CSS(health+".try-out__btn")),
 		chromedp.Click(chromedp.CSS(health+".execute")),

@@ -113,10 +113,10 @@ func TestMay(t *testing.T) {
 // users of every role in every scope. Each refusal is on record.
 func TestDecisions(t *testing.T) {
 	table := readDecisions(t)
-	w := newWorld(t, nil)
-	admin := w.boss()
-	callers := []*colleague{admin, admin.hires("partner", "N1", ""), admin.hires("partner", "", ""), admin.hires("operator", "N1", "S1"),
-		admin.hires("operator", "N1", ""), admin.hires("user", "N1", "S1")}
+	w := newEnv(t, nil)
+	admin := w.admin()
+	callers := []*testUser{admin, admin.invited("partner", "N1", ""), admin.invited("partner", "", ""), admin.invited("operator", "N1", "S1"),
+		admin.invited("operator", "N1", ""), admin.invited("user", "N1", "S1")}
 	var targets []user
 	for _, role := range roles {
 		for _, scope := range [][2]string{{"N1", "S1"}, {"N1", "S2"}, {"N2", "S1"}, {"", ""}} {
@@ -208,13 +208,13 @@ func TestDecisions(t *testing.T) {
 
 // Nobody gives what they don't have, and nobody raises themselves.
 func TestAssign(t *testing.T) {
-	w := inSharedWorld(t)
+	w := sharedEnv(t)
 	network, other := "N-"+gonanoid.Must(8), "N-"+gonanoid.Must(8)
-	admin := w.boss()
-	partner, operator := admin.hires("partner", network, ""), admin.hires("operator", network, "S1")
+	admin := w.admin()
+	partner, operator := admin.invited("partner", network, ""), admin.invited("operator", network, "S1")
 	u := partner.invites(body{"role": "user", "network_id": network})
 	for _, c := range []struct {
-		who    *colleague
+		who    *testUser
 		whom   userID
 		in     body
 		status int

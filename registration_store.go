@@ -243,9 +243,9 @@ func (st *store) endRegistration(ctx context.Context, c caller, reg registration
 	return st.tx(ctx, func(tx pgx.Tx) error { return moveRegistration(ctx, tx, c, reg, to, reason, now) })
 }
 
-// forgetUser removes the users row of an ended registration, after Keycloak has
+// deleteUnverifiedUser removes the users row of an ended registration, after Keycloak has
 // deleted its user (E3). Nothing is owed any more.
-func (st *store) forgetUser(ctx context.Context, c caller, reg registration, now time.Time) error {
+func (st *store) deleteUnverifiedUser(ctx context.Context, c caller, reg registration, now time.Time) error {
 	return st.tx(ctx, func(tx pgx.Tx) error {
 		if err := leased(ctx, tx, reg, `
 			update user_registrations set keycloak_id = null, user_id = null, lease_owner = null, due_at = null

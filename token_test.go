@@ -120,11 +120,11 @@ func pemAndDER(key *rsa.PublicKey) (text, der []byte) {
 
 // realmKey adds a key to the realm that the test has, too. Keycloak itself signs with
 // it only if its priority is above 100.
-func (w *world) realmKey(priority int) (key *rsa.PrivateKey, kid string) {
+func (w *env) realmKey(priority int) (key *rsa.PrivateKey, kid string) {
 	w.Helper()
 	key = newKey()
 	private := pem.EncodeToMemory(&pem.Block{Type: "RSA PRIVATE KEY", Bytes: x509.MarshalPKCS1PrivateKey(key)})
-	w.admin("POST", "/components", body{"name": fmt.Sprint("test ", priority), "providerId": "rsa", "providerType": "org.keycloak.keys.KeyProvider",
+	w.keycloakAdmin("POST", "/components", body{"name": fmt.Sprint("test ", priority), "providerId": "rsa", "providerType": "org.keycloak.keys.KeyProvider",
 		"config": map[string][]string{"privateKey": {string(private)}, "priority": {fmt.Sprint(priority)}}}, nil)
 	_, der := pemAndDER(&key.PublicKey)
 	sum := sha256.Sum256(der) // as Keycloak names keys
@@ -134,7 +134,7 @@ func (w *world) realmKey(priority int) (key *rsa.PrivateKey, kid string) {
 // TestForgedTokens has every token that is not quite one, and next to it what is. Where
 // it can, exactly one thing is wrong, under a signature of the realm.
 func TestForgedTokens(t *testing.T) {
-	w := inSharedWorld(t)
+	w := sharedEnv(t)
 	defer w.straysDie()        // of Keycloak's own tokens below
 	asked := new(atomic.Int32) // whoever forges would like us to fetch his keys
 	lure := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { asked.Add(1) }))
@@ -166,7 +166,7 @@ func TestForgedTokens(t *testing.T) {
 	tokenURL := services.KeycloakURL + "/realms/" + w.realm + "/protocol/openid-connect/token"
 	byKeycloak := map[string]string{}
 	for _, alg := range []string{"RS384", "ES512", "HS512", "PS256", "ES256", "EdDSA", "RS256"} {
-		w.admin("PUT", "", body{"defaultSignatureAlgorithm": alg}, nil)
+		w.keycloakAdmin("PUT", "", body{"defaultSignatureAlgorithm": alg}, nil)
 		people := oauth2.Config{ClientID: "auth-client", Endpoint: oauth2.Endpoint{TokenURL: tokenURL}}
 		token, err := people.PasswordCredentialsToken(t.Context(), email, password)
 		if err != nil || unpacked(token.AccessToken, 0)["alg"] != alg {
@@ -286,7 +286,7 @@ func TestForgedTokens(t *testing.T) {
 
 // A thousand tokens that name as many keys cost one fetch of the keys, and hold nobody up.
 func TestUnknownKeys(t *testing.T) {
-	w := inSharedWorld(t)
+	w := sharedEnv(t)
 	w.quick = true
 	email, _, _ := w.member()
 	var unseen []string
@@ -332,10 +332,10 @@ func TestUnknownKeys(t *testing.T) {
 }
 
 // Keycloak's key is replaced while people work: nobody is refused a valid token, and
-// the old key's tokens are refused as soon as its withdrawal can be known.
+// the old key's tokens are refused as soon as its revocation can be known.
 func TestKeyRotation(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, nil)
+	w := newEnv(t, nil)
 	ctx, stop := context.WithCancel(t.Context())
 	var workers sync.WaitGroup
 	defer workers.Wait()
@@ -380,10 +380,10 @@ func TestKeyRotation(t *testing.T) {
 		return ctx.Err() != nil || !slices.ContainsFunc([]int{0, 1, 2, 3}, func(i int) bool { return latest[i].Load() != kid })
 	})
 	var keys []struct{ ID, ProviderID string }
-	w.admin("GET", "/components?type=org.keycloak.keys.KeyProvider", nil, &keys)
+	w.keycloakAdmin("GET", "/components?type=org.keycloak.keys.KeyProvider", nil, &keys)
 	for _, key := range keys {
 		if key.ProviderID == "rsa-generated" {
-			w.admin("DELETE", "/components/"+key.ID, nil, nil)
+			w.keycloakAdmin("DELETE", "/components/"+key.ID, nil, nil)
 		}
 	}
 	w.eventually("the old key is forgotten", keyInterval+keyPause+5*time.Second, func() bool {
@@ -396,14 +396,14 @@ func TestKeyRotation(t *testing.T) {
 // longer.
 func TestTokensWithoutKeycloak(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, nil)
+	w := newEnv(t, nil)
 	email, _, _ := w.member()
-	w.admin("PUT", "", body{"accessTokenLifespan": 15}, nil)
+	w.keycloakAdmin("PUT", "", body{"accessTokenLifespan": 15}, nil)
 	var tokens []string
 	for range 7 {
 		tokens = append(tokens, w.login(email, password).text("access_token"))
 	}
-	passes := func(w *world, token string, status int, slug string) {
+	passes := func(w *env, token string, status int, slug string) {
 		t.Helper()
 		w.wants(w.do(bearing(validatePath, token)), status, slug)
 	}
@@ -436,7 +436,7 @@ func TestTokensWithoutKeycloak(t *testing.T) {
 // TestValidate has the decision table of what a gateway may demand. It holds without
 // PostgreSQL and Keycloak, too, and asks neither while they are there.
 func TestValidate(t *testing.T) {
-	w := newWorld(t, map[string]string{"JOB_INTERVAL": "0"}) // what follows is Keycloak's alone
+	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0"}) // what follows is Keycloak's alone
 	type person struct{ name, roles, network, station, token, id, subject string }
 	people := []person{
 		{name: "admin", roles: "admin"},
@@ -451,7 +451,7 @@ func TestValidate(t *testing.T) {
 		p := &people[i]
 		email, _, subject := w.member()
 		var u body
-		w.admin("GET", "/users/"+subject, nil, &u)
+		w.keycloakAdmin("GET", "/users/"+subject, nil, &u)
 		attributes := u["attributes"].(body)
 		attributes["roles"] = strings.Split(p.roles, ",")
 		for name, value := range map[string]string{"network_id": p.network, "station_id": p.station} {
@@ -459,12 +459,12 @@ func TestValidate(t *testing.T) {
 				attributes[name] = []string{value}
 			}
 		}
-		w.admin("PUT", "/users/"+subject, u, nil)
+		w.keycloakAdmin("PUT", "/users/"+subject, u, nil)
 		role, more, _ := strings.Cut(p.roles, ",")
 		w.exec(`update users set role = $2, network_id = $3, station_id = $4 where keycloak_id = $1`, subject, role, p.network, p.station)
 		if more != "" { // as can be in a token, but not here
 			attributes["roles"] = []string{role}
-			defer w.admin("PUT", "/users/"+subject, u, nil)
+			defer w.keycloakAdmin("PUT", "/users/"+subject, u, nil)
 		}
 		p.token = w.grant(url.Values{"grant_type": {"password"}, "username": {email}, "password": {password}}).text("access_token")
 		p.subject, p.id = subject, w.value(`select user_id from users where email = $1`, email)
@@ -493,11 +493,11 @@ func TestValidate(t *testing.T) {
 		{"?role=user&network_id=N2&station_id=S2", "both"},
 		{"?role=partner&network_id=N2", ""},
 		// What can't be understood is 400, with the fields, and met by nobody.
-		{"?role=boss ?role=Admin ?role= ?role=admin,user ?role=admin&role=boss", "!role"},
+		{"?role=admin ?role=Admin ?role= ?role=admin,user ?role=admin&role=admin", "!role"},
 		{"?rolle=admin", "!rolle"},
 		{"?Role=admin", "!Role"},
 		{"?role=user&network=N1", "!network"},
-		{"?role=boss&network=N1", "!network role"},
+		{"?role=admin&network=N1", "!network role"},
 		{"?role=user;network_id=N9 ?role=user&network_id=%zz ?%", "!query"},
 	}
 	decide := func(query string, p person, passes string) {
@@ -549,7 +549,7 @@ func TestValidate(t *testing.T) {
 			t.Errorf("not 404, and the demand is lost: %v %v", a, err)
 		}
 		// Envoy appends the client's path and query, and uses its method.
-		for _, path := range []string{"/", "/any/path?role=boss", "/any?network_id=N9&rolle=%zz", "/a%2Fb/%2e%2e/c", "/.well-known/x", "/a//b/../c/./d/"} {
+		for _, path := range []string{"/", "/any/path?role=admin", "/any?network_id=N9&rolle=%zz", "/a%2Fb/%2e%2e/c", "/.well-known/x", "/a//b/../c/./d/"} {
 			for _, method := range []string{"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "PROPFIND"} {
 				r := bearing(strings.TrimSuffix(envoyPath, "/")+path, people[0].token)
 				r.method = method
@@ -585,7 +585,7 @@ func TestValidate(t *testing.T) {
 
 // Who I am is what PostgreSQL says now, whatever the token says.
 func TestMe(t *testing.T) {
-	w := inSharedWorld(t)
+	w := sharedEnv(t)
 	email, username, id := w.member()
 	token := w.login(email, password).text("access_token")
 	me := func() answer { return w.do(bearing(mePath, token)) }
@@ -618,16 +618,16 @@ func FuzzToken(f *testing.F) {
 		f.Fatal(err)
 	}
 	head := body{"alg": "RS256", "kid": "known"}
-	claims := body{"iss": s.tokens.issuer, "typ": "Bearer", "azp": s.tokens.client, "sub": "s", "user_id": "u", "roles": []string{"user"}, "exp": time.Now().Unix() + 3600}
-	s.tokens.fetch = func(context.Context) (jose.JSONWebKeySet, error) {
+	claims := body{"iss": s.verifier.issuer, "typ": "Bearer", "azp": s.verifier.client, "sub": "s", "user_id": "u", "roles": []string{"user"}, "exp": time.Now().Unix() + 3600}
+	s.verifier.fetch = func(context.Context) (jose.JSONWebKeySet, error) {
 		return jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: &key.PublicKey, KeyID: "known", Algorithm: "RS256"}}}, nil
 	}
-	s.tokens.refreshKeys(f.Context())
-	s.tokens.withdrawn.add(time.Now())
+	s.verifier.refreshKeys(f.Context())
+	s.verifier.revoked.add(time.Now())
 	impatient, cancel := context.WithCancel(f.Context()) // an unknown key is not waited for
 	cancel()
 	valid := forge(key, head, claims)
-	if p, err := s.tokens.verify(impatient, valid); err != nil || p.UserID != "u" {
+	if p, err := s.verifier.verify(impatient, valid); err != nil || p.UserID != "u" {
 		f.Fatal(p, err)
 	}
 	// No seed is next to the valid one, which the fuzzer would find.
@@ -642,7 +642,7 @@ func FuzzToken(f *testing.F) {
 		f.Add(text)
 	}
 	f.Fuzz(func(t *testing.T, token string) {
-		if p, err := s.tokens.verify(impatient, token); err == nil || p.UserID != "" || p.Roles != nil || strings.Contains(err.Error(), "\n") {
+		if p, err := s.verifier.verify(impatient, token); err == nil || p.UserID != "" || p.Roles != nil || strings.Contains(err.Error(), "\n") {
 			t.Errorf("%q is taken for %+v, %v", token, p, err)
 		}
 	})

@@ -48,9 +48,9 @@ func (u keycloakUser) attribute(name string) string {
 	return ""
 }
 
-// account says whether its registration has made it an account (V3): confirmed, and without
+// activated says whether its registration has made it an account (V3): confirmed, and without
 // the secrets of the mail. Nobody deletes or enables it any more.
-func (u keycloakUser) account() bool { return u.verified() && u.attribute(attrToken) == "" }
+func (u keycloakUser) activated() bool { return u.verified() && u.attribute(attrToken) == "" }
 
 // createUser creates the disabled user of a registration (R2) and returns its id.
 // The password goes into this call and nowhere else.

@@ -10,29 +10,29 @@ import (
 )
 
 // grantAdmin is the subcommand, run by grace.
-func (w *world) grantAdmin(email string) (string, error) {
+func (w *env) grantAdmin(email string) (string, error) {
 	var out bytes.Buffer
 	err := run(w.Context(), []string{"grant-admin", email}, func(name string) string {
-		return cmp.Or(map[string]string{"SUDO_USER": "grace"}[name], w.env[name])
+		return cmp.Or(map[string]string{"SUDO_USER": "grace"}[name], w.vars[name])
 	}, &out, w.logs)
 	return out.String(), err
 }
 
-// boss is a new administrator.
-func (w *world) boss() *colleague {
+// admin is a new administrator.
+func (w *env) admin() *testUser {
 	w.Helper()
 	email, _, _ := w.member()
 	if out, err := w.grantAdmin(email); err != nil {
 		w.Fatal(out, err)
 	}
-	return w.colleague(email)
+	return w.testUser(email)
 }
 
 // TestGrantAdmin runs the subcommand for whom it is, and for whom it is not.
 func TestGrantAdmin(t *testing.T) {
-	w := inSharedWorld(t)
-	admin := w.boss()
-	pending, gone, invited := newEmail(), admin.hires("user", "", ""), admin.invites(nil)
+	w := sharedEnv(t)
+	admin := w.admin()
+	pending, gone, invited := newEmail(), admin.invited("user", "", ""), admin.invites(nil)
 	w.register(pending)
 	w.wants(admin.asks("DELETE", usersPath+"/"+string(gone.ID), nil), 204, "")
 	count := `select count(*)::text from audit_log where action = 'user.grant_admin'`
@@ -48,16 +48,16 @@ func TestGrantAdmin(t *testing.T) {
 	if n := w.value(`select count(*)::text from users where email = any($1) and role = 'admin'`, []string{pending, gone.Email, invited.Email}); n != "0" {
 		t.Errorf("%s are administrators", n)
 	}
-	c := admin.hires("operator", "N1", "S1")
+	c := admin.invited("operator", "N1", "S1")
 	out, err := w.grantAdmin(strings.ToUpper(c.Email))
 	if want := fmt.Sprintf("%s (%s) is an administrator now.\n", c.Email, c.ID); err != nil || out != want {
 		t.Errorf("%v, and it says %q", err, out)
 	}
-	if got := w.value(`select concat_ws(' ', actor, outcome, details) from audit_log where action = 'user.grant_admin' and target = $1`, string(c.ID)); got != `operator:grace ok {"role": {"after": "admin", "before": "operator"}}` {
+	if got := w.value(`select concat_ws(' ', actor, outcome, details) from audit_log where action = 'user.grant_admin' and target = $1`, string(c.ID)); got != `cli:grace ok {"role": {"after": "admin", "before": "operator"}}` {
 		t.Errorf("on record is %s", got)
 	}
 	w.eventually("the old token is dead", time.Second, func() bool { return c.asks("GET", usersPath+"/me", nil).Status == 401 })
-	c = w.colleague(c.Email)
+	c = w.testUser(c.Email)
 	w.wants(c.asks("GET", usersPath+"/"+string(admin.ID), nil), 200, "")
 	if _, err := w.grantAdmin(c.Email); err != nil { // who is one already
 		t.Error(err)
@@ -68,9 +68,9 @@ func TestGrantAdmin(t *testing.T) {
 // Of two administrators who demote or delete each other at the same moment exactly one
 // stays, whichever instance each asks.
 func TestLastAdmin(t *testing.T) {
-	w := newWorld(t, nil)
+	w := newEnv(t, nil)
 	v, _ := w.another(nil)
-	staying, other := w.boss(), w.boss()
+	staying, other := w.admin(), w.admin()
 	gate, err := w.pool.Acquire(t.Context())
 	if err != nil {
 		t.Fatal(err)
@@ -78,7 +78,7 @@ func TestLastAdmin(t *testing.T) {
 	defer gate.Release()
 	outcomes := map[string]int{}
 	for round := range 12 {
-		against := func(by, whom *colleague) call {
+		against := func(by, whom *testUser) call {
 			r := authorized(by.signIn.text("access_token"), "DELETE", usersPath+"/"+string(whom.ID))
 			if round%3 < 2 || by == other && round%2 == 0 {
 				r.method, r.json = "PATCH", body{"role": []string{"user", "partner"}[round%2]}
@@ -123,7 +123,7 @@ func TestLastAdmin(t *testing.T) {
 		}
 		w.wants(staying.asks("POST", usersPath+"/"+string(other.ID)+"/restore", nil), 200, "")
 		staying.changes(other.ID, body{"role": "admin"})
-		other = w.colleague(other.Email)
+		other = w.testUser(other.Email)
 	}
 	t.Log(outcomes)
 }

@@ -119,8 +119,8 @@ func (st *store) rotate(ctx context.Context, s session, hash, nextHash string, a
 	return storeError(err)
 }
 
-// forgetAnswers removes what was kept for the grace time.
-func (st *store) forgetAnswers(ctx context.Context, usedBefore time.Time) error {
+// purgeAnswers removes what was kept for the grace time.
+func (st *store) purgeAnswers(ctx context.Context, usedBefore time.Time) error {
 	_, err := st.pool.Exec(ctx, `update refresh_tokens set answer = null where token_hash = any(array(
 		select token_hash from refresh_tokens where answer is not null and used_at < $1 order by used_at limit 10000 for update skip locked))`, usedBefore)
 	return storeError(err)
@@ -159,7 +159,7 @@ func endSessions(ctx context.Context, tx pgx.Tx, c caller, user userID, id sessi
 	ids := []string{}
 	for _, s := range ended {
 		ids = append(ids, string(s.ID))
-		if err := withdraw(ctx, tx, withdrawal{SessionID: s.KeycloakID}); err != nil {
+		if err := revoke(ctx, tx, revocation{SessionID: s.KeycloakID}); err != nil {
 			return nil, err
 		}
 	}

@@ -15,7 +15,7 @@ import (
 
 // TestMails reads every mail in every language, in both of its parts.
 func TestMails(t *testing.T) {
-	w := inSharedWorld(t)
+	w := sharedEnv(t)
 	subjects := map[string]string{
 		"registration.en": "Confirm your e-mail address", "registration.de": "Bitte bestätigen Sie Ihre E-Mail-Adresse",
 		"registration-no-password.en": "Access to your account", "registration-no-password.de": "Zugang zu Ihrem Konto",
@@ -58,7 +58,7 @@ func TestMails(t *testing.T) {
 					t.Errorf("subject %q, key %q", m.Subject, l.Key)
 				}
 				for _, part := range []string{m.Text, m.HTML} {
-					for _, want := range []string{l.Code, "/account/cancel?token=" + l.Token, w.env["PUBLIC_URL"] + "/account/verify"} {
+					for _, want := range []string{l.Code, "/account/cancel?token=" + l.Token, w.vars["PUBLIC_URL"] + "/account/verify"} {
 						if !strings.Contains(part, want) {
 							t.Errorf("a part lacks %q:\n%s", want, part)
 						}
@@ -77,15 +77,15 @@ func TestMails(t *testing.T) {
 
 // TestMailEscapes puts markup where a mail prints what it is given.
 func TestMailEscapes(t *testing.T) {
-	w := newWorld(t, nil)
+	w := newEnv(t, nil)
 	const hostile = `<b>"&'</b>`
 	user := map[string]any{"username": "eve", "email": "eve@example.test", "firstName": "Eve", "enabled": true,
 		"requiredActions": []string{"VERIFY_EMAIL"}, "attributes": map[string]any{attrURL: []string{"http://localhost/account/verify" + hostile},
 			attrToken: []string{hostile}, attrCode: []string{hostile}}}
-	w.admin("POST", "/users", user, nil)
+	w.keycloakAdmin("POST", "/users", user, nil)
 	var found []seenUser
-	w.admin("GET", "/users?username=eve&exact=true", nil, &found)
-	w.admin("PUT", "/users/"+found[0].ID+"/send-verify-email", nil, nil)
+	w.keycloakAdmin("GET", "/users?username=eve&exact=true", nil, &found)
+	w.keycloakAdmin("PUT", "/users/"+found[0].ID+"/send-verify-email", nil, nil)
 	m := w.receive("eve@example.test", 1)
 	if strings.Contains(m.HTML, "<b>") || !strings.Contains(m.HTML, "&lt;b&gt;") {
 		t.Errorf("not escaped:\n%s", m.HTML)
@@ -96,7 +96,7 @@ func TestMailEscapes(t *testing.T) {
 }
 
 // sendPreviews makes Keycloak send every mail, see preview.SendMails.
-func (w *world) sendPreviews() {
+func (w *env) sendPreviews() {
 	w.Helper()
 	_, port, _ := strings.Cut(w.mail.Addr(), ":")
 	smtpPort, err := strconv.Atoi(port)
@@ -108,7 +108,7 @@ func (w *world) sendPreviews() {
 	}
 }
 
-func (w *world) receive(to string, n int) mail.Message {
+func (w *env) receive(to string, n int) mail.Message {
 	w.Helper()
 	ctx, cancel := context.WithTimeout(w.Context(), 30*time.Second)
 	defer cancel()

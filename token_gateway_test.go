@@ -24,17 +24,17 @@ import (
 // A real nginx with the example's configuration, between clients, an application and
 // the service.
 func TestNginx(t *testing.T) {
-	w := newWorld(t, nil)
+	w := newEnv(t, nil)
 	nobody, user, operator, admin := visitor{}, w.visitor("user", noScope), w.visitor("operator", "NET-1"), w.visitor("admin", noScope)
 	u, a := strings.Split(user.token, "."), strings.Split(admin.token, ".")
 	forger := visitor{token: u[0] + "." + a[1] + "." + u[2]}
 	stranger := visitor{token: "eyJhbGciOiJSUzI1NiIsImtpZCI6Im5ldyJ9." + u[1] + "." + u[2]} // {"alg":"RS256","kid":"new"}
-	toService, err := newPipe(strings.TrimPrefix(w.url, "http://"))
+	toService, err := newPostgresProxy(strings.TrimPrefix(w.url, "http://"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	w.url, w.quick = w.startNginx(toService.addr), true
-	insufficient := problemForbidden.challenging("insufficient_scope")
+	insufficient := problemForbidden.withChallenge("insufficient_scope")
 
 	for _, c := range []struct {
 		as         visitor
@@ -44,7 +44,7 @@ func TestNginx(t *testing.T) {
 		{nobody, "/public/x?y=%2f", "/public/x?y=%2f", problem{}},
 		{nobody, "/", "", problemUnauthorized},
 		{forger, "/admin/", "", problemInvalidAccessToken},
-		{user, "/?role=admin&x", "/?role=admin&x", problem{}}, // the client's query demands nothing
+		{user, "/?role=admin&x", "/?role=admin&x", problem{}}, // the client's query required nothing
 		{user, "/admin/?role=user", "", insufficient},
 		{user, "/networks/X/", "", insufficient}, // "X" is no network
 		{operator, "/networks/NET-2/?network_id=NET-1", "", insufficient},
@@ -113,13 +113,13 @@ type visitor struct {
 }
 
 // visitor signs somebody in who has a role and a network.
-func (w *world) visitor(role, network string) visitor {
+func (w *env) visitor(role, network string) visitor {
 	w.Helper()
 	email, _, id := w.member()
 	var user body
-	w.admin("GET", "/users/"+id, nil, &user)
+	w.keycloakAdmin("GET", "/users/"+id, nil, &user)
 	maps.Copy(user["attributes"].(body), body{attrRoles: []string{role}, attrNetworkID: []string{network}})
-	w.admin("PUT", "/users/"+id, user, nil)
+	w.keycloakAdmin("PUT", "/users/"+id, user, nil)
 	w.exec(`update users set role = $2, network_id = $3 where keycloak_id = $1`, id, role, scope(network))
 	identity := body{"X-Auth-Subject": id, "X-Auth-Roles": role, "X-Auth-User-Id": w.value(`select user_id from users where keycloak_id = $1`, id)}
 	if network != noScope {
@@ -155,7 +155,7 @@ func echo(rw http.ResponseWriter, r *http.Request) {
 
 // startNginx starts the example, in which only addresses and directories are replaced,
 // in front of echo and the service, and returns its address.
-func (w *world) startNginx(service string) string {
+func (w *env) startNginx(service string) string {
 	w.Helper()
 	application := httptest.NewServer(http.HandlerFunc(echo))
 	w.Cleanup(application.Close)

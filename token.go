@@ -49,8 +49,8 @@ type tokenClaims struct {
 	StationID       string   `json:"station_id"`
 }
 
-// say tells whether the claims are what is true of u.
-func (c tokenClaims) say(u user) bool {
+// match tells whether the claims are what is true of u.
+func (c tokenClaims) match(u user) bool {
 	return c.UserID == u.ID && slices.Equal(c.Roles, []string{u.Role}) && scope(c.NetworkID) == u.NetworkID && scope(c.StationID) == u.StationID
 }
 
@@ -74,14 +74,14 @@ type verifier struct {
 	fetch  func(context.Context) (jose.JSONWebKeySet, error)
 	now    func() time.Time
 
-	withdrawn withdrawals
-	keys      atomic.Pointer[keySet]
-	wanted    chan struct{} // a token names a key that is not there
-	waiting   chan struct{} // tokens that wait for the next fetch
+	revoked revocations
+	keys    atomic.Pointer[keySet]
+	wanted  chan struct{} // a token names a key that is not there
+	waiting chan struct{} // tokens that wait for the next fetch
 }
 
 // keySet is what the latest fetch has brought. The tokens that were verified with
-// its keys are remembered with it, and so forgotten when a key is withdrawn.
+// its keys are remembered with it, and so forgotten when a key is revoked.
 type keySet struct {
 	byID     map[string]jose.JSONWebKey
 	verified *lru.Cache[[sha256.Size]byte, verifiedToken]
@@ -100,7 +100,7 @@ type verifiedToken struct {
 func newVerifier(cfg config, kc *keycloak, now func() time.Time) *verifier {
 	v := &verifier{issuer: cfg.issuer(), client: cfg.AuthClientID, fetch: kc.signingKeys, now: now,
 		wanted: make(chan struct{}, 1), waiting: make(chan struct{}, keyWaiters)}
-	v.withdrawn.sessions, v.withdrawn.users = map[string]heard{}, map[userID]heard{}
+	v.revoked.sessions, v.revoked.users = map[string]received{}, map[userID]received{}
 	v.keys.Store(&keySet{next: make(chan struct{})})
 	return v
 }
@@ -125,7 +125,7 @@ func (v *verifier) keepKeys(ctx context.Context) {
 }
 
 // refreshKeys fetches the keys. Without an answer those that we have stay good: a
-// Keycloak that is away has withdrawn nothing.
+// Keycloak that is away has revoked nothing.
 func (v *verifier) refreshKeys(ctx context.Context) {
 	before := v.keys.Load()
 	after := &keySet{byID: before.byID, verified: before.verified, asked: time.Now(), next: make(chan struct{})}
@@ -187,19 +187,19 @@ func (v *verifier) key(ctx context.Context, id string) (jose.JSONWebKey, *keySet
 	}
 }
 
-// verify returns whom a token speaks for, unless it was withdrawn.
+// verify returns whom a token speaks for, unless it was revoked.
 //
-// It returns errUnavailable if the keys or the withdrawals can't be had, and otherwise an error that
+// It returns errUnavailable if the keys or the revocations can't be had, and otherwise an error that
 // says what is wrong with the token and quotes nothing of it.
 func (v *verifier) verify(ctx context.Context, token string) (principal, error) {
 	p, err := v.verifySigned(ctx, token)
 	if err == nil {
-		err = v.withdrawn.check(p)
+		err = v.revoked.check(p)
 	}
 	return p, err
 }
 
-// verifySigned is verify without withdrawals.
+// verifySigned is verify without revocations.
 func (v *verifier) verifySigned(ctx context.Context, token string) (principal, error) {
 	if len(token) > maxToken {
 		return principal{}, errors.New("it is too long")
@@ -331,11 +331,11 @@ func (s *server) bearer(r *http.Request) (principal, error) {
 		return principal{}, problemUnauthorized
 	}
 	if len(credentials) > 1 { // somebody downstream might look at the other one
-		return principal{}, problemInvalidAccessToken.because(errors.New("there are several"))
+		return principal{}, problemInvalidAccessToken.withCause(errors.New("there are several"))
 	}
-	p, err := s.tokens.verify(r.Context(), strings.Trim(token, " "))
+	p, err := s.verifier.verify(r.Context(), strings.Trim(token, " "))
 	if err != nil && !errors.Is(err, errUnavailable) {
-		return p, problemInvalidAccessToken.because(err)
+		return p, problemInvalidAccessToken.withCause(err)
 	}
 	return p, err
 }
@@ -375,9 +375,9 @@ type validateOut struct {
 func (s *server) validate(w http.ResponseWriter, r *http.Request) {
 	p, err := s.bearer(r)
 	if err == nil && r.URL.RawQuery != "" {
-		var demands url.Values
-		if demands, err = url.ParseQuery(r.URL.RawQuery); err == nil {
-			err = p.meets(demands)
+		var required url.Values
+		if required, err = url.ParseQuery(r.URL.RawQuery); err == nil {
+			err = p.satisfies(required)
 		} else { // a part of it may be readable, and the demand another
 			err = invalid(fieldError{"query", "can't be read"})
 		}
@@ -395,19 +395,19 @@ func (s *server) validate(w http.ResponseWriter, r *http.Request) {
 } // 200 without a body is what net/http makes of it
 
 // validateEnvoy is validate for Envoy, which appends the path and query of the request
-// that it asks about, and uses its method. That query is the client's: it demands
+// that it asks about, and uses its method. That query is the client's: it required
 // nothing.
 func (s *server) validateEnvoy(w http.ResponseWriter, r *http.Request) {
 	r.URL.RawQuery = ""
 	s.validate(w, r)
 }
 
-// meets checks a gateway's demands by the rules of role and scope. A demand that
-// nobody knows is the gateway's mistake, and must not be one that everybody meets.
-func (p principal) meets(demands url.Values) error {
-	refused := problemForbidden.challenging("insufficient_scope")
+// satisfies checks a gateway's required by the rules of role and scope. A demand that
+// nobody knows is the gateway's mistake, and must not be one that everybody satisfies.
+func (p principal) satisfies(required url.Values) error {
+	refused := problemForbidden.withChallenge("insufficient_scope")
 	var wrong []fieldError
-	for name, values := range demands {
+	for name, values := range required {
 		if name != "role" && name != "network_id" && name != "station_id" {
 			wrong = append(wrong, fieldError{name, "is not known"})
 		} else if name == "role" && slices.ContainsFunc(values, func(role string) bool { return !slices.Contains(roles, role) }) {
@@ -418,21 +418,21 @@ func (p principal) meets(demands url.Values) error {
 		slices.SortFunc(wrong, func(a, b fieldError) int { return strings.Compare(a.Field, b.Field) })
 		return invalid(wrong...)
 	}
-	if wanted := demands["role"]; len(wanted) > 0 && !slices.ContainsFunc(wanted, p.is) {
+	if wanted := required["role"]; len(wanted) > 0 && !slices.ContainsFunc(wanted, p.is) {
 		return refused
 	}
 	if p.is(roleAdmin) {
 		return nil
 	}
-	for _, network := range demands["network_id"] {
+	for _, network := range required["network_id"] {
 		if network == "" || network != p.NetworkID {
 			return refused
 		}
 	}
-	for _, station := range demands["station_id"] {
+	for _, station := range required["station_id"] {
 		// A partner has every station of its network. Of a station alone nobody can
 		// tell whose it is.
-		whole := p.is(rolePartner) && demands.Has("network_id")
+		whole := p.is(rolePartner) && required.Has("network_id")
 		if station == "" || station != p.StationID && !whole {
 			return refused
 		}

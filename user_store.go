@@ -11,25 +11,25 @@ import (
 
 // user is an account, as PostgreSQL knows it and as the API shows it.
 type user struct {
-	ID          userID     `json:"user_id" example:"USR-V1StGXR8_Z5jdHi6"`
-	KeycloakID  string     `json:"keycloak_id" example:"5f2f4c0e-8a55-4c43-9a5e-2f6d7f6f3c11" description:"Empty while Keycloak does not have the user."`
-	Email       string     `json:"email" example:"ada@example.com"`
-	Username    string     `json:"username" example:"ada"`
-	FirstName   string     `json:"first_name" example:"Ada"`
-	LastName    string     `json:"last_name" example:"Lovelace"`
-	Phone       string     `json:"phone" example:"+4930123456"`
-	Photo       string     `json:"photo"`
-	IsVerified  bool       `json:"is_verified"`
-	Role        string     `json:"role" enum:"user,admin,partner,operator"`
-	NetworkID   string     `json:"network_id" description:"Empty: none."`
-	StationID   string     `json:"station_id" description:"Empty: none."`
-	Source      string     `json:"source" enum:"web,internal"`
-	IsActive    bool       `json:"is_active"`
-	LastLoginAt *time.Time `json:"last_login_at" nullable:"true"`
-	CreatedAt   time.Time  `json:"created_at"`
-	UpdatedAt   time.Time  `json:"updated_at"`
-	DeletedAt   *time.Time `json:"deleted_at" nullable:"true"`
-	Registering bool       `json:"-"` // the life of a registration has it in hand; not so if only a new address is unconfirmed
+	ID               userID     `json:"user_id" example:"USR-V1StGXR8_Z5jdHi6"`
+	KeycloakID       string     `json:"keycloak_id" example:"5f2f4c0e-8a55-4c43-9a5e-2f6d7f6f3c11" description:"Empty while Keycloak does not have the user."`
+	Email            string     `json:"email" example:"ada@example.com"`
+	Username         string     `json:"username" example:"ada"`
+	FirstName        string     `json:"first_name" example:"Ada"`
+	LastName         string     `json:"last_name" example:"Lovelace"`
+	Phone            string     `json:"phone" example:"+4930123456"`
+	Photo            string     `json:"photo"`
+	IsVerified       bool       `json:"is_verified"`
+	Role             string     `json:"role" enum:"user,admin,partner,operator"`
+	NetworkID        string     `json:"network_id" description:"Empty: none."`
+	StationID        string     `json:"station_id" description:"Empty: none."`
+	Source           string     `json:"source" enum:"web,internal"`
+	IsActive         bool       `json:"is_active"`
+	LastLoginAt      *time.Time `json:"last_login_at" nullable:"true"`
+	CreatedAt        time.Time  `json:"created_at"`
+	UpdatedAt        time.Time  `json:"updated_at"`
+	DeletedAt        *time.Time `json:"deleted_at" nullable:"true"`
+	RegistrationOpen bool       `json:"-"` // the life of a registration has it in hand; not so if only a new address is unconfirmed
 }
 
 // unborn is what the keycloak_id of a user begins with that Keycloak does not have yet.
@@ -141,7 +141,7 @@ func (st *store) dropUser(ctx context.Context, c caller, u user, now time.Time) 
 	})
 }
 
-// changeUser changes a user, records what has changed, and withdraws the tokens that say
+// changeUser changes a user, records what has changed, and revokes the tokens that say
 // something else; those of a deleted user with its sessions, which it returns (U1).
 //
 // It returns errNotFound, errConflict when the address or username is another's by now,
@@ -155,7 +155,7 @@ func (st *store) changeUser(ctx context.Context, c caller, id userID, action str
 		if u, err = change(before); err != nil || u == before {
 			return err
 		}
-		if before.governs() && !u.governs() && action != syncAction { // what has happened elsewhere has happened
+		if before.isActiveAdmin() && !u.isActiveAdmin() && action != syncAction { // what has happened elsewhere has happened
 			if err := onlyAdmin(ctx, tx, id); err != nil {
 				return err
 			}
@@ -180,7 +180,7 @@ func (st *store) changeUser(ctx context.Context, c caller, id userID, action str
 			}
 		}
 		if len(changed) > 0 {
-			if err := withdraw(ctx, tx, u.withdrawal()); err != nil {
+			if err := revoke(ctx, tx, u.revocation()); err != nil {
 				return err
 			}
 		}
@@ -204,8 +204,8 @@ func (st *store) changeUser(ctx context.Context, c caller, id userID, action str
 	return u, ended, err
 }
 
-// governs says whether u is an administrator who can act.
-func (u user) governs() bool { return u.Role == roleAdmin && u.IsActive && u.IsVerified }
+// isActiveAdmin says whether u is an administrator who can act.
+func (u user) isActiveAdmin() bool { return u.Role == roleAdmin && u.IsActive && u.IsVerified }
 
 // onlyAdmin returns problemLastAdmin if there is no administrator but id. Changes of
 // administrators wait for each other here; whoever waits locks nothing that the other
@@ -217,7 +217,7 @@ func onlyAdmin(ctx context.Context, tx pgx.Tx, id userID) error {
 	var others bool
 	err := tx.QueryRow(ctx, `select exists (select from users where role = 'admin' and is_active and is_verified and user_id <> $1)`, id).Scan(&others)
 	if err == nil && !others {
-		return problemLastAdmin.about(string(id))
+		return problemLastAdmin.withTarget(string(id))
 	}
 	return err
 }
@@ -290,10 +290,10 @@ func (st *store) releaseUser(ctx context.Context, u owedUser, due time.Time) err
 	return storeError(err)
 }
 
-// keepWithdrawn renews the withdrawal of tokens that say something else than what is true
+// renewRevocation renews the revocation of tokens that say something else than what is true
 // of a user, since Keycloak goes on issuing them. The row is locked, as in changeUser: the
-// later withdrawal counts, and must not be of what was true before.
-func (st *store) keepWithdrawn(ctx context.Context, id userID) error {
+// later revocation counts, and must not be of what was true before.
+func (st *store) renewRevocation(ctx context.Context, id userID) error {
 	return st.tx(ctx, func(tx pgx.Tx) error {
 		u, err := one[user](ctx, tx, `select `+userColumns+` from users where user_id = $1 for update`, id)
 		if errors.Is(err, errNotFound) { // Keycloak has refused to create it
@@ -301,7 +301,7 @@ func (st *store) keepWithdrawn(ctx context.Context, id userID) error {
 		} else if err != nil {
 			return err
 		}
-		return withdraw(ctx, tx, u.withdrawal())
+		return revoke(ctx, tx, u.revocation())
 	})
 }
 

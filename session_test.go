@@ -41,20 +41,20 @@ func authorized(token, method, path string) call {
 }
 
 // as sends a request with an access token.
-func (w *world) as(a answer, method, path string) answer {
+func (w *env) as(a answer, method, path string) answer {
 	w.Helper()
 	return w.do(authorized(a.text("access_token"), method, path))
 }
 
 // signedIn is a new account's sign-in.
-func (w *world) signedIn() (email string, a answer) {
+func (w *env) signedIn() (email string, a answer) {
 	w.Helper()
 	email = newEmail()
 	w.account(email)
 	return email, w.signsIn(email)
 }
 
-func (w *world) signsIn(email string) answer {
+func (w *env) signsIn(email string) answer {
 	w.Helper()
 	a := w.login(email, password)
 	w.wants(a, 200, "")
@@ -63,7 +63,7 @@ func (w *world) signsIn(email string) answer {
 
 // session signs a new account in, for the tables of faults and crashes: Token is the
 // refresh token, Key the access token, Code the session.
-func (w *world) session(email string) link {
+func (w *env) session(email string) link {
 	w.Helper()
 	w.account(email)
 	a := w.signsIn(email)
@@ -71,7 +71,7 @@ func (w *world) session(email string) link {
 }
 
 // refreshed is the answer to a refresh token that must be good.
-func (w *world) refreshed(before answer) answer {
+func (w *env) refreshed(before answer) answer {
 	w.Helper()
 	a := w.do(refreshing(before.text("refresh_token")))
 	w.wants(a, 200, "")
@@ -79,26 +79,26 @@ func (w *world) refreshed(before answer) answer {
 }
 
 // graceEnds stands in for waiting until it is over for the used tokens of a session.
-func (w *world) graceEnds(a answer) {
+func (w *env) graceEnds(a answer) {
 	w.Helper()
 	w.exec(`update refresh_tokens set used_at = used_at - interval '10 seconds' where session_id = $1`, a.text("session_id"))
 }
 
 // sid is Keycloak's id of a session.
-func (w *world) sid(a answer) string {
+func (w *env) sid(a answer) string {
 	w.Helper()
 	return w.value(`select keycloak_session_id from sessions where session_id = $1`, a.text("session_id"))
 }
 
 // sessionsDue stands in for waiting until the loop looks at sessions.
-func (w *world) sessionsDue() {
+func (w *env) sessionsDue() {
 	w.Helper()
 	w.exec(`update sessions set due_at = now() where due_at > now()`)
 }
 
 // ended fails unless a session has ended for this reason in both stores, which is on
 // record, and its tokens are dead.
-func (w *world) ended(reason string, list ...answer) {
+func (w *env) ended(reason string, list ...answer) {
 	w.Helper()
 	id := list[0].text("session_id")
 	if got := w.value(`select coalesce(ended_reason, 'it lives') from sessions where session_id = $1`, id); got != reason {
@@ -114,7 +114,7 @@ func (w *world) ended(reason string, list ...answer) {
 }
 
 // names fails unless the answer is that this one field is wrong.
-func (w *world) names(a answer, field string) {
+func (w *env) names(a answer, field string) {
 	w.Helper()
 	w.wants(a, 400, "invalid-request")
 	if errs, _ := a.JSON["errors"].([]any); len(errs) != 1 || errs[0].(body)["field"] != field {
@@ -123,7 +123,7 @@ func (w *world) names(a answer, field string) {
 }
 
 func TestRefresh(t *testing.T) {
-	w := inSharedWorld(t)
+	w := sharedEnv(t)
 	v, _ := w.another(nil)
 	email, first := w.signedIn()
 	other := w.signsIn(email)
@@ -158,7 +158,7 @@ func TestRefresh(t *testing.T) {
 	// The same answer within the grace time, from whichever instance, also of the one before the last.
 	third := w.refreshed(second)
 	asked := w.kc.count("refresh")
-	for _, instance := range []*world{w, v, w} {
+	for _, instance := range []*env{w, v, w} {
 		for _, c := range []struct{ old, now answer }{{first, second}, {second, third}} {
 			if a := instance.refreshed(c.old); string(a.Body) != string(c.now.Body) {
 				t.Errorf("another answer: %v, not %v", a, c.now)
@@ -193,7 +193,7 @@ func TestRefresh(t *testing.T) {
 }
 
 // reuses is what the metric says.
-func (w *world) reuses() (n int) {
+func (w *env) reuses() (n int) {
 	w.Helper()
 	text := string(w.management404("/metrics").Body)
 	if _, err := fmt.Sscan(regexp.MustCompile(`(?m)^refresh_token_reuse_total (\d+)$`).FindStringSubmatch(text)[1], &n); err != nil {
@@ -203,7 +203,7 @@ func (w *world) reuses() (n int) {
 }
 
 func TestRefreshRefused(t *testing.T) {
-	w := inSharedWorld(t)
+	w := sharedEnv(t)
 	email, first := w.signedIn()
 	token := first.text("refresh_token")
 	typed := func(contentType, body string) call {
@@ -261,7 +261,7 @@ func TestRefreshRefused(t *testing.T) {
 
 // The cookie of the code flow counts only from an origin that is allowed.
 func TestRefreshCookie(t *testing.T) {
-	w := inSharedWorld(t)
+	w := sharedEnv(t)
 	w, _ = w.another(map[string]string{"PUBLIC_URL": "https://auth.example", "CORS_ALLOWED_ORIGINS": "https://app.example"})
 	email, first := w.signedIn()
 	session := first.text("session_id")
@@ -373,7 +373,7 @@ func TestRefreshCookie(t *testing.T) {
 
 // What overtakes an exchange while Keycloak answers it.
 func TestRefreshOvertaken(t *testing.T) {
-	w := inSharedWorld(t)
+	w := sharedEnv(t)
 	v, _ := w.another(nil)
 	during := func(old answer, do func()) answer {
 		there, release := w.kc.holdAt("^refresh ", true)
@@ -424,7 +424,7 @@ func TestRefreshOvertaken(t *testing.T) {
 // What has ended in Keycloak ends here, when its token is shown or when the loop
 // looks; an outage ends nothing.
 func TestEndedInKeycloak(t *testing.T) {
-	w := newWorld(t, map[string]string{"JOB_INTERVAL": "200ms"})
+	w := newEnv(t, map[string]string{"JOB_INTERVAL": "200ms"})
 	w.noEvents() // what ends a session here is that Keycloak has it no more
 	_, lives := w.signedIn()
 	user := func(email string) string {
@@ -450,11 +450,11 @@ func TestEndedInKeycloak(t *testing.T) {
 		end, after func(email string, a answer)
 		silent     bool // Keycloak has the session still
 	}{
-		{"an administrator ends the session", func(_ string, a answer) { w.admin("DELETE", "/sessions/"+w.sid(a), nil, nil) }, nothing, false},
-		{"an administrator signs the user out", func(email string, _ answer) { w.admin("POST", user(email)+"/logout", nil, nil) }, nothing, false},
-		{"an administrator disables the user", func(email string, _ answer) { w.admin("PUT", user(email), body{"enabled": false}, nil) },
-			func(email string, _ answer) { w.admin("PUT", user(email), body{"enabled": true}, nil) }, true},
-		{"an administrator deletes the user", func(email string, _ answer) { w.admin("DELETE", user(email), nil, nil) },
+		{"an administrator ends the session", func(_ string, a answer) { w.keycloakAdmin("DELETE", "/sessions/"+w.sid(a), nil, nil) }, nothing, false},
+		{"an administrator signs the user out", func(email string, _ answer) { w.keycloakAdmin("POST", user(email)+"/logout", nil, nil) }, nothing, false},
+		{"an administrator disables the user", func(email string, _ answer) { w.keycloakAdmin("PUT", user(email), body{"enabled": false}, nil) },
+			func(email string, _ answer) { w.keycloakAdmin("PUT", user(email), body{"enabled": true}, nil) }, true},
+		{"an administrator deletes the user", func(email string, _ answer) { w.keycloakAdmin("DELETE", user(email), nil, nil) },
 			func(email string, a answer) {
 				w.exec(`with s as (delete from sessions where session_id = $2), r as (delete from user_registrations where email = $1)
 					delete from users where email = $1`, email, a.text("session_id"))
@@ -495,7 +495,7 @@ func TestEndedInKeycloak(t *testing.T) {
 	w.Run("nobody uses it", func() {
 		_, a := w.signedIn()
 		email, b := w.signedIn()
-		w.admin("PUT", "", body{"ssoSessionIdleTimeout": 1}, nil)
+		w.keycloakAdmin("PUT", "", body{"ssoSessionIdleTimeout": 1}, nil)
 		w.eventually("both are too idle", 20*time.Second, func() bool { return len(w.keycloakSessions()) == 0 })
 		w.wants(w.do(refreshing(a.text("refresh_token"))), 401, "invalid-token")
 		w.ended("keycloak", a)
@@ -506,7 +506,7 @@ func TestEndedInKeycloak(t *testing.T) {
 
 // A copy of the database opens nothing, and what is kept for the grace time goes.
 func TestCopyOfSessions(t *testing.T) {
-	w := inSharedWorld(t)
+	w := sharedEnv(t)
 	_, first := w.signedIn()
 	second := w.refreshed(first)
 	session := first.text("session_id")
@@ -542,7 +542,7 @@ func TestCopyOfSessions(t *testing.T) {
 }
 
 func TestLogout(t *testing.T) {
-	w := inSharedWorld(t)
+	w := sharedEnv(t)
 	email, first := w.signedIn()
 	other := w.signsIn(email)
 	second := w.refreshed(first)
@@ -587,7 +587,7 @@ func TestLogout(t *testing.T) {
 }
 
 func TestSessions(t *testing.T) {
-	w := inSharedWorld(t)
+	w := sharedEnv(t)
 	email, stranger := w.signedIn()
 	w.wants(w.do(loggingOut(w.signsIn(email).text("refresh_token"))), 204, "")
 	mine, gone := newEmail(), answer{}
@@ -711,7 +711,7 @@ func FuzzCursor(f *testing.F) {
 }
 
 func TestForgotPassword(t *testing.T) {
-	w := inSharedWorld(t)
+	w := sharedEnv(t)
 	pending, disabled, known := newEmail(), newEmail(), newEmail()
 	w.register(pending)
 	w.readMail(pending, 1)
@@ -719,7 +719,7 @@ func TestForgotPassword(t *testing.T) {
 		w.account(email)
 	}
 	id := w.value(`select keycloak_id from users where email = $1`, disabled)
-	w.admin("PUT", "/users/"+id, body{"enabled": false}, nil)
+	w.keycloakAdmin("PUT", "/users/"+id, body{"enabled": false}, nil)
 	forget := func(email string) {
 		t.Helper()
 		if a := w.do(forgetting(email)); a.Status != 202 || len(a.Body) > 0 {
@@ -781,5 +781,5 @@ func TestForgotPassword(t *testing.T) {
 	for _, bad := range []string{"", "ada", "ada@", "a@b\u0000.cd", "Ada <a@b.cd>", strings.Repeat("a", 250) + "@b.cd"} {
 		w.names(w.do(forgetting(bad)), "email")
 	}
-	w.admin("PUT", "/users/"+id, body{"enabled": true}, nil)
+	w.keycloakAdmin("PUT", "/users/"+id, body{"enabled": true}, nil)
 }

@@ -94,8 +94,8 @@ func (run syncRun) remain() (n int) {
 	return n
 }
 
-// limit reads how many users the realm has, and how many a run may disable or take over.
-func (s *server) limit(ctx context.Context, run *syncRun) error {
+// syncLimit reads how many users the realm has, and how many a run may disable or take over.
+func (s *server) syncLimit(ctx context.Context, run *syncRun) error {
 	ours, err := s.store.countUsers(ctx)
 	if err == nil {
 		run.Total, err = s.kc.countUsers(ctx)
@@ -126,7 +126,7 @@ func (run syncRun) tooMany() error {
 // survey looks at all users, page by page, and inspects those that differ. Those that come
 // or go meanwhile may be missed, and are found by their events.
 func (s *server) survey(ctx context.Context, run *syncRun, progress func(*syncRun) error) error {
-	if err := s.limit(ctx, run); err != nil {
+	if err := s.syncLimit(ctx, run); err != nil {
 		return err
 	}
 	type listed struct {
@@ -263,7 +263,7 @@ func (s *server) runSync(ctx context.Context, c caller, run syncRun, show func(s
 	progress := func(run *syncRun) error {
 		show(*run)
 		if s.stopping.Load() {
-			return problemUnavailable.saying("The instance was stopped.")
+			return problemUnavailable.withDetail("The instance was stopped.")
 		}
 		return s.store.saveSync(ctx, *run, s.now())
 	}
@@ -330,7 +330,7 @@ func (s *server) startSync(ctx context.Context, c caller, in startSyncIn) (syncR
 	}
 	run, err := s.store.beginSync(ctx, c, in.DryRun, s.now(), s.now(), s.now())
 	if errors.Is(err, errConflict) {
-		return syncRun{}, problemSyncRunning.about(string(run.ID))
+		return syncRun{}, problemSyncRunning.withTarget(string(run.ID))
 	} else if err != nil {
 		return syncRun{}, err
 	}
@@ -362,7 +362,7 @@ var errDiffer = errors.New("the two stores differ")
 
 // syncCommand makes a full pass for an operator.
 func (s *server) syncCommand(ctx context.Context, dryRun bool, operator string, out io.Writer) error {
-	c := caller{Actor: "operator:" + operator}
+	c := caller{Actor: "cli:" + operator}
 	run, err := s.store.beginSync(ctx, c, dryRun, s.now(), s.now(), s.now())
 	if errors.Is(err, errConflict) {
 		return fmt.Errorf("a sync is running already: %s", run.ID)

@@ -85,7 +85,7 @@ func (st *store) countUsers(ctx context.Context) (n int, err error) {
 }
 
 // oweUser makes it due to bring Keycloak's user, which has these claims, to where ours is,
-// and withdraws the tokens that say something else. errRace: u has changed.
+// and revokes the tokens that say something else. errRace: u has changed.
 func (st *store) oweUser(ctx context.Context, c caller, u user, has map[string][]string, now time.Time) (user, error) {
 	err := st.tx(ctx, func(tx pgx.Tx) (err error) {
 		u, err = one[user](ctx, tx, `update users set due_at = coalesce(due_at, $3), updated_at = $3 where user_id = $1 and updated_at = $2
@@ -96,7 +96,7 @@ func (st *store) oweUser(ctx context.Context, c caller, u user, has map[string][
 		if err != nil {
 			return err
 		}
-		if err := withdraw(ctx, tx, u.withdrawal()); err != nil {
+		if err := revoke(ctx, tx, u.revocation()); err != nil {
 			return err
 		}
 		return writeAudit(ctx, tx, c, now, entry{Action: "user.assert", Target: string(u.ID), Network: u.NetworkID,
@@ -106,7 +106,7 @@ func (st *store) oweUser(ctx context.Context, c caller, u user, has map[string][
 }
 
 // takeOver inserts a user that only Keycloak had, with these claims, and its registration,
-// if it came by one that is not known here. Tokens that say something else are withdrawn.
+// if it came by one that is not known here. Tokens that say something else are revoked.
 // errConflict: a live user has the address or username, or somebody registers with it.
 func (st *store) takeOver(ctx context.Context, c caller, u user, reg registration, has map[string][]string) error {
 	now := u.CreatedAt
@@ -134,7 +134,7 @@ func (st *store) takeOver(ctx context.Context, c caller, u user, reg registratio
 				return err
 			}
 		}
-		if err := withdraw(ctx, tx, u.withdrawal()); err != nil {
+		if err := revoke(ctx, tx, u.revocation()); err != nil {
 			return err
 		}
 		return writeAudit(ctx, tx, c, now, entry{Action: "user.take_over", Target: string(u.ID),
