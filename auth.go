@@ -100,14 +100,14 @@ func (s *server) openSession(ctx context.Context, c caller, token *oauth2.Token,
 		ExpiresAt: s.now().Add(time.Duration(out.RefreshExpiresIn) * time.Second)}
 	u, err := s.store.addSession(ctx, c, claims.Subject, row, tokenHash(out.RefreshToken), s.now())
 	if errors.Is(err, errNotFound) {
-		if _, err = s.accountOf(ctx, c, claims.Subject); err == nil {
+		if _, err = s.accountOf(ctx, claims.Subject); err == nil {
 			u, err = s.store.addSession(ctx, c, claims.Subject, row, tokenHash(out.RefreshToken), s.now())
 		}
 	}
 	if err == nil && !claims.match(u) {
 		row.UserID = u.ID
-		if out.tokenResponse, err = s.rotate(ctx, c, row, u, token.RefreshToken); err != nil { // nobody has its tokens
-			_, ended := s.signOut(ctx, c, u.ID, row.ID, entry{Action: "session.end", Reason: "unfinished"})
+		if out.tokenResponse, err = s.exchangeFirst(ctx, c, row, u, token.RefreshToken); err != nil { // nobody has its tokens
+			_, ended := s.signOut(ctx, c, u, row.ID, entry{Action: "session.end", Reason: "unfinished"})
 			if errors.Is(err, problemInvalidRefreshToken) { // disabled at this moment
 				err = problemAccountDisabled.withTarget(string(u.ID))
 			}
@@ -118,14 +118,37 @@ func (s *server) openSession(ctx context.Context, c caller, token *oauth2.Token,
 	return out, err
 }
 
-// accountOf returns the account that Keycloak has just let in, if it is one here,
-// too. A verification that died between the two stores (V3) is finished first.
-func (s *server) accountOf(ctx context.Context, c caller, subject string) (user, error) {
+// exchangeFirst replaces fresh tokens that do not say what is true of the user in PostgreSQL.
+func (s *server) exchangeFirst(ctx context.Context, c caller, row session, u user, token string) (tokenResponse, error) {
+	t, err := s.store.lock(ctx, "token:"+tokenHash(token), rotationLock, s.now)
+	if err != nil {
+		return tokenResponse{}, err
+	}
+	answer, err := s.rotate(ctx, c, t, row, u, token)
+	if err != nil {
+		s.release(ctx, t, never, nil)
+	}
+	return answer, err
+}
+
+// accountOf returns the account that Keycloak has just let in, if it is one in PostgreSQL, too.
+// Somebody whom only Keycloak has is imported. A verification that died between the two stores
+// (V3) is concluded first.
+func (s *server) accountOf(ctx context.Context, subject string) (user, error) {
 	u, err := s.store.userByKeycloakID(ctx, subject)
-	// Created in Keycloak; or its registration is not concluded, or it has a new address,
-	// confirmed in Keycloak.
-	if errors.Is(err, errNotFound) || err == nil && u.IsActive && !u.IsVerified && u.Source != sourceInternal {
-		unfit := s.reconcile(ctx, c, subject)
+	if err == nil && u.RegistrationOpen {
+		var reg registration
+		if reg, err = s.store.openRegistrationOf(ctx, u.ID); err == nil {
+			err = s.doNow(ctx, string(reg.ID))
+		}
+		if err != nil && !errors.Is(err, errNotFound) {
+			return u, err
+		}
+		u, err = s.store.userByKeycloakID(ctx, subject)
+	}
+	// Created in Keycloak; or it has a new address, confirmed in Keycloak.
+	if errors.Is(err, errNotFound) || err == nil && u.IsActive && !u.IsVerified {
+		unfit := s.doNow(ctx, kcTask(subject))
 		if unfit != nil && !errors.Is(unfit, errConflict) {
 			return u, unfit
 		}
@@ -143,8 +166,6 @@ func (s *server) accountOf(ctx context.Context, c caller, subject string) (user,
 		return u, problemAccountDisabled.withTarget(string(u.ID)) // the stricter store wins
 	case u.IsVerified:
 		return u, nil
-	case u.Source == sourceInternal:
-		return u, s.store.confirmUser(ctx, c, u.ID, s.now())
 	}
 	return u, problemAccountNotVerified.withTarget(string(u.ID))
 }
@@ -260,8 +281,8 @@ func (s *server) forgotPassword(ctx context.Context, c caller, in forgotIn) (noC
 		}
 		if err == nil {
 			actions := choosePassword
-			if !u.verified() { // a new address; or invited, and the invitation is lost or too old
-				actions = invitation
+			if !u.verified() { // a new address: the link proves it
+				actions = []string{"VERIFY_EMAIL", "UPDATE_PASSWORD"}
 			}
 			err = s.kc.sendMail(ctx, u.id(), u.attribute(attrLocale), resetLifespan, actions)
 		}

@@ -29,7 +29,7 @@ import (
 
 // compare runs ours and bare in turn, in changing order, and reports the median of both
 // and their ratio: a pause of Keycloak's in one of them is nobody's.
-func compare(b *testing.B, ours, bare func(i int)) {
+func sideBySide(b *testing.B, ours, bare func(i int)) {
 	for i := range 8 { // connections, statements, and Keycloak's own warming up
 		ours(-1 - i)
 		bare(-1 - i)
@@ -110,7 +110,7 @@ func BenchmarkRegister(b *testing.B) {
 	w := benchWorld(b)
 	k := w.bare()
 	users := "/admin/realms/" + w.realm + "/users"
-	compare(b, func(int) { w.register(newEmail()) }, func(int) {
+	sideBySide(b, func(int) { w.register(newEmail()) }, func(int) {
 		email := newEmail()
 		body := fmt.Sprintf(`{"username":%q,"email":%q,"enabled":false,"emailVerified":false,"requiredActions":["VERIFY_EMAIL"],
 			"attributes":{"user_id":["USR-0123456789abcdef"],"roles":["user"],"network_id":["X"],"station_id":["X"],"locale":["en"],
@@ -143,7 +143,7 @@ func BenchmarkLogin(b *testing.B) {
 	for _, email := range emails {
 		w.account(email)
 	}
-	compare(b, func(i int) {
+	sideBySide(b, func(i int) {
 		w.wants(w.login(emails[(i+8)%4], password), 200, "")
 	}, func(i int) {
 		w.grant(url.Values{"grant_type": {"password"}, "username": {emails[(i+8)%4]}, "password": {password}})
@@ -157,7 +157,7 @@ func BenchmarkRefresh(b *testing.B) {
 	w.account(email)
 	ours := w.login(email, password).text("refresh_token")
 	bare := w.grant(url.Values{"grant_type": {"password"}, "username": {email}, "password": {password}}).text("refresh_token")
-	compare(b, func(int) {
+	sideBySide(b, func(int) {
 		a := w.do(refreshing(ours))
 		w.wants(a, 200, "")
 		ours = a.text("refresh_token")

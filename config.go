@@ -66,6 +66,8 @@ type config struct {
 
 	// VerificationTTL is how long a registration waits for its confirmation. Default: 24h.
 	VerificationTTL time.Duration `env:"VERIFICATION_TTL" envDefault:"24h"`
+	// InvitationTTL is how long an invitation waits for its confirmation. Default: 168h.
+	InvitationTTL time.Duration `env:"INVITATION_TTL" envDefault:"168h"`
 	// ResendCooldown is the shortest time between two mails to an address. Default: 60s.
 	ResendCooldown time.Duration `env:"RESEND_COOLDOWN" envDefault:"60s"`
 	// ResendLimit is how many mails one registration gets, the first included. Default: 5.
@@ -73,10 +75,10 @@ type config struct {
 	// RefreshGrace is how long a rotated refresh token still gets the answer of
 	// its rotation. Default: 10s.
 	RefreshGrace time.Duration `env:"REFRESH_GRACE" envDefault:"10s"`
-	// JobInterval is the pause between two runs of the loops; 0 = this instance
-	// runs none. Default: 30s.
+	// JobInterval is the pause between two runs of recurring jobs; 0 = this instance
+	// does no work of the queue. Default: 30s.
 	JobInterval time.Duration `env:"JOB_INTERVAL" envDefault:"30s"`
-	// SyncMaxShare is how many users in a hundred a sync may disable or take over at
+	// SyncMaxShare is how many users in a hundred a sync may disable or import at
 	// once; more, and it stops before it changes anything. Default: 10.
 	SyncMaxShare int `env:"SYNC_MAX_SHARE" envDefault:"10"`
 
@@ -215,7 +217,7 @@ func (cfg *config) check(getenv func(string) string, wrong func(string, ...any))
 		wrong("LOG_FORMAT must be json or text")
 	}
 	for name, d := range map[string]time.Duration{
-		"VERIFICATION_TTL": cfg.VerificationTTL, "RESEND_COOLDOWN": cfg.ResendCooldown, "REFRESH_GRACE": cfg.RefreshGrace,
+		"VERIFICATION_TTL": cfg.VerificationTTL, "INVITATION_TTL": cfg.InvitationTTL, "RESEND_COOLDOWN": cfg.ResendCooldown, "REFRESH_GRACE": cfg.RefreshGrace,
 	} {
 		if d <= 0 {
 			wrong("%s must be longer than 0", name)

@@ -152,11 +152,11 @@ func (d *doctor) report(asJSON bool, out io.Writer) error {
 // rights are what the service's role must be allowed to do.
 var rights = map[string]string{
 	"schema_version": "select", "users": "select, insert, update, delete",
-	"user_registrations": "select, insert, update",
-	"sessions":           "select, insert, update", "refresh_tokens": "select, insert, update, delete",
+	"user_registrations": "select, insert, update, delete",
+	"sessions":           "select, insert, update, delete", "refresh_tokens": "select, insert, update, delete",
 	"revocations": "select, insert, delete", "rate_limits": "select, insert, update, delete",
 	"audit_floods": "select, insert, update, delete", "audit_log": "select, insert", "audit_seals": "select, insert",
-	"sync_place": "select, insert, update", "sync_runs": "select, insert, update",
+	"sync_cursor": "select, insert, update", "tasks": "select, insert, update, delete", "sync_runs": "select, insert, update",
 }
 
 // roleAdvice is how the service gets a role with these rights and no others.
@@ -180,12 +180,12 @@ func (d *doctor) checkPostgreSQL(ctx context.Context) {
 	d.see("PostgreSQL: version", version >= 150000, fmt.Sprintf("it is %d", version/10000), "Use 15 or newer.")
 	d.checkClock("PostgreSQL: clock", d.s.now().Sub(now))
 
-	var have string
+	var have int
 	var pg *pgconn.PgError
-	err = pool.QueryRow(ctx, `select sha256 from schema_version`).Scan(&have)
+	err = pool.QueryRow(ctx, `select version from schema_version`).Scan(&have)
 	if errors.As(err, &pg) && pg.Code == "42501" { // insufficient_privilege
 		d.unknown("the role may not read schema_version", roleAdvice, "PostgreSQL: schema")
-	} else if !d.see("PostgreSQL: schema", err == nil && have == digest(schemaSQL), "it is not this version's",
+	} else if !d.see("PostgreSQL: schema", err == nil && have == schemaVersion, "it is not this version's",
 		"Run \"auth-service migrate\" as the owner of the tables. (A service that owns them does so when it starts.)") {
 		d.unknown("the schema is not this version's", "", "PostgreSQL: rights", "PostgreSQL: record")
 		return

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -167,7 +168,11 @@ func decodeJSON(body []byte, in any) ([]fieldError, error) {
 		case !known && len(name) > 50:
 			wrong = append(wrong, fieldError{"", "has a field that is not known"})
 		case !known:
-			wrong = append(wrong, fieldError{name, "is not known"})
+			detail := "is not known"
+			if hinted, ok := in.(interface{ hints() map[string]string }); ok {
+				detail = cmp.Or(hinted.hints()[name], detail)
+			}
+			wrong = append(wrong, fieldError{name, detail})
 		case seen[name]:
 			wrong = append(wrong, fieldError{name, "is there twice"})
 		case string(raw) == "null": // as if it were absent

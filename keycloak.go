@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"net/http"
-	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -261,20 +260,19 @@ func (k *keycloak) redeem(ctx context.Context, code, verifier string) (*oauth2.T
 	})
 }
 
-// hasSession says whether a session of a user lives.
-func (k *keycloak) hasSession(ctx context.Context, user, sid string) (lives bool, err error) {
-	if !keycloakIDPattern.MatchString(user) {
-		return false, nil
-	}
+// sessions returns the ids of the live sessions of a user; none if the user is gone.
+func (k *keycloak) sessions(ctx context.Context, user string) (ids []string, err error) {
 	err = k.asService(ctx, "user_sessions", func(ctx context.Context, token string) error {
 		sessions, err := k.admin.GetUserSessions(ctx, token, k.cfg.KeycloakRealm, user)
-		lives = slices.ContainsFunc(sessions, func(s *gocloak.UserSessionRepresentation) bool { return gocloak.PString(s.ID) == sid })
+		for _, session := range sessions {
+			ids = append(ids, gocloak.PString(session.ID))
+		}
 		return err
 	})
-	if errors.Is(err, errNotFound) { // the user is gone
-		return false, nil
+	if errors.Is(err, errNotFound) {
+		return nil, nil
 	}
-	return lives, err
+	return ids, err
 }
 
 // endSession ends a session in Keycloak; one that is gone already is fine.

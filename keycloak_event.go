@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -35,8 +36,15 @@ func (k *keycloak) countUsers(ctx context.Context) (n int, err error) {
 	return n, err
 }
 
-// eventSources are Keycloak's two records: of what administrators do, and of what users do
-// themselves.
+// Keycloak's user events that matter: those that change what PostgreSQL has, changes of
+// credentials, and sign-ins.
+var (
+	profileEvents    = []string{"REGISTER", "UPDATE_PROFILE", "UPDATE_EMAIL", "VERIFY_EMAIL", "EXECUTE_ACTIONS", "DELETE_ACCOUNT", "USER_DISABLED_BY_PERMANENT_LOCKOUT", "IDENTITY_PROVIDER_FIRST_LOGIN"}
+	credentialEvents = []string{"UPDATE_PASSWORD", "RESET_PASSWORD", "UPDATE_CREDENTIAL", "REMOVE_CREDENTIAL", "UPDATE_TOTP", "REMOVE_TOTP"}
+	userEventTypes   = slices.Concat(profileEvents, credentialEvents, []string{"LOGIN", "LOGIN_ERROR"})
+)
+
+// eventSources are Keycloak's two logs: of what administrators do, and of what users do.
 var eventSources = [...]struct {
 	path  string
 	query url.Values
@@ -45,36 +53,71 @@ var eventSources = [...]struct {
 	{"events", url.Values{"type": userEventTypes}},
 }
 
-// userEvent says that something has happened to a user in Keycloak.
-type userEvent struct {
-	Source int // of eventSources
-	ID     string
-	At     int64 // milliseconds since 1970
-	UserID string
+// keycloakEvent says that something has happened to a user in Keycloak.
+type keycloakEvent struct {
+	ID        string
+	At        int64  // milliseconds since 1970
+	Type      string // of a user event; "" for an administrator's
+	Resource  string // of an admin event: users/{id}/…
+	UserID    string // in Keycloak; "" if it knows nobody of that name
+	SessionID string
+	Address   string
+	Grant     string // password: by the API, not on Keycloak's page
+}
+
+// changesUser says whether the event may have changed what PostgreSQL has of the user.
+func (e keycloakEvent) changesUser() bool {
+	return e.UserID != "" && (e.Type == "" || slices.Contains(profileEvents, e.Type))
+}
+
+// audited returns the audit entry of an event, and who has done it; false: it is not worth one.
+// user is the user's id here, or "". ours says that this service has made the session, and has
+// audited it. A failed password grant was refused by this service, which has audited that.
+func (e keycloakEvent) audited(user string, ours bool) (caller, entry, bool) {
+	c := caller{Actor: anonymous, Address: e.Address}
+	details := map[string]any{"event": e.ID, "type": e.Type}
+	switch {
+	case e.Type == "" && strings.HasSuffix(e.Resource, "/reset-password"), e.Type == "" && strings.Contains(e.Resource, "/credentials"):
+		details["type"] = "ADMIN"
+		return caller{Actor: "keycloak:admin", Address: e.Address}, entry{Action: "credential.change", Target: user, Details: details}, true
+	case slices.Contains(credentialEvents, e.Type):
+		c.Actor = user
+		return c, entry{Action: "credential.change", Target: user, Details: details}, user != ""
+	case e.Type == "LOGIN" && !ours:
+		c.Actor = user
+		return c, entry{Action: "keycloak.login", Target: user, Details: details}, user != ""
+	case e.Type == "LOGIN_ERROR" && e.Grant != "password":
+		return c, entry{Action: "keycloak.login", Target: user, Outcome: "refused", Reason: problemInvalidCredentials.slug(), Details: details}, true
+	}
+	return c, entry{}, false
 }
 
 // eventsPage is how many events are asked for at once.
 const eventsPage = 1000
 
-// userEventTypes are those that change what is kept here.
-var userEventTypes = []string{"REGISTER", "UPDATE_PROFILE", "UPDATE_EMAIL", "VERIFY_EMAIL", "EXECUTE_ACTIONS", "DELETE_ACCOUNT",
-	"USER_DISABLED_BY_PERMANENT_LOCKOUT", "IDENTITY_PROVIDER_FIRST_LOGIN"}
-
-// userEvents returns what has happened to users since a time, according to one source, other
-// than by this service; and the time of the latest event, this service's own included, so
-// that those are not read again and again. It calls alive after each page. The next page
-// begins at the time of the last event, as others may have expired meanwhile: some come twice.
-func (k *keycloak) userEvents(ctx context.Context, source int, since int64, alive func() error) (all []userEvent, latest int64, err error) {
+// events returns what has happened since a time, according to one source, other than by this
+// service; and the time of the latest event, this service's own included, so that those are not
+// read again and again. It calls progress after each page. The next page begins at the time of
+// the last event, as others may have expired meanwhile: some come twice.
+func (k *keycloak) events(ctx context.Context, source int, since int64, progress func() error) (all []keycloakEvent, latest int64, err error) {
+	type event struct {
+		ID           string `json:"id"`
+		Time         int64  `json:"time"`
+		Type         string `json:"type"`
+		UserID       string `json:"userId"`
+		SessionID    string `json:"sessionId"`
+		Address      string `json:"ipAddress"`
+		ResourcePath string `json:"resourcePath"`
+		Details      struct {
+			Grant string `json:"grant_type"`
+		} `json:"details"`
+		Administrator struct {
+			UserID  string `json:"userId"`
+			Address string `json:"ipAddress"`
+		} `json:"authDetails"`
+	}
 	for first := 0; ; {
-		var page []struct {
-			ID           string `json:"id"`
-			Time         int64  `json:"time"`
-			UserID       string `json:"userId"`
-			ResourcePath string `json:"resourcePath"`
-			Details      struct {
-				UserID string `json:"userId"`
-			} `json:"authDetails"`
-		}
+		var page []event
 		query := url.Values{"dateFrom": {strconv.FormatInt(since, 10)}, "direction": {"asc"},
 			"first": {strconv.Itoa(first)}, "max": {strconv.Itoa(eventsPage)}}
 		var own string
@@ -89,19 +132,21 @@ func (k *keycloak) userEvents(ctx context.Context, source int, since int64, aliv
 			return responseError(resp, err)
 		})
 		if err == nil {
-			err = alive()
+			err = progress()
 		}
 		if err != nil {
 			return nil, 0, err
 		}
 		for _, e := range page {
 			latest = max(latest, e.Time)
+			if e.Administrator.UserID == own {
+				continue
+			}
 			if id, ok := strings.CutPrefix(e.ResourcePath, "users/"); ok {
 				e.UserID, _, _ = strings.Cut(id, "/")
+				e.Address = e.Administrator.Address
 			}
-			if e.UserID != "" && e.Details.UserID != own {
-				all = append(all, userEvent{source, e.ID, e.Time, e.UserID})
-			}
+			all = append(all, keycloakEvent{e.ID, e.Time, e.Type, e.ResourcePath, e.UserID, e.SessionID, e.Address, e.Details.Grant})
 		}
 		if len(page) < eventsPage {
 			return all, latest, nil

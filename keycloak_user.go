@@ -28,6 +28,7 @@ const (
 	attrURL            = "email_verify_url"
 	attrToken          = "email_verify_token"
 	attrCode           = "email_verify_code"
+	attrKind           = "email_verify_kind" // kindInvitation, or absent
 	attrLocale         = "locale"
 )
 
@@ -49,36 +50,45 @@ func (u keycloakUser) attribute(name string) string {
 }
 
 // activated says whether its registration has made it an account (V3): confirmed, and without
-// the secrets of the mail. Nobody deletes or enables it any more.
+// the secrets of the mail. Nobody deletes it any more, and only restore enables it.
 func (u keycloakUser) activated() bool { return u.verified() && u.attribute(attrToken) == "" }
 
-// createUser creates the disabled user of a registration (R2) and returns its id.
-// The password goes into this call and nowhere else.
-//
-// It returns errConflict when Keycloak has a user with that address or username,
-// and rejected with the fields that its profile rules or password policy refuse;
-// nothing is created then.
-func (k *keycloak) createUser(ctx context.Context, reg registration, token, code, password string) (string, error) {
-	attributes := attributesOf(user{ID: reg.UserID, Role: roleUser})
-	maps.Copy(attributes, map[string][]string{attrRegistrationID: {string(reg.ID)}, attrLocale: {reg.Locale},
-		attrURL: {k.cfg.PublicURL + "/account/verify"}, attrToken: {token}, attrCode: {code}})
-	user := gocloak.User{
-		Username: &reg.Username, Email: &reg.Email, FirstName: &reg.FirstName, LastName: &reg.LastName,
-		Enabled: gocloak.BoolP(false), EmailVerified: gocloak.BoolP(false), Attributes: &attributes,
-		RequiredActions: &[]string{"VERIFY_EMAIL", "UPDATE_PASSWORD"},
+// awaitsVerification says whether the user waits for its confirmation. An account has lost the
+// secrets of the mail, also if it has a new address that is not confirmed.
+func (u keycloakUser) awaitsVerification() bool { return !u.verified() && u.attribute(attrToken) != "" }
+
+// kindInvitation makes the mail's template use the words of an invitation.
+const kindInvitation = "invitation"
+
+// describe gives the user what its registration says: names, claims, and the words of its mail.
+func (u *keycloakUser) describe(reg registration) {
+	if u.Attributes == nil {
+		u.Attributes = &map[string][]string{}
 	}
-	if reg.WithPassword {
-		user.RequiredActions = &[]string{"VERIFY_EMAIL"}
-		user.Credentials = &[]gocloak.CredentialRepresentation{
-			{Type: gocloak.StringP("password"), Value: &password, Temporary: gocloak.BoolP(false)}}
+	u.Email, u.FirstName, u.LastName = &reg.Email, &reg.FirstName, &reg.LastName
+	maps.Copy(*u.Attributes, attributesOf(reg.user()))
+	(*u.Attributes)[attrLocale] = []string{reg.Locale}
+	delete(*u.Attributes, attrKind)
+	if reg.Source == sourceInternal {
+		(*u.Attributes)[attrKind] = []string{kindInvitation}
 	}
-	return k.create(ctx, user)
 }
 
-func (k *keycloak) create(ctx context.Context, user gocloak.User) (id string, err error) {
+// createUser creates the disabled user of a registration (R2) and returns its id. It has no
+// password, and its address as the username if Keycloak takes that.
+//
+// It returns errConflict when Keycloak has a user with that address or username, and rejected
+// with the fields that its profile rules refuse; nothing is created then.
+func (k *keycloak) createUser(ctx context.Context, reg registration, token, code string) (id string, err error) {
+	username := defaultUsername(reg.Email, reg.UserID)
+	ku := keycloakUser{gocloak.User{Username: &username, Enabled: gocloak.BoolP(false), EmailVerified: gocloak.BoolP(false),
+		RequiredActions: &[]string{"VERIFY_EMAIL"}}}
+	ku.describe(reg)
+	maps.Copy(*ku.Attributes, map[string][]string{attrRegistrationID: {string(reg.ID)},
+		attrURL: {k.cfg.PublicURL + "/account/verify"}, attrToken: {token}, attrCode: {code}})
 	err = k.asService(ctx, "create_user", func(ctx context.Context, token string) error {
 		// gocloak's CreateUser loses the field errors.
-		resp, err := k.admin.GetRequestWithBearerAuth(ctx, token).SetBody(user).Post(k.usersURL())
+		resp, err := k.admin.GetRequestWithBearerAuth(ctx, token).SetBody(ku.User).Post(k.usersURL())
 		if err := responseError(resp, err); err != nil {
 			return err
 		}
@@ -90,28 +100,6 @@ func (k *keycloak) create(ctx context.Context, user gocloak.User) (id string, er
 		return nil
 	})
 	return id, err
-}
-
-// createInvited creates the enabled user of an internal account (I2), without a password:
-// nobody can sign in before the invitation is followed. A user that an earlier call has
-// created, whose answer was lost, is found by our id. Ours may have changed since, or have
-// been deleted. Errors as of createUser.
-func (k *keycloak) createInvited(ctx context.Context, u user, locale string) (string, error) {
-	attributes := attributesOf(u)
-	attributes[attrLocale] = []string{locale}
-	id, err := k.create(ctx, gocloak.User{Username: &u.Username, Email: &u.Email, FirstName: &u.FirstName, LastName: &u.LastName,
-		Enabled: &u.IsActive, Attributes: &attributes, RequiredActions: &invitation})
-	if !errors.Is(err, errConflict) {
-		return id, err
-	}
-	found, lookup := k.findUser(ctx, gocloak.GetUsersParams{Q: gocloak.StringP(attrUserID + ":" + string(u.ID))})
-	if errors.Is(lookup, errNotFound) {
-		return "", err
-	} else if lookup != nil {
-		return "", lookup
-	}
-	u.KeycloakID = found.id()
-	return u.KeycloakID, k.assign(ctx, u, false, true)
 }
 
 // attributesOf are the attributes that become claims.
@@ -150,32 +138,50 @@ func (ku keycloakUser) hasClaims(u user) bool {
 	return true
 }
 
-// assign gives Keycloak's user our role and scope, in one call, and our names if they were
-// changed here, and disables it if ours is deleted; only a restored one is enabled. What
-// needs no change is not written, as somebody may be changing it there. It returns
-// errNotFound for a user that Keycloak does not have any more.
-func (k *keycloak) assign(ctx context.Context, u user, enable, names bool) error {
-	ku, err := k.user(ctx, u.KeycloakID)
+// push gives Keycloak's user the role and scope of ours, in one call, and disables it if ours
+// is deleted. It writes nothing where nothing differs, as somebody may be changing the user
+// there. ku is the user as Keycloak had it a moment ago.
+func (k *keycloak) push(ctx context.Context, ku keycloakUser, u user) error {
+	disable := ku.enabled() && !u.IsActive
+	if ku.hasClaims(u) && !disable {
+		return nil
+	}
+	ku = ku.withoutState()
+	maps.Copy(*ku.Attributes, attributesOf(u))
+	if disable {
+		ku.Enabled = gocloak.BoolP(false)
+	}
+	return k.update(ctx, "push_user", ku)
+}
+
+// rename gives a user other names.
+func (k *keycloak) rename(ctx context.Context, id, first, last string) error {
+	ku, err := k.user(ctx, id)
 	if err != nil {
 		return err
 	}
-	switched := ku.enabled() != u.IsActive && (enable || !u.IsActive)
-	if ku.hasClaims(u) && !names && !switched {
-		return nil
+	ku = ku.withoutState()
+	ku.FirstName, ku.LastName = &first, &last
+	return k.update(ctx, "rename_user", ku)
+}
+
+// withoutState is the user with a copy of its attributes and without what a PUT need not say:
+// what is left out stays as it is, also if somebody is changing it.
+func (u keycloakUser) withoutState() keycloakUser {
+	attributes := map[string][]string{} // of who was created in Keycloak there are none
+	if u.Attributes != nil {
+		maps.Copy(attributes, *u.Attributes)
 	}
-	if ku.Attributes == nil { // created in Keycloak
-		ku.Attributes = &map[string][]string{}
-	}
-	maps.Copy(*ku.Attributes, attributesOf(u))
-	ku.Enabled, ku.EmailVerified, ku.RequiredActions = nil, nil, nil
-	if names {
-		ku.FirstName, ku.LastName = &u.FirstName, &u.LastName
-	}
-	if switched {
-		ku.Enabled = &u.IsActive
-	}
-	return k.asService(ctx, "assign_user", func(ctx context.Context, token string) error {
-		return k.admin.UpdateUser(ctx, token, k.cfg.KeycloakRealm, ku.User)
+	u.Attributes, u.Enabled, u.EmailVerified, u.RequiredActions = &attributes, nil, nil, nil
+	return u
+}
+
+// update writes a user. With attributes a PUT replaces them all, and names and address, so
+// the user goes back as it came. Errors as of createUser.
+func (k *keycloak) update(ctx context.Context, operation string, ku keycloakUser) error {
+	return k.asService(ctx, operation, func(ctx context.Context, token string) error {
+		// gocloak's UpdateUser loses the field errors.
+		return responseError(k.admin.GetRequestWithBearerAuth(ctx, token).SetBody(ku.User).Put(k.usersURL(ku.id())))
 	})
 }
 
@@ -283,7 +289,12 @@ func (k *keycloak) userByLogin(ctx context.Context, login string) (keycloakUser,
 			return u, err
 		}
 	}
-	return k.findUser(ctx, gocloak.GetUsersParams{Username: &login, Exact: gocloak.BoolP(true)})
+	return k.userByUsername(ctx, login)
+}
+
+// userByUsername returns the user with a username, or errNotFound.
+func (k *keycloak) userByUsername(ctx context.Context, username string) (keycloakUser, error) {
+	return k.findUser(ctx, gocloak.GetUsersParams{Username: &username, Exact: gocloak.BoolP(true)})
 }
 
 func (k *keycloak) findUser(ctx context.Context, params gocloak.GetUsersParams) (keycloakUser, error) {
@@ -315,35 +326,44 @@ func (k *keycloak) setEnabled(ctx context.Context, id string, enabled bool) erro
 	})
 }
 
-// setCode gives the user a new code and enables it for the mail. With attributes a
-// PUT replaces everything, so the user goes back as it came.
-func (k *keycloak) setCode(ctx context.Context, user keycloakUser, code string) error {
-	(*user.Attributes)[attrCode] = []string{code}
-	user.Enabled = gocloak.BoolP(true)
-	return k.asService(ctx, "set_code", func(ctx context.Context, token string) error {
-		return k.admin.UpdateUser(ctx, token, k.cfg.KeycloakRealm, user.User)
-	})
+// prepareMail gives the user a new code, and what its registration says by now, and enables it
+// for the mail.
+func (k *keycloak) prepareMail(ctx context.Context, ku keycloakUser, reg registration, code string) error {
+	ku.describe(reg)
+	(*ku.Attributes)[attrCode] = []string{code}
+	ku.Enabled = gocloak.BoolP(true)
+	return k.update(ctx, "prepare_mail", ku)
 }
 
-// activate makes the user an account (V3): enabled, verified, without the
-// secrets of the mail. What it still owes, a password, it keeps owing.
-func (k *keycloak) activate(ctx context.Context, user keycloakUser) error {
-	for _, name := range []string{attrURL, attrToken, attrCode} {
-		delete(*user.Attributes, name)
+// activate makes the user an account in one call (V3): enabled, verified, with username, names,
+// role and scope of its registration, without the secrets of the mail, and with the password,
+// unless that is "". The password goes into this call and nowhere else.
+//
+// It returns errConflict when another user has the username, and rejected when the password
+// policy or the profile rules refuse something; nothing has changed then.
+func (k *keycloak) activate(ctx context.Context, ku keycloakUser, reg registration, password string) error {
+	ku.describe(reg)
+	for _, name := range []string{attrURL, attrToken, attrCode, attrKind} {
+		delete(*ku.Attributes, name)
 	}
-	open := []string{}
-	if user.RequiredActions != nil {
-		for _, action := range *user.RequiredActions {
-			if action != "VERIFY_EMAIL" {
-				open = append(open, action)
-			}
-		}
+	ku.Username, ku.RequiredActions = &reg.Username, &[]string{}
+	ku.Enabled, ku.EmailVerified = gocloak.BoolP(true), gocloak.BoolP(true)
+	if password != "" {
+		ku.Credentials = &[]gocloak.CredentialRepresentation{
+			{Type: gocloak.StringP("password"), Value: &password, Temporary: gocloak.BoolP(false)}}
 	}
-	user.RequiredActions = &open
-	user.Enabled, user.EmailVerified = gocloak.BoolP(true), gocloak.BoolP(true)
-	return k.asService(ctx, "activate_user", func(ctx context.Context, token string) error {
-		return k.admin.UpdateUser(ctx, token, k.cfg.KeycloakRealm, user.User)
+	return k.update(ctx, "activate_user", ku)
+}
+
+// logOut ends all sessions of a user in Keycloak, in one call.
+func (k *keycloak) logOut(ctx context.Context, id string) error {
+	err := k.asService(ctx, "end_sessions", func(ctx context.Context, token string) error {
+		return k.admin.LogoutAllSessions(ctx, token, k.cfg.KeycloakRealm, id)
 	})
+	if errors.Is(err, errNotFound) {
+		return nil
+	}
+	return err
 }
 
 // deleteUser deletes a user (E2, C2); one that is gone already is fine.
@@ -361,7 +381,6 @@ func (k *keycloak) deleteUser(ctx context.Context, id string) error {
 var (
 	verifyEmail    []string
 	choosePassword = []string{"UPDATE_PASSWORD"}
-	invitation     = []string{"VERIFY_EMAIL", "UPDATE_PASSWORD"} // the link proves the address
 )
 
 // sendMail makes Keycloak mail an enabled user. Keycloak hands the mail to its SMTP server
@@ -385,9 +404,4 @@ func (k *keycloak) sendMail(ctx context.Context, id, language string, lifespan t
 		}
 		return responseError(resp, err)
 	})
-}
-
-// passwordURL is the page of Keycloak where the holder of an action key chooses a password.
-func (k *keycloak) passwordURL(key string) string {
-	return k.cfg.issuer() + "/login-actions/action-token?key=" + key
 }

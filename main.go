@@ -2,26 +2,24 @@
 // them in.
 //
 //	auth-service              serve until SIGTERM
-//	auth-service jobs         run each background job once, for an outside cron
+//	auth-service jobs         do once what is due in the queue, for an outside cron
 //	auth-service migrate      bring the schema to this version, as the owner of the tables
 //	auth-service grant-admin EMAIL    make a user an administrator
-//	auth-service audit verify [HASH]  check the seals of the record, and that HASH is one of them
-//	auth-service sync [-dry-run]      bring both stores into step; exit 3 if they differ then
+//	auth-service sync [-dry-run]      make both stores agree on all users; exit 3 if they differ then
 //	auth-service doctor               say what is wrong with this deployment; -h for its options
 //	auth-service healthcheck  exit 0 if the service on this machine is alive
 //	auth-service version
 //
 // Everything is configured by environment variables: see config. Keycloak owns
 // identity and passwords, PostgreSQL authorization, status and audit; the service
-// keeps the two in step, in the order of writes that registration.go describes.
+// keeps the two in sync, in the order of writes that registration.go describes.
 //
-// Reading order: the route table in handlers.go is the index of the program. From
-// there registration.go and verification.go (the life of a registration), auth.go
-// (signing in), sessions.go (what follows from it), tokens.go and revocations.go (may this
-// token pass), users.go (the rules of role and scope, and who manages whom), audit.go and
-// seals.go (the record), sync.go and sync_runs.go (two stores, one truth), doctor.go; then the
-// SQL in store.go and its like, with schema.sql, and keycloak.go and its like, all calls to
-// Keycloak.
+// Reading order: the route table in handlers.go is the index of the program. From there
+// registration.go and its like (the life of a registration), queue.go (what is done later, or
+// after a crash), auth.go (signing in), session.go (what follows from it), token.go and
+// token_revocation.go (may this token pass), user.go (the rules of role and scope, and who
+// manages whom), audit.go, sync.go and sync_pass.go (two stores, one truth), doctor.go; then the
+// SQL in store.go and the *_store.go, with schema.sql, and keycloak*.go, all calls to Keycloak.
 package main
 
 import (
@@ -31,13 +29,13 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"net"
 	"net/http"
 	"net/http/pprof"
 	"os"
 	"os/signal"
 	"runtime/debug"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -98,17 +96,11 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 		if err := s.migrate(ctx, false); err != nil {
 			return err
 		}
-		var errs []error
-		for _, j := range s.jobs() {
-			errs = append(errs, j.run(ctx))
-		}
-		return errors.Join(errs...)
+		return s.workUntilIdle(ctx)
 	case command == "grant-admin" && len(args) == 2:
 		return s.grantAdmin(ctx, args[1], operator, stdout)
 	case command == "sync" && (len(args) == 1 || len(args) == 2 && args[1] == "-dry-run"):
 		return s.syncCommand(ctx, len(args) == 2, operator, stdout)
-	case command == "audit" && (len(args) == 2 || len(args) == 3) && args[1] == "verify":
-		return s.verifyAudit(ctx, strings.Join(args[2:], ""), operator, stdout)
 	}
 	return fmt.Errorf("unknown command %q; see the package comment in main.go", args)
 }
@@ -125,8 +117,10 @@ type server struct {
 	now             func() time.Time // a field, so that a test can move it
 	openAPIDocument []byte
 	health          healthCache
-	background      sync.WaitGroup // work whose client has its answer already
-	stopping        atomic.Bool    // told by /readyz, so that the load balancer looks away
+	background      sync.WaitGroup                                 // work whose client has its answer already
+	handle          func(context.Context, task) (time.Time, error) // does the work of a task: handleTask
+	wake            chan struct{}                                  // a worker may find something due
+	stopping        atomic.Bool                                    // told by /readyz, so that the load balancer looks away
 }
 
 // newServer connects to nothing yet: the service starts while Keycloak or
@@ -148,7 +142,20 @@ func newServer(ctx context.Context, cfg config, log *slog.Logger) (*server, erro
 			return nil, fmt.Errorf("CORS_ALLOWED_ORIGINS: %w", err)
 		}
 	}
-	return &server{cfg: cfg, log: log, store: st, kc: kc, verifier: newVerifier(cfg, kc, now), origins: origins, metrics: m, now: now}, nil
+	m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "task_oldest_due_seconds",
+		Help: "How long the oldest task that is due has waited; NaN: PostgreSQL does not say."}, func() float64 {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+		defer cancel()
+		age, err := st.oldestTask(ctx, now())
+		if err != nil {
+			return math.NaN()
+		}
+		return age.Seconds()
+	}))
+	s := &server{cfg: cfg, log: log, store: st, kc: kc, verifier: newVerifier(cfg, kc, now), origins: origins, metrics: m, now: now,
+		wake: make(chan struct{}, 1)}
+	s.handle = s.handleTask
+	return s, nil
 }
 
 // serve runs the listeners and loops until ctx ends, then lets requests in flight
@@ -175,15 +182,11 @@ func (s *server) serve(ctx context.Context) error {
 	var running sync.WaitGroup
 	running.Go(func() { s.verifier.keepKeys(loops) })
 	running.Go(func() {
-		every(loops, time.Second, s.log, job{"migrate", s.migrateOnce()})
-		running.Go(func() { s.followRevocations(loops) })
-		if s.cfg.JobInterval > 0 && loops.Err() == nil {
-			for _, j := range s.jobs() {
-				interval := s.cfg.JobInterval
-				if j.name == "events" {
-					interval = min(interval, eventsInterval)
-				}
-				running.Go(func() { every(loops, interval, s.log, s.measured(j)) })
+		every(loops, time.Second, s.log, "migrate", s.migrateOnce)
+		running.Go(func() { every(loops, revocationPoll, s.log, "revocations", s.pollRevocations) })
+		if s.cfg.JobInterval > 0 {
+			for range workers {
+				running.Go(func() { s.work(loops) })
 			}
 		}
 	})
@@ -213,50 +216,67 @@ func (s *server) serve(ctx context.Context) error {
 	return err
 }
 
-// job is background work that may be run at any time, by any instance.
-type job struct {
-	name string
-	run  func(context.Context) error
-}
-
-func (s *server) jobs() []job {
-	return []job{
-		{"repair", s.repair},
-		{"sessions", s.checkSessions},
-		{"users", s.settleUsers},
-		{"events", s.syncEvents},
-		{"sync", s.syncDaily},
-		{"seal", s.sealAudit},
-		{"sweep", func(ctx context.Context) error {
-			answered := s.now().Add(-s.cfg.RefreshGrace - time.Minute) // instances' clocks differ
-			return errors.Join(s.store.purgeLimits(ctx, s.now()), s.store.purgeAnswers(ctx, answered), s.store.purgeRevocations(ctx),
-				s.store.endFloods(ctx, s.now()), s.store.makeMonths(ctx, s.now()))
-		}},
+// handleTask does the work of a locked task, and returns when it must be done again. The flows
+// know it as s.handle: whoever needs a task done need not read how.
+func (s *server) handleTask(ctx context.Context, t task) (time.Time, error) {
+	if t.ID == "job:sync" {
+		return s.syncTask(ctx, t)
 	}
+	ctx, cancel := detached(ctx, flowTime)
+	defer cancel()
+	switch t.kind() {
+	case "REG":
+		return s.resume(ctx, system("registrations"), t)
+	case "SES":
+		return s.checkSession(ctx, t)
+	case "kc":
+		return s.reconcileTask(ctx, t)
+	case "events":
+		return s.readEvents(ctx, t)
+	case "sweep":
+		return s.now().Add(s.cfg.JobInterval), s.sweep(ctx)
+	}
+	return never, nil // token: whoever exchanged it has died
 }
 
-func (s *server) measured(j job) job {
-	return job{j.name, func(ctx context.Context) error {
-		err := j.run(ctx)
-		s.metrics.jobs.WithLabelValues(j.name, outcome(err)).Inc()
-		return err
-	}}
+// recurring are the tasks that are always there.
+var recurring = []string{"job:events", "job:sync", "job:sweep"}
+
+const keepEnded = 30 * 24 * time.Hour // ended registrations and sessions
+
+// sweep deletes what is over, and makes the partitions of the months to come.
+func (s *server) sweep(ctx context.Context) error {
+	now := s.now()
+	answered := now.Add(-s.cfg.RefreshGrace - time.Minute) // instances' clocks differ
+	return errors.Join(s.store.purgeLimits(ctx, now), s.store.purgeAnswers(ctx, answered), s.store.purgeRevocations(ctx),
+		s.store.purgeRegistrations(ctx, now.Add(-keepEnded)), s.store.purgeSessions(ctx, now.Add(-keepEnded)), s.store.makeMonths(ctx, now))
+}
+
+// workUntilIdle does what is due now.
+func (s *server) workUntilIdle(ctx context.Context) error {
+	for {
+		if found, err := s.workOnce(ctx); !found || err != nil {
+			return err
+		}
+	}
 }
 
 // errDone ends a loop.
 var errDone = errors.New("done")
 
-// every runs a job now and then at each interval, until ctx ends.
-func every(ctx context.Context, interval time.Duration, log *slog.Logger, j job) {
+// every runs f now and then at each interval, until ctx ends.
+func every(ctx context.Context, interval time.Duration, log *slog.Logger, name string, f func(context.Context) error) {
 	tick := time.NewTicker(interval)
 	defer tick.Stop()
-	for {
-		switch err := j.run(ctx); {
+	for failed := false; ; {
+		err := f(ctx)
+		switch {
 		case errors.Is(err, errDone):
 			return
-		case err != nil && ctx.Err() == nil:
-			log.Warn("a job failed and will be run again", "job", j.name, "error", err)
+		case err != nil && !failed && ctx.Err() == nil:
+			log.Warn(name+": failed, will retry", "error", err)
 		}
+		failed = err != nil
 		select {
 		case <-ctx.Done():
 			return
@@ -265,50 +285,21 @@ func every(ctx context.Context, interval time.Duration, log *slog.Logger, j job)
 	}
 }
 
-// keyed is a row that can be named in a log.
-type keyed interface{ key() string }
-
-// eachDue settles whatever take hands out, until there is no more. An outage ends the run,
-// and the next one goes on; any other failure does not hold up the rest.
-func eachDue[T keyed](ctx context.Context, log *slog.Logger, take func() (T, error), settle func(context.Context, T) error) error {
-	for ctx.Err() == nil {
-		row, err := take()
-		if errors.Is(err, errNotFound) {
-			return nil
-		} else if err != nil {
-			return err
-		}
-		err = func() error {
-			ctx, cancel := detached(ctx, flowTime)
-			defer cancel()
-			return settle(ctx, row)
-		}()
-		if errors.Is(err, errUnavailable) {
-			return err
-		} else if err != nil {
-			log.ErrorContext(ctx, "something could not be settled; it will be tried again", "id", row.key(), "error", err)
-		}
-	}
-	return nil
-}
-
-// migrate brings the schema up to date, and the record's months.
+// migrate brings the schema up to date, and what must always be there.
 func (s *server) migrate(ctx context.Context, again bool) error {
 	if err := s.store.migrate(ctx, again); err != nil {
 		return err
 	}
-	return s.store.makeMonths(ctx, s.now())
+	return errors.Join(s.store.makeMonths(ctx, s.now()), s.store.enqueueOnce(ctx, s.now(), recurring...))
 }
 
 // migrateOnce migrates as soon as PostgreSQL answers.
-func (s *server) migrateOnce() func(context.Context) error {
-	return func(ctx context.Context) error {
-		if err := s.migrate(ctx, false); err != nil {
-			return err
-		}
-		s.log.Info("the schema is current")
-		return errDone
+func (s *server) migrateOnce(ctx context.Context) error {
+	if err := s.migrate(ctx, false); err != nil {
+		return err
 	}
+	s.log.Info("schema: current")
+	return errDone
 }
 
 func (s *server) managementHandler() http.Handler {
@@ -326,7 +317,7 @@ func (s *server) managementHandler() http.Handler {
 		case h.Status == "down":
 			text(w, 503, "the database is down")
 		case s.verifier.revoked.lastRead().IsZero():
-			text(w, 503, "what was revoked has not been read yet")
+			text(w, 503, "the revocations have not been read yet")
 		default:
 			text(w, 200, "ok")
 		}

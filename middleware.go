@@ -23,11 +23,10 @@ import (
 	gonanoid "github.com/matoous/go-nanoid/v2"
 )
 
-// caller is who does something, for every flow and every audit entry. Background
-// loops are callers too.
+// caller is who does something, for every flow and every audit entry. Workers are callers, too.
 type caller struct {
 	principal        // of the access token; zero for everybody else
-	Actor     string // anonymous, USR-…, system:repair
+	Actor     string // anonymous, USR-…, system:sync
 	Address   string // of the client, "" for loops
 	UserAgent string
 	RequestID string
@@ -36,8 +35,17 @@ type caller struct {
 
 const anonymous = "anonymous"
 
-// system is the caller of a background loop.
-func system(loop string) caller { return caller{Actor: "system:" + loop} }
+// system is the caller of a worker.
+func system(name string) caller { return caller{Actor: "system:" + name} }
+
+// network is what limits count the caller's address as.
+func (c caller) network() string {
+	addr, err := netip.ParseAddr(c.Address)
+	if err != nil {
+		return c.Address
+	}
+	return network(addr)
+}
 
 // metrics are what Prometheus sees. Labels are bounded: route pattern, method,
 // status class, operation; never a path, a user or an error's text.
@@ -47,10 +55,9 @@ type metrics struct {
 	keycloak *prometheus.HistogramVec
 	problems *prometheus.CounterVec
 	panics   prometheus.Counter
-	jobs     *prometheus.CounterVec
+	tasks    *prometheus.CounterVec
 	mails    *prometheus.CounterVec
 	reuse    prometheus.Counter
-	channel  prometheus.Gauge
 	synced   *prometheus.CounterVec
 }
 
@@ -67,12 +74,11 @@ func newMetrics() *metrics {
 		problems: f.NewCounterVec(prometheus.CounterOpts{Name: "problems_total",
 			Help: "Errors answered to clients, by problem type."}, []string{"type"}),
 		panics: f.NewCounter(prometheus.CounterOpts{Name: "panics_total", Help: "Handlers that panicked."}),
-		jobs: f.NewCounterVec(prometheus.CounterOpts{Name: "job_runs_total",
-			Help: "Runs of background jobs, by job and outcome."}, []string{"job", "outcome"}),
+		tasks: f.NewCounterVec(prometheus.CounterOpts{Name: "tasks_total",
+			Help: "Tasks of the queue that were done or have failed, by kind and outcome."}, []string{"kind", "outcome"}),
 		mails: f.NewCounterVec(prometheus.CounterOpts{Name: "verification_mails_total",
 			Help: "Verification mails handed to Keycloak, by outcome."}, []string{"outcome"}),
-		channel: f.NewGauge(prometheus.GaugeOpts{Name: "revocation_channel_up", Help: "1 while revocations of tokens come at once; 0 while they are polled."}),
-		reuse:   f.NewCounter(prometheus.CounterOpts{Name: "refresh_token_reuse_total", Help: "Sessions ended because an old refresh token was shown."}),
+		reuse: f.NewCounter(prometheus.CounterOpts{Name: "refresh_token_reuse_total", Help: "Sessions ended because an old refresh token was shown."}),
 		synced: f.NewCounterVec(prometheus.CounterOpts{Name: "sync_differences_total",
 			Help: "Differences between the two stores that full passes have found, by class and outcome."}, []string{"class", "outcome"}),
 	}

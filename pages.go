@@ -21,7 +21,7 @@ func (s *server) registerPage(context.Context, caller, *http.Request) (view, err
 }
 
 func (s *server) registerForm(ctx context.Context, c caller, r *http.Request) (view, error) {
-	in := registerIn{Password: r.PostFormValue("password"), profile: profile{
+	in := registerIn{profile: profile{
 		Email: trimmed(r, "email"), Username: trimmed(r, "username"),
 		FirstName: trimmed(r, "first_name"), LastName: trimmed(r, "last_name"), Phone: unspaced(r, "phone")}}
 	out, err := registerOut{}, checked(&in)
@@ -76,7 +76,7 @@ func (s *server) verifyPage(ctx context.Context, _ caller, r *http.Request) (vie
 		return view{}, err
 	}
 	if reg.State == verified {
-		return verifiedPage(templates.VerifiedView{Email: reg.Email, Already: true, SignInURL: "/auth/login"}, s.setPasswordURL(reg, r.FormValue("key"))), nil
+		return verifiedPage(templates.VerifiedView{Email: reg.Email, Already: true, SignInURL: "/auth/login"}, nil), nil
 	}
 	return view{Status: 200, Page: templates.Verify(templates.VerifyView{Email: reg.Email, Token: token, Key: r.FormValue("key")})}, nil
 }
@@ -98,7 +98,7 @@ func (s *server) pendingByToken(ctx context.Context, token string) (registration
 }
 
 func (s *server) verifyForm(ctx context.Context, c caller, r *http.Request) (view, error) {
-	in := verifyIn{Token: r.PostFormValue("token"), Key: r.PostFormValue("key"),
+	in := verifyIn{Token: r.PostFormValue("token"), Password: r.PostFormValue("password"),
 		Email: trimmed(r, "email"), Code: unspaced(r, "code")}
 	out, err := verifyOut{}, checked(&in)
 	if err == nil && in.Token == "" && (in.Email == "" || in.Code == "") {
@@ -117,8 +117,7 @@ func (s *server) verifyForm(ctx context.Context, c caller, r *http.Request) (vie
 	} else if err != nil {
 		return view{}, err
 	}
-	return verifiedPage(templates.VerifiedView{Email: out.Email, Already: out.AlreadyVerified, PasswordMailed: out.PasswordMailed, SignInURL: "/auth/login"},
-		out.SetPasswordURL), nil
+	return verifiedPage(templates.VerifiedView{Email: out.Email, Already: out.AlreadyVerified, SignInURL: "/auth/login"}, nil), nil
 }
 
 func verifiedPage(v templates.VerifiedView, setPasswordURL *string) view {

@@ -64,7 +64,7 @@ var (
 	problemSyncRunning           = newProblem(409, "sync-running", "Sync is running", "A sync is running already.")
 	problemAlreadyVerified       = newProblem(409, "already-verified", "Already confirmed", "This address is confirmed already. You can sign in.")
 	problemVerificationExpired   = newProblem(410, "verification-expired", "Verification expired", "The time to confirm this registration is over. Please register again.")
-	problemVerificationCancelled = newProblem(410, "verification-cancelled", "Registration cancelled", "This registration was cancelled or replaced by a newer one.")
+	problemVerificationCancelled = newProblem(410, "verification-cancelled", "Registration cancelled", "This registration was cancelled.")
 	problemPayloadTooLarge       = newProblem(413, "payload-too-large", "Too large", "The request body is larger than 16 KiB.")
 	problemUnsupportedMediaType  = newProblem(415, "unsupported-media-type", "Unsupported media type", "The request body must be application/json.")
 	problemTooManyAttempts       = newProblem(429, "too-many-attempts", "Too many attempts", "The code was entered wrongly too often. The link in the mail still works, or ask for a new mail.")
@@ -134,7 +134,7 @@ func asProblem(err error) problem {
 	var p problem
 	switch {
 	case errors.As(err, &p):
-	case errors.Is(err, errBusy), errors.Is(err, errLeaseLost):
+	case errors.Is(err, errBusy), errors.Is(err, errLocked):
 		p = problemUnavailable.retryAfter(2 * time.Second).withCause(err)
 	case errors.Is(err, errUnavailable):
 		p = problemUnavailable.retryAfter(5 * time.Second).withCause(err)

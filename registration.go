@@ -9,43 +9,94 @@ import (
 	"time"
 
 	"auth-service/templates"
-
-	gonanoid "github.com/matoous/go-nanoid/v2"
 )
 
-// The life of a registration. It is written in two stores, in this order: our
-// intent first, Keycloak second, our conclusion third. Each step may be repeated,
-// and where the process may die between two of them the comments name the window
-// (R1 … R5, V3, E1, E2, C1, M1 … M3). One function repairs all of them: settle.
+// The life of a registration. It is written in two stores, in this order: our intent first,
+// Keycloak second, our conclusion third. Each step may be repeated. Where the process may die
+// between two of them, the comments name the window (R1 … R4, V3, E1, E2). One function
+// repairs all of them: resume.
+//
+// What is typed before the address is proven counts for nothing, so that nobody owns the
+// account of somebody else's address. The password comes with the proof.
 
 const (
-	leaseTime    = 60 * time.Second // a flow must be over by then: see flowTime
-	flowTime     = 40 * time.Second
-	leaseWait    = time.Second      // how long a request waits for another one's lease; a call to Keycloak may follow
-	retryTime    = 20 * time.Second // until the repair loop tries again what has failed
 	doubtTime    = 10 * time.Minute // how long a creation without an answer may still arrive in Keycloak
+	refusalTime  = time.Hour        // how long a mail is refused before it is given up
 	mailsPerDay  = 10               // to one address
-	codeAttempts = 5                // per code
+	codeAttempts = 5                // per code that was mailed
 )
 
-// registerLimit bounds how often one address is registered, whoever does it.
-func registerLimit(email string) rateLimit {
-	return rateLimit{"register:" + tokenHash(strings.ToLower(email)), 5, 10 * time.Minute, problemTooManyRequests}
+// state is a registration's status as PostgreSQL spells it.
+type state string
+
+const (
+	pending   state = "pending"
+	verified  state = "verified"
+	expired   state = "expired"
+	cancelled state = "cancelled"
+)
+
+// mailState says whether Keycloak has taken the verification mail.
+type mailState string
+
+const (
+	mailSent   mailState = "sent"
+	mailQueued mailState = "queued" // the task keeps trying
+	mailFailed mailState = "failed" // refused for good; the person may ask for another
+)
+
+// registration is one person's attempt to open an account. It only moves forward:
+//
+//	pending ─▶ verified
+//	   ├─────▶ expired
+//	   └─────▶ cancelled
+//
+// An invitation is a registration that has role and scope already.
+type registration struct {
+	ID            registrationID
+	Email         string // compared without case; empty, like all personal data, when it has ended unverified
+	Username      string // wished for; reserved by the confirmation
+	FirstName     string
+	LastName      string
+	Phone         string
+	TokenHash     string
+	CodeHash      string
+	State         state
+	KeycloakID    string // empty until R3, and again after E3
+	UserID        userID // empty until R3, and again after E1
+	ResendCount   int
+	ExpiresAt     time.Time // meaningful only while pending
+	CreatedAt     time.Time
+	Locale        string // of the mails
+	Mail          mailState
+	MailRefusedAt *time.Time // since when Keycloak's mail server refuses its mails
+	Source        string     // sourceWeb, or sourceInternal: an invitation
+	Role          string
+	NetworkID     string
+	StationID     string
+	CreatedBy     string // user id of who has invited
+}
+
+// user is the users row of the registration, as far as Keycloak is to have it.
+func (reg registration) user() user {
+	return user{ID: reg.UserID, KeycloakID: reg.KeycloakID, Role: reg.Role, NetworkID: reg.NetworkID, StationID: reg.StationID}
 }
 
 // profile is what is known of somebody who gets an account.
 type profile struct {
 	Email     string `json:"email" required:"true" maxLength:"255" format:"email" example:"ada@example.com"`
-	Username  string `json:"username,omitempty" minLength:"3" maxLength:"100" pattern:"^[^<>&\"'\\s$%!#?§,;:*~/\\\\|^=\\[\\]{}()\\x60]+$" example:"ada" description:"Default: the e-mail address, or the user id where that is longer than 100 characters."`
+	Username  string `json:"username,omitempty" minLength:"3" maxLength:"100" pattern:"^[^<>&\"'\\s$%!#?§,;:*~/\\\\|^=\\[\\]{}()\\x60]+$" example:"ada" description:"Default: the e-mail address, or the user id where Keycloak does not take that as a username."`
 	FirstName string `json:"first_name,omitempty" maxLength:"100" pattern:"^[^<>&\"$%!#?§;*~/\\\\|^=\\[\\]{}()]*$" example:"Ada"`
 	LastName  string `json:"last_name,omitempty" maxLength:"100" pattern:"^[^<>&\"$%!#?§;*~/\\\\|^=\\[\\]{}()]*$" example:"Lovelace"`
 	Phone     string `json:"phone,omitempty" pattern:"^\\+[1-9][0-9]{6,14}$" mismatch:"is not a valid phone number; write it with the country code, like +4930123456" example:"+4930123456" description:"E.164, with the country code."`
 	Locale    string `json:"locale,omitempty" maxLength:"20" pattern:"^[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*$" mismatch:"is not a language tag, like de or en" example:"en" description:"Language of the mails (BCP 47). Default: from Accept-Language."`
 }
 
-type registerIn struct {
-	profile
-	Password string `json:"password,omitempty" maxLength:"128" format:"password" example:"correct horse battery" description:"Handed to Keycloak and kept nowhere else. Without it the person chooses one on Keycloak's page after verification."`
+type registerIn struct{ profile }
+
+// hints say what is to be done instead of sending a field that is not known.
+func (registerIn) hints() map[string]string {
+	return map[string]string{"password": "is chosen with the confirmation, not with the registration"}
 }
 
 type registerOut struct {
@@ -53,7 +104,7 @@ type registerOut struct {
 	Email             string         `json:"email" example:"ada@example.com"`
 	Username          string         `json:"username" example:"ada"`
 	Status            string         `json:"status" enum:"pending_verification"`
-	VerificationEmail mailState      `json:"verification_email" enum:"sent,queued" description:"queued: the mail could not be handed over now, the service keeps trying."`
+	VerificationEmail mailState      `json:"verification_email" enum:"sent,queued,failed" description:"queued: the mail could not be handed over now, the service keeps trying."`
 	ExpiresAt         time.Time      `json:"expires_at"`
 	ResendAvailableAt time.Time      `json:"resend_available_at"`
 }
@@ -62,62 +113,59 @@ func (out registerOut) location() string {
 	return "/api/v1/registrations/" + string(out.RegistrationID)
 }
 
-// register begins a registration: R1 our pending row, R2 Keycloak's disabled user,
-// R3 our users row, R4 the mail, R5 its state. What fails before R3 leaves nothing
-// behind; from R3 on the registration stands, and settle goes on with it.
+// register begins a registration, or goes on with the one that the address has already: then
+// nothing that is typed now changes it, and a mail goes out only if the cooldown is over.
 func (s *server) register(ctx context.Context, c caller, in registerIn) (registerOut, error) {
 	ctx, cancel := detached(ctx, flowTime)
 	defer cancel()
-	if err := ownUsername(in.profile); err != nil {
-		return registerOut{}, err
+	reg, err := s.newRegistration(c, in.profile, s.cfg.VerificationTTL)
+	for err == nil {
+		var begun registration
+		if begun, err = s.begin(ctx, c, reg); errors.Is(err, errRace) {
+			begun, err = s.registerAgain(ctx, c, in.Email)
+		}
+		if errors.Is(err, errRace) { // it ends at this moment
+			err = nil
+			continue
+		}
+		if err == nil {
+			return registerOut{begun.ID, begun.Email, begun.Username, "pending_verification", begun.Mail, begun.ExpiresAt.UTC(),
+				s.resendAvailableAt(ctx, begun)}, nil
+		}
 	}
-	if err := s.store.hit(ctx, registerLimit(in.Email), s.now()); err != nil {
-		return registerOut{}, err
+	return registerOut{}, registerError(err)
+}
+
+// newRegistration is a registration of what was typed, without secrets yet.
+func (s *server) newRegistration(c caller, p profile, ttl time.Duration) (registration, error) {
+	if err := ownUsername(p.Username, p.Email); err != nil {
+		return registration{}, err
 	}
-	if err := s.store.peek(ctx, mailsADay(in.Email), s.now()); err != nil {
-		return registerOut{}, err
-	}
-	token, code := newToken(), newCode()
-	reg := registration{
-		ID: newRegistrationID(), UserID: newUserID(), Email: in.Email, Username: in.Username,
-		FirstName: in.FirstName, LastName: in.LastName, Phone: in.Phone,
-		TokenHash: tokenHash(token), CodeHash: codeHash(token, code), State: pending,
-		ExpiresAt: s.now().Add(s.cfg.VerificationTTL), Mail: mailQueued,
-		Locale: templates.Language(c.Language, in.Locale), WithPassword: in.Password != "",
-	}
-	reg.Username = cmp.Or(reg.Username, defaultUsername(reg.Email, reg.UserID))
-	reg, err := s.begin(ctx, c, reg) // R1
-	if err != nil {
-		return registerOut{}, err
-	}
-	// Dying here (R1) leaves a pending row that Keycloak does not know: settle.
-	reg.KeycloakID, err = s.kc.createUser(ctx, reg, token, code, in.Password) // R2
-	if err != nil {
-		s.abandon(ctx, c, reg, err)
-		return registerOut{}, registerError(err)
-	}
-	// Dying here (R2) leaves a user in Keycloak that we do not know: settle finds
-	// it by the registration's id.
-	if err := s.store.adopt(ctx, c, reg, s.now()); err != nil { // R3
-		s.abandon(ctx, c, reg, err)
-		return registerOut{}, registerError(err)
-	}
-	// Dying here (R3) leaves the mail queued: settle.
-	reg, err = s.sendFirst(ctx, c, reg, code) // R4, R5
-	if err != nil {
-		s.log.ErrorContext(ctx, "the verification mail is queued", "registration", reg.ID, "error", err)
-	}
-	return registerOut{reg.ID, reg.Email, reg.Username, "pending_verification", reg.Mail, reg.ExpiresAt.UTC(),
-		s.resendAvailableAt(ctx, reg)}, nil
+	id := newUserID()
+	return registration{ID: newRegistrationID(), UserID: id, Email: p.Email, Username: cmp.Or(p.Username, defaultUsername(p.Email, id)),
+		FirstName: p.FirstName, LastName: p.LastName, Phone: p.Phone, State: pending, ExpiresAt: s.now().Add(ttl), CreatedAt: s.now(),
+		Mail: mailQueued, Locale: templates.Language(c.Language, p.Locale), Source: sourceWeb, Role: roleUser}, nil
 }
 
 // ownUsername refuses another's address as the username: people sign in with either.
-func ownUsername(p profile) error {
-	if strings.Contains(p.Username, "@") && !strings.EqualFold(p.Username, p.Email) {
+func ownUsername(username, email string) error {
+	if strings.Contains(username, "@") && !strings.EqualFold(username, email) {
 		return invalid(fieldError{"username", "must not be another e-mail address"})
 	}
 	return nil
 }
+
+// defaultUsername is that of who has chosen none.
+func defaultUsername(email string, id userID) string {
+	if plainUsername.MatchString(email) {
+		return email
+	}
+	return string(id)
+}
+
+// plainUsername is an address that Keycloak takes as a username: it refuses some
+// characters that addresses may have (o'neil@…), and more than 100 of them.
+var plainUsername = regexp.MustCompile(`^[A-Za-z0-9._@+-]{3,100}$`)
 
 // registerError is what the person who registers is told about err.
 func registerError(err error) error {
@@ -131,137 +179,52 @@ func registerError(err error) error {
 	return err
 }
 
-// begin writes the pending row (R1). A pending registration of the same address is
-// cancelled in the same transaction (C1), then deleted from Keycloak (C2); an ended
-// one that still owes Keycloak a deletion is settled first.
+// begin writes a new registration: R1 our pending row, R2 Keycloak's disabled user, R3 the
+// users row, R4 the mail, R5 its state. What fails before R3 leaves nothing behind; from R3
+// on the registration stands, and resume goes on with it. errRace: the address has one.
 func (s *server) begin(ctx context.Context, c caller, reg registration) (registration, error) {
-	for {
-		var replaced registration
-		open, err := s.store.openRegistrations(ctx, reg.Email)
-		if err != nil {
-			return reg, err
-		}
-		for _, id := range open {
-			earlier, err := s.lease(ctx, id)
-			if err != nil {
-				return reg, err
-			}
-			if earlier.State == pending {
-				user, err := s.userOf(ctx, earlier)
-				if errors.Is(err, errUnavailable) {
-					s.letGo(ctx, earlier)
-					return reg, err // while Keycloak is away, what there is stays as it is
-				}
-				if !user.activated() { // else V3 has happened
-					replaced = earlier
-					continue
-				}
-			}
-			if err := s.settle(ctx, c, earlier); err != nil {
-				return reg, err
-			}
-		}
-		reg.Lease = gonanoid.Must()
-		err = s.store.addRegistration(ctx, c, reg, replaced, s.now())
-		if err == nil && replaced.ID != "" {
-			// Dying here (C1) leaves a cancelled row with a user in Keycloak: settle.
-			err = s.settle(ctx, c, withState(replaced, cancelled)) // C2
-			if err != nil {
-				s.abandon(ctx, c, reg, err)
-			}
-			return reg, err
-		}
-		if err == nil {
-			return reg, nil
-		}
-		if replaced.ID != "" {
-			s.letGo(ctx, replaced)
-		}
-		if !errors.Is(err, errRace) && !errors.Is(err, errLeaseLost) {
-			return reg, registerError(err)
-		} // else somebody registered the same address at this moment: replace theirs
+	if err := s.store.peek(ctx, mailsADay(reg.Email), s.now()); err != nil {
+		return reg, err
 	}
+	token, code := newToken(), newCode()
+	reg.TokenHash, reg.CodeHash = tokenHash(token), codeHash(token, code)
+	t, err := s.store.addRegistration(ctx, c, reg, s.now()) // R1
+	if err != nil {
+		return reg, err
+	}
+	// Dying here (R1) leaves a pending row that Keycloak does not know: resume creates its user.
+	if reg, err = s.create(ctx, c, t, reg, token, code); err != nil { // R2, R3
+		s.rollBack(ctx, c, t, reg, err)
+		return reg, err
+	}
+	// Dying here (R3) leaves the mail queued: resume sends it.
+	reg, next, err := s.sendFirst(ctx, c, t, reg, code) // R4, R5
+	if err != nil || reg.Mail != mailSent {
+		s.release(ctx, t, next, err)
+	}
+	return reg, nil
 }
 
-// abandon ends a registration whose R2 or R3 has failed, so that nothing is half
-// done. Whatever Keycloak may have of it, if its answer was lost, settle deletes.
-func (s *server) abandon(ctx context.Context, c caller, reg registration, cause error) {
-	reason := "keycloak"
+// registerAgain goes on with the pending registration of an address. errRace: there is none.
+func (s *server) registerAgain(ctx context.Context, c caller, email string) (registration, error) {
+	reg, err := s.store.registrationByEmail(ctx, email)
+	if errors.Is(err, errNotFound) || err == nil && reg.State != pending {
+		return reg, errRace
+	} else if err != nil {
+		return reg, err
+	}
+	waits := reg.Mail == mailQueued || s.now().Before(s.resendAvailableAt(ctx, reg))
+	if waits && s.now().Before(reg.ExpiresAt) {
+		return reg, nil
+	}
+	again, err := s.resendTo(ctx, c, reg)
 	switch {
-	case errors.Is(cause, errConflict):
-		reason = problemUserExists.slug()
-	case errors.As(cause, new(rejected)):
-		reason = problemInvalidRequest.slug()
-	}
-	err := s.store.endRegistration(ctx, c, reg, cancelled, reason, s.now())
-	switch reg = withState(reg, cancelled); {
-	case err != nil:
-	case errors.Is(cause, errUnavailable):
-		s.letGo(ctx, reg) // Keycloak may have it or not: the loop looks, the client doesn't wait
-	case reg.KeycloakID == "":
-		err = s.store.deleteUnverifiedUser(ctx, c, reg, s.now())
-	default:
-		err = s.settle(ctx, c, reg)
-	}
-	if err != nil {
-		s.log.ErrorContext(ctx, "an abandoned registration is left to the repair loop", "registration", reg.ID, "error", err)
-	}
-}
-
-func withState(reg registration, st state) registration { reg.State = st; return reg }
-
-// lease makes this flow the only one that moves the registration, waiting a moment
-// for another one to finish. It returns the row as it is then.
-func (s *server) lease(ctx context.Context, id registrationID) (registration, error) {
-	ctx, cancel := context.WithTimeout(ctx, leaseWait)
-	defer cancel()
-	owner := gonanoid.Must()
-	for {
-		reg, err := s.store.takeLease(ctx, id, owner, s.now())
-		if !errors.Is(err, errLeaseLost) {
-			return reg, err
-		}
-		select {
-		case <-ctx.Done():
-			return reg, problemUnavailable.retryAfter(2 * time.Second).withCause(err)
-		case <-time.After(25 * time.Millisecond):
-		}
-	}
-}
-
-// touch leases a registration that waits for its confirmation. One whose time is
-// over expires at this first touch; the others are returned without a lease.
-func (s *server) touch(ctx context.Context, c caller, reg registration) (registration, error) {
-	if reg.State != pending {
+	case errors.Is(err, errLocked), errors.Is(err, problemResendTooSoon): // another request sends it
 		return reg, nil
+	case errors.Is(err, problemVerificationExpired), errors.Is(err, problemAlreadyVerified), errors.Is(err, problemRegistrationNotFound):
+		return reg, errRace
 	}
-	reg, err := s.lease(ctx, reg.ID)
-	if err != nil {
-		return reg, err
-	}
-	if reg.State != pending {
-		s.letGo(ctx, reg)
-		return reg, nil
-	}
-	if s.now().Before(reg.ExpiresAt) {
-		return reg, nil
-	}
-	if err := s.settle(ctx, c, reg); err != nil {
-		return reg, err
-	}
-	return s.store.registration(ctx, reg.ID)
-}
-
-// letGo ends the lease of a flow that stops early. The repair loop looks soon,
-// whatever the row says: an answer of Keycloak may be lost, or a window still open.
-func (s *server) letGo(ctx context.Context, reg registration) {
-	due := s.now().Add(retryTime)
-	if reg.State == verified {
-		due = time.Time{}
-	}
-	if err := s.store.release(ctx, reg, due); err != nil {
-		s.log.ErrorContext(ctx, "a lease was not released; it ends by itself", "registration", reg.ID, "error", err)
-	}
+	return again, err
 }
 
 // resendAvailableAt is when the address may get another mail.
@@ -276,6 +239,92 @@ func (s *server) resendAvailableAt(ctx context.Context, reg registration) time.T
 	return at.UTC().Truncate(time.Second)
 }
 
+type resendIn struct {
+	RegistrationID registrationID `json:"registration_id,omitempty" pattern:"^REG-[A-Za-z0-9_-]{16}$" mismatch:"is not the id of a registration" example:"REG-V1StGXR8_Z5jdHi6"`
+	Email          string         `json:"email,omitempty" maxLength:"255" format:"email" example:"ada@example.com" description:"Instead of registration_id."`
+}
+
+type resendOut struct {
+	RegistrationID    registrationID `json:"registration_id,omitempty" example:"REG-V1StGXR8_Z5jdHi6"`
+	Status            string         `json:"status" enum:"pending_verification,accepted" description:"accepted: the answer to an e-mail address, whatever is known of it."`
+	VerificationEmail mailState      `json:"verification_email,omitempty" enum:"sent,queued"`
+	ResendCount       *int           `json:"resend_count,omitempty" example:"1"`
+	ExpiresAt         *time.Time     `json:"expires_at,omitempty"`
+	ResendAvailableAt *time.Time     `json:"resend_available_at,omitempty"`
+}
+
+// resend mails the same link and a new code; the time to confirm begins anew. To an address
+// the answer is the same, whatever is known of it: its mail is left to the queue.
+func (s *server) resend(ctx context.Context, c caller, in resendIn) (resendOut, error) {
+	ctx, cancel := detached(ctx, flowTime)
+	defer cancel()
+	if (in.RegistrationID == "") == (in.Email == "") {
+		return resendOut{}, invalid(fieldError{"registration_id", "is required, or else email"})
+	}
+	if in.Email != "" {
+		err := s.store.requestResend(ctx, c, in.Email, s.cfg, s.now())
+		s.wakeWorker()
+		return resendOut{Status: "accepted"}, err
+	}
+	reg, err := s.store.registration(ctx, in.RegistrationID)
+	if errors.Is(err, errNotFound) {
+		err = problemRegistrationNotFound
+	}
+	if err == nil {
+		reg, err = s.resendTo(ctx, c, reg)
+	}
+	if err != nil {
+		return resendOut{}, err
+	}
+	expires, available := reg.ExpiresAt.UTC(), s.resendAvailableAt(ctx, reg)
+	return resendOut{reg.ID, "pending_verification", reg.Mail, &reg.ResendCount, &expires, &available}, nil
+}
+
+// resendTo sends the mail of a registration once more, because somebody has asked for it.
+func (s *server) resendTo(ctx context.Context, c caller, reg registration) (registration, error) {
+	reg, t, err := s.lockOrExpire(ctx, c, reg)
+	if err != nil {
+		return reg, err
+	}
+	switch reg.State {
+	case pending:
+	case verified:
+		return reg, problemAlreadyVerified.withTarget(string(reg.ID))
+	case expired:
+		return reg, problemVerificationExpired.withTarget(string(reg.ID))
+	default:
+		return reg, problemRegistrationNotFound
+	}
+	if reg.ResendCount+1 >= s.cfg.ResendLimit {
+		err = problemResendLimit.retryAfter(reg.ExpiresAt.Sub(s.now())).withTarget(string(reg.ID))
+		s.unlock(ctx, t, err)
+		return reg, err
+	}
+	ku, err := s.kc.user(ctx, reg.KeycloakID)
+	if err == nil && !ku.awaitsVerification() {
+		err = errNotFound
+	}
+	if errors.Is(err, errNotFound) { // not created yet, deleted, or verified already
+		s.resumeNow(ctx, c, t)
+		return reg, problemUnavailable.retryAfter(time.Second).withCause(err)
+	} else if err != nil {
+		s.unlock(ctx, t, err)
+		return reg, err
+	}
+	reg, next, err := s.sendAgain(ctx, c, t, reg, ku, true)
+	switch limited := (problem{}); {
+	case errors.As(err, &limited):
+		s.unlock(ctx, t, err)
+		return reg, limited.withTarget(string(reg.ID))
+	case errors.Is(err, errMailQueued):
+		s.release(ctx, t, next, err)
+		return reg, nil
+	case err != nil:
+		s.unlock(ctx, t, err)
+	}
+	return reg, err
+}
+
 type cancelIn struct {
 	Token string `json:"token" required:"true" maxLength:"100" example:"p3G6d0Qm1yq0cZ2m8Rr5s7TtUuVvWwXx" description:"From the link."`
 }
@@ -285,7 +334,7 @@ type cancelOut struct {
 	Status         string         `json:"status" enum:"cancelled"`
 }
 
-// cancel is "this was not me": C1 our row, C2 Keycloak's user, E3 ours.
+// cancel is "this was not me": E1 our row, E2 Keycloak's user, E3 nothing is left.
 func (s *server) cancel(ctx context.Context, c caller, in cancelIn) (cancelOut, error) {
 	ctx, cancel := detached(ctx, flowTime)
 	defer cancel()
@@ -294,28 +343,37 @@ func (s *server) cancel(ctx context.Context, c caller, in cancelIn) (cancelOut, 
 		return cancelOut{}, problemInvalidToken
 	}
 	if err == nil {
-		reg, err = s.touch(ctx, c, reg)
+		reg, err = s.cancelOpen(ctx, c, reg, "not_me")
 	}
+	return cancelOut{reg.ID, "cancelled"}, err
+}
+
+// cancelOpen cancels a registration, for its person or for an administrator. While Keycloak is
+// away the cancellation stands, and its task deletes Keycloak's user later.
+func (s *server) cancelOpen(ctx context.Context, c caller, reg registration, reason string) (registration, error) {
+	reg, t, err := s.lockOrExpire(ctx, c, reg)
 	if err != nil {
-		return cancelOut{}, err
+		return reg, err
 	}
 	switch reg.State {
-	case pending:
-		if user, err := s.userOf(ctx, reg); err == nil && user.activated() { // V3
-			return cancelOut{}, errors.Join(s.settle(ctx, c, reg), problemAlreadyVerified.withTarget(string(reg.ID)))
-		}
-		if err := s.store.endRegistration(ctx, c, reg, cancelled, "not_me", s.now()); err != nil {
-			return cancelOut{}, err
-		}
-		if err := s.settle(ctx, c, withState(reg, cancelled)); err != nil && !errors.Is(err, errUnavailable) {
-			return cancelOut{}, err
-		} // while Keycloak is away the cancellation stands, and the repair loop deletes
 	case verified:
-		return cancelOut{}, problemAlreadyVerified.withTarget(string(reg.ID))
+		return reg, problemAlreadyVerified.withTarget(string(reg.ID))
 	case expired:
-		return cancelOut{}, problemVerificationExpired.withTarget(string(reg.ID))
+		return reg, problemVerificationExpired.withTarget(string(reg.ID))
+	case cancelled:
+		return reg, nil
 	}
-	return cancelOut{reg.ID, "cancelled"}, nil
+	ku, err := s.keycloakUserOf(ctx, reg)
+	if err == nil && ku.verified() { // V3: it is an account already
+		s.resumeNow(ctx, c, t)
+		return reg, problemAlreadyVerified.withTarget(string(reg.ID))
+	}
+	if err := s.store.endRegistration(ctx, c, t, reg, cancelled, reason, s.now()); err != nil { // E1
+		s.unlock(ctx, t, err)
+		return reg, err
+	}
+	s.resumeNow(ctx, c, t) // E2, E3
+	return reg, nil
 }
 
 type statusIn struct {
@@ -325,7 +383,7 @@ type statusIn struct {
 type statusOut struct {
 	RegistrationID    registrationID `json:"registration_id" example:"REG-V1StGXR8_Z5jdHi6"`
 	Status            string         `json:"status" enum:"pending_verification,active,verification_expired,cancelled"`
-	VerificationEmail mailState      `json:"verification_email" enum:"sent,queued"`
+	VerificationEmail mailState      `json:"verification_email" enum:"sent,queued,failed" description:"failed: the mail server has refused it for good."`
 	ExpiresAt         time.Time      `json:"expires_at"`
 	ResendAvailableAt time.Time      `json:"resend_available_at"`
 	ResendCount       int            `json:"resend_count" example:"0"`
@@ -342,142 +400,7 @@ func (s *server) status(ctx context.Context, _ caller, in statusIn) (statusOut, 
 	}
 	word := map[state]string{pending: "pending_verification", verified: "active", expired: "verification_expired", cancelled: "cancelled"}[reg.State]
 	if reg.State == pending && !s.now().Before(reg.ExpiresAt) {
-		word = "verification_expired" // a GET changes nothing; the loop will
+		word = "verification_expired" // a GET changes nothing; the task will
 	}
 	return statusOut{reg.ID, word, reg.Mail, reg.ExpiresAt.UTC(), s.resendAvailableAt(ctx, reg), reg.ResendCount}, nil
 }
-
-// settle brings a leased registration to where it should be, whatever has happened
-// to the process that moved it before, and ends the lease. It is the repairer of
-// every crash window, the expiry, and the one who sends queued mails.
-func (s *server) settle(ctx context.Context, c caller, reg registration) error {
-	user, err := s.userOf(ctx, reg)
-	known := err == nil
-	if err != nil && !errors.Is(err, errNotFound) {
-		s.letGo(ctx, reg)
-		return err
-	}
-	if reg.State == pending && known && reg.KeycloakID == "" { // R2
-		if reg, err = s.adopted(ctx, c, reg, user); errors.Is(err, errConflict) {
-			return s.end(ctx, c, reg, cancelled, problemUserExists.slug())
-		} else if err != nil {
-			return err
-		}
-	}
-	if reg.State == pending && known && user.enabled() && !user.verified() { // R4, M1 … M3: the mail window was left open
-		if err := s.closeMailWindow(ctx, reg); err != nil {
-			s.letGo(ctx, reg)
-			return err
-		}
-	}
-	switch {
-	case reg.State == verified:
-		return s.store.release(ctx, reg, time.Time{})
-
-	case reg.State != pending && !known && reg.KeycloakID == "" && s.now().Before(reg.CreatedAt.Add(doubtTime)):
-		return s.store.release(ctx, reg, s.now().Add(time.Minute)) // R2: a lost creation may still arrive
-
-	case reg.State != pending: // E2, C2: Keycloak's user goes, then E3 ours
-		if known && !user.activated() {
-			if err := s.kc.deleteUser(ctx, user.id()); err != nil {
-				s.letGo(ctx, reg)
-				return err
-			}
-		}
-		// Dying here (E2) leaves a users row: the next settle removes it.
-		return s.store.deleteUnverifiedUser(ctx, c, reg, s.now())
-
-	case known && user.verified(): // V3
-		return s.finish(ctx, c, reg, user)
-
-	case !s.now().Before(reg.ExpiresAt): // E1
-		return s.end(ctx, c, reg, expired, "expired")
-
-	case !known && (reg.KeycloakID != "" || reg.WithPassword): // deleted in Keycloak; or R1, and the password is gone
-		return s.end(ctx, c, reg, cancelled, "no_keycloak_user")
-
-	case !known: // R1, no password
-		return s.createAgain(ctx, c, reg)
-
-	case !user.awaitsVerification(): // an administrator of Keycloak has removed what the link is compared with
-		return s.end(ctx, c, reg, cancelled, "no_token")
-
-	case reg.Mail == mailQueued: // R3, R4, M1 … M3
-		_, err := s.sendAgain(ctx, c, reg, user, false)
-		return err
-	}
-	return s.store.release(ctx, reg, reg.ExpiresAt)
-}
-
-// createAgain goes on after R1 for a registration without a password: what the
-// person has typed is all there.
-func (s *server) createAgain(ctx context.Context, c caller, reg registration) error {
-	token, code := newToken(), newCode()
-	reg.UserID, reg.TokenHash, reg.CodeHash = newUserID(), tokenHash(token), codeHash(token, code)
-	var err error
-	reg.KeycloakID, err = s.kc.createUser(ctx, reg, token, code, "") // R2
-	switch {
-	case errors.Is(err, errUnavailable):
-		s.letGo(ctx, reg)
-		return err
-	case err != nil:
-		return s.end(ctx, c, reg, cancelled, "keycloak")
-	}
-	if err = s.store.adopt(ctx, c, reg, s.now()); err == nil { // R3
-		_, err = s.sendFirst(ctx, c, reg, code)
-	}
-	return err
-}
-
-// userOf finds Keycloak's user of a registration, also if we have missed the
-// answer to its creation.
-func (s *server) userOf(ctx context.Context, reg registration) (keycloakUser, error) {
-	if reg.State == verified {
-		return keycloakUser{}, nil
-	}
-	if reg.KeycloakID == "" {
-		return s.kc.userOfRegistration(ctx, reg.ID)
-	}
-	return s.kc.user(ctx, reg.KeycloakID)
-}
-
-// adopted does R3 for a user that was found in Keycloak, with the ids and secrets that
-// Keycloak's user carries.
-func (s *server) adopted(ctx context.Context, c caller, reg registration, user keycloakUser) (registration, error) {
-	reg.KeycloakID, reg.UserID = user.id(), userID(user.attribute(attrUserID))
-	token := cmp.Or(user.attribute(attrToken), newToken()) // V3 has removed it: nobody's
-	reg.TokenHash, reg.CodeHash = tokenHash(token), codeHash(token, user.attribute(attrCode))
-	return reg, s.store.adopt(ctx, c, reg, s.now())
-}
-
-// end expires or cancels a pending registration, in both stores.
-func (s *server) end(ctx context.Context, c caller, reg registration, to state, reason string) error {
-	if err := s.store.endRegistration(ctx, c, reg, to, reason, s.now()); err != nil { // E1
-		return err
-	}
-	// Dying here (E1) leaves a user in Keycloak and a users row: the next settle.
-	return s.settle(ctx, c, withState(reg, to))
-}
-
-// repair settles what is due: expired registrations, queued mails, and whatever a
-// dead process has left. Instances share the work.
-func (s *server) repair(ctx context.Context) error {
-	start := s.now()
-	return eachDue(ctx, s.log, func() (registration, error) {
-		return s.store.takeDue(ctx, gonanoid.Must(), start, s.now())
-	}, func(ctx context.Context, reg registration) error {
-		return s.settle(ctx, system("repair"), reg)
-	})
-}
-
-// defaultUsername is that of who has chosen none.
-func defaultUsername(email string, id userID) string {
-	if plainUsername.MatchString(email) {
-		return email
-	}
-	return string(id)
-}
-
-// plainUsername is an address that Keycloak takes as a username: it refuses some
-// characters that addresses may have (o'neil@…), and more than 100 of them.
-var plainUsername = regexp.MustCompile(`^[A-Za-z0-9._@+-]{3,100}$`)

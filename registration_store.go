@@ -8,58 +8,10 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// state is a registration's status as PostgreSQL spells it.
-type state string
-
-const (
-	pending   state = "pending"
-	verified  state = "verified"
-	expired   state = "expired"
-	cancelled state = "cancelled"
-)
-
-// mailState says whether Keycloak has taken the verification mail.
-type mailState string
-
-const (
-	mailSent   mailState = "sent"
-	mailQueued mailState = "queued" // the repair loop keeps trying
-)
-
-// registration is one person's attempt to open an account. It only moves forward:
-//
-//	pending ─▶ verified
-//	   ├─────▶ expired
-//	   └─────▶ cancelled
-type registration struct {
-	ID           registrationID
-	Email        string // as typed; compared without case
-	Username     string
-	FirstName    string
-	LastName     string
-	Phone        string
-	TokenHash    string
-	CodeHash     string
-	State        state
-	KeycloakID   string // empty until R3, and again after E3
-	UserID       userID // empty until R3
-	ResendCount  int
-	ExpiresAt    time.Time // meaningful only while pending
-	CreatedAt    time.Time
-	Locale       string // of the mails
-	WithPassword bool   // false: the person chooses it on Keycloak's page
-	Mail         mailState
-	MailedAt     time.Time // zero until the first mail went out
-	CodeAttempts int
-	Lease        string `db:"-"` // set while this caller holds it; see takeLease
-}
-
-func (reg registration) key() string { return string(reg.ID) }
-
 const registrationColumns = `registration_id, email, username, coalesce(first_name, ''), coalesce(last_name, ''),
 	coalesce(phone, ''), verification_token, coalesce(verification_code, ''), status, coalesce(keycloak_id, ''),
-	coalesce(user_id, ''), resend_count, expires_at, created_at, locale, with_password, mail_state,
-	coalesce(mailed_at, 'epoch'), code_attempts`
+	coalesce(user_id, ''), resend_count, expires_at, created_at, locale, mail_state, mail_refused_at,
+	source, role, network_id, station_id, coalesce(created_by, '')`
 
 // oneRegistration returns the first registration of a query, or errNotFound.
 func (st *store) oneRegistration(ctx context.Context, where string, args ...any) (registration, error) {
@@ -80,8 +32,8 @@ func (st *store) registrationByToken(ctx context.Context, hash string) (registra
 	return st.oneRegistration(ctx, `where verification_token = $1`, hash)
 }
 
-// registrationByEmail returns the pending registration of an address, else its
-// latest one, else errNotFound.
+// registrationByEmail returns the pending registration of an address, else the latest that
+// was verified, else errNotFound. Those that have ended otherwise have no address any more.
 func (st *store) registrationByEmail(ctx context.Context, email string) (registration, error) {
 	return st.oneRegistration(ctx, `where lower(email) = lower($1)
 		order by status = 'pending' desc, created_at desc limit 1`, email)
@@ -98,191 +50,179 @@ func (st *store) registrationByLogin(ctx context.Context, login string) (registr
 		limit 1`, login)
 }
 
-// takeLease makes the caller the only one who may move the registration, until
-// the deadline, and returns the row as it is then. errLeaseLost: another has it.
-func (st *store) takeLease(ctx context.Context, id registrationID, owner string, now time.Time) (registration, error) {
-	reg, err := one[registration](ctx, st.pool, `
-		update user_registrations set lease_owner = $2, due_at = $4
-		where registration_id = $1 and (lease_owner is null or due_at <= $3)
-		returning `+registrationColumns, id, owner, now, now.Add(leaseTime))
-	if errors.Is(err, errNotFound) {
-		return reg, errLeaseLost
-	}
-	reg.Lease = owner
-	return reg, err
+// openRegistrationOf returns the pending registration of a user, or errNotFound.
+func (st *store) openRegistrationOf(ctx context.Context, id userID) (registration, error) {
+	return st.oneRegistration(ctx, `where user_id = $1 and status = 'pending'`, id)
 }
 
-// holds says whether the caller still has the lease.
-func (st *store) holds(ctx context.Context, reg registration, now time.Time) (held bool, err error) {
-	err = st.pool.QueryRow(ctx, `select coalesce(lease_owner = $2 and due_at > $3, false) from user_registrations where registration_id = $1`,
-		reg.ID, reg.Lease, now).Scan(&held)
-	return held, storeError(err)
-}
-
-// takeDue leases one registration that the repair loop must look at, due before
-// the loop's start, or returns errNotFound. Instances that ask at the same time get
-// different ones.
-func (st *store) takeDue(ctx context.Context, owner string, start, now time.Time) (registration, error) {
-	reg, err := one[registration](ctx, st.pool, `
-		update user_registrations set lease_owner = $1, due_at = $3
-		where registration_id = (select registration_id from user_registrations where due_at <= $2
-			order by due_at limit 1 for update skip locked)
-		returning `+registrationColumns, owner, start, now.Add(leaseTime))
-	reg.Lease = owner
-	return reg, err
-}
-
-// openRegistrations returns the registrations of an address that are not settled:
-// ended ones that still owe Keycloak a deletion, then the pending one.
-func (st *store) openRegistrations(ctx context.Context, email string) ([]registrationID, error) {
-	rows, _ := st.pool.Query(ctx, `
-		select registration_id from user_registrations where lower(email) = lower($1) and due_at is not null
-		order by status = 'pending'`, email)
-	ids, err := pgx.CollectRows(rows, pgx.RowTo[registrationID])
-	return ids, storeError(err)
-}
-
-// release ends the lease and says when the repair loop must look again; the zero
-// time means never, the registration is settled. It does nothing to a lease that
-// has become another's.
-func (st *store) release(ctx context.Context, reg registration, due time.Time) error {
-	_, err := st.pool.Exec(ctx, `
-		update user_registrations set lease_owner = null, due_at = $3
-		where registration_id = $1 and lease_owner = $2`, reg.ID, reg.Lease, nullTime(due))
-	return storeError(err)
-}
-
-// addRegistration inserts a pending registration under the caller's lease and, in
-// the same transaction, cancels the one that it replaces (C1, R1).
+// addRegistration inserts a pending registration, and locks its task for the caller (R1).
 //
-// It returns errConflict when a user has the address or username, errRace when
-// another registration of that address came first, and errLeaseLost when the one
-// to replace is no longer the caller's.
-func (st *store) addRegistration(ctx context.Context, c caller, reg, replaced registration, now time.Time) error {
-	return st.tx(ctx, func(tx pgx.Tx) error {
-		if replaced.ID != "" {
-			if err := moveRegistration(ctx, tx, c, replaced, cancelled, "replaced", now); err != nil {
-				return err
-			}
+// It returns errConflict when an account has the address or username, and errRace when the
+// address has a pending registration.
+func (st *store) addRegistration(ctx context.Context, c caller, reg registration, now time.Time) (t task, err error) {
+	err = st.tx(ctx, func(tx pgx.Tx) error {
+		if _, err := tx.Exec(ctx, `
+			insert into user_registrations (registration_id, email, username, first_name, last_name, phone,
+				verification_token, verification_code, status, expires_at, created_at, ip_address, user_agent,
+				locale, mail_state, source, role, network_id, station_id, created_by)
+			values ($1, $2, $3, $4, $5, $6, $7, $8, 'pending', $9, $10, $11, $12, $13, 'queued', $14, $15, $16, $17, $18)`,
+			reg.ID, reg.Email, reg.Username, nullString(reg.FirstName), nullString(reg.LastName), nullString(reg.Phone),
+			reg.TokenHash, reg.CodeHash, reg.ExpiresAt, now, c.Address, c.UserAgent, reg.Locale,
+			reg.Source, reg.Role, reg.NetworkID, reg.StationID, nullString(reg.CreatedBy)); err != nil {
+			return err // the only unique value that can exist is the address of a pending registration
 		}
-		// An unverified user with this address belongs to a registration of this
-		// address, which is or will be replaced. Anybody else is in the way.
 		var taken bool
 		if err := tx.QueryRow(ctx, `
 			select exists (select from users where deleted_at is null
-				and (lower(email) = lower($1) or lower(username) = lower($2))
-				and (is_verified or source = 'internal' or lower(email) <> lower($1)))`,
+				and (lower(email) = lower($1) or lower(username) in (lower($1), lower($2))))`,
 			reg.Email, reg.Username).Scan(&taken); err != nil {
 			return err
 		}
 		if taken {
 			return errConflict
 		}
-		if _, err := tx.Exec(ctx, `
-			insert into user_registrations (registration_id, email, username, first_name, last_name, phone,
-				verification_token, verification_code, status, expires_at, created_at, ip_address, user_agent,
-				locale, with_password, mail_state, lease_owner, due_at)
-			values ($1, $2, $3, $4, $5, $6, $7, $8, 'pending', $9, $10, $11, $12, $13, $14, 'queued', $15, $16)`,
-			reg.ID, reg.Email, reg.Username, nullString(reg.FirstName), nullString(reg.LastName), nullString(reg.Phone),
-			reg.TokenHash, reg.CodeHash, reg.ExpiresAt, now, c.Address, c.UserAgent,
-			reg.Locale, reg.WithPassword, reg.Lease, now.Add(leaseTime)); err != nil {
-			return err // the only unique value that can exist is the address of a pending registration
+		if t, err = tryLock(ctx, tx, string(reg.ID), lockTime, now); err != nil {
+			return err
 		}
-		return writeAudit(ctx, tx, c, now, entry{Action: "registration.begin", Target: string(reg.ID)})
+		return writeAudit(ctx, tx, c, now, entry{Action: "registration.begin", Target: string(reg.ID), Network: reg.NetworkID,
+			Details: map[string]any{"source": reg.Source, "role": reg.Role}})
 	})
+	return t, err
 }
 
-// adopt records what Keycloak has accepted (R3): the users row, its ids and the
-// hashes of the secrets that its user carries. Repeating it changes nothing.
-// errConflict: a live user has the address or username; errLeaseLost.
-func (st *store) adopt(ctx context.Context, c caller, reg registration, now time.Time) error {
+// attachKeycloakUser records what Keycloak has accepted (R3): the users row, its ids and the
+// hashes of the secrets that its user carries. Until the confirmation the username is the one
+// that Keycloak has. Repeating it changes nothing. It returns errConflict when a live user has
+// the address, and errLocked.
+func (st *store) attachKeycloakUser(ctx context.Context, c caller, t task, reg registration, now time.Time) error {
 	return st.tx(ctx, func(tx pgx.Tx) error {
+		if err := t.held(ctx, tx); err != nil {
+			return err
+		}
 		if _, err := tx.Exec(ctx, `
-			insert into users (user_id, keycloak_id, email, username, first_name, last_name, phone, created_at, updated_at)
-			values ($1, $2, $3, $4, $5, $6, $7, $8, $8) on conflict (user_id) do nothing`,
-			reg.UserID, reg.KeycloakID, reg.Email, reg.Username, nullString(reg.FirstName), nullString(reg.LastName),
-			nullString(reg.Phone), now); err != nil {
+			insert into users (user_id, keycloak_id, email, username, first_name, last_name, phone, source, role,
+				network_id, station_id, created_at, updated_at, created_by)
+			values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $12, $13) on conflict (user_id) do nothing`,
+			reg.UserID, reg.KeycloakID, reg.Email, defaultUsername(reg.Email, reg.UserID), nullString(reg.FirstName),
+			nullString(reg.LastName), nullString(reg.Phone), reg.Source, reg.Role, reg.NetworkID, reg.StationID, now,
+			nullString(reg.CreatedBy)); err != nil {
 			return err
 		}
-		if err := leased(ctx, tx, reg, `
-			update user_registrations set keycloak_id = $3, user_id = $4, verification_token = $5, verification_code = $6
-			where registration_id = $1 and lease_owner = $2 and status = 'pending'`,
-			reg.KeycloakID, reg.UserID, reg.TokenHash, reg.CodeHash); err != nil {
+		if _, err := tx.Exec(ctx, `
+			update user_registrations set keycloak_id = $2, user_id = $3, verification_token = $4, verification_code = $5
+			where registration_id = $1`, reg.ID, reg.KeycloakID, reg.UserID, reg.TokenHash, reg.CodeHash); err != nil {
 			return err
 		}
-		return writeAudit(ctx, tx, c, now, entry{Action: "user.create", Target: string(reg.UserID),
-			Details: map[string]any{"registration_id": reg.ID, "source": "web", "role": "user"}})
+		return writeAudit(ctx, tx, c, now, entry{Action: "user.create", Target: string(reg.UserID), Network: reg.NetworkID,
+			Details: map[string]any{"registration_id": reg.ID, "source": reg.Source, "role": reg.Role,
+				"network_id": reg.NetworkID, "station_id": reg.StationID}})
 	})
 }
 
-// leased makes a change that only the holder of the lease may make: $1 is the
-// registration, $2 the holder. No row means errLeaseLost.
-func leased(ctx context.Context, q querier, reg registration, sql string, args ...any) error {
-	tag, err := q.Exec(ctx, sql, append([]any{reg.ID, reg.Lease}, args...)...)
-	if err == nil && tag.RowsAffected() == 0 {
-		return errLeaseLost
-	}
-	return storeError(err)
+// reinvite makes a pending registration an invitation with this role and scope, and asks for
+// its mail. It returns errLocked.
+func (st *store) reinvite(ctx context.Context, c caller, t task, reg registration, now time.Time) error {
+	return st.tx(ctx, func(tx pgx.Tx) error {
+		if err := t.held(ctx, tx); err != nil {
+			return err
+		}
+		if _, err := tx.Exec(ctx, `
+			update user_registrations set source = 'internal', role = $2, network_id = $3, station_id = $4, created_by = $5,
+				expires_at = $6, mail_state = 'queued', username = $7, first_name = $8, last_name = $9, phone = $10
+			where registration_id = $1`, reg.ID, reg.Role, reg.NetworkID, reg.StationID, reg.CreatedBy, reg.ExpiresAt,
+			reg.Username, nullString(reg.FirstName), nullString(reg.LastName), nullString(reg.Phone)); err != nil {
+			return err
+		}
+		if _, err := tx.Exec(ctx, `
+			update users set source = 'internal', role = $2, network_id = $3, station_id = $4, created_by = $5, updated_at = $6,
+				first_name = $7, last_name = $8, phone = $9
+			where user_id = $1`, reg.UserID, reg.Role, reg.NetworkID, reg.StationID, reg.CreatedBy, now,
+			nullString(reg.FirstName), nullString(reg.LastName), nullString(reg.Phone)); err != nil {
+			return err
+		}
+		return writeAudit(ctx, tx, c, now, entry{Action: "user.invite", Target: string(reg.UserID), Network: reg.NetworkID,
+			Details: map[string]any{"registration_id": reg.ID, "role": reg.Role, "network_id": reg.NetworkID, "station_id": reg.StationID}})
+	})
 }
 
-// moveRegistration is every step forward out of pending but verification: the
-// state and its audit entry, in the caller's transaction. From here on the repair
-// loop owes Keycloak a deletion (E2, C2). It returns errLeaseLost.
-func moveRegistration(ctx context.Context, tx pgx.Tx, c caller, reg registration, to state, reason string, now time.Time) error {
-	if err := leased(ctx, tx, reg, `
-		update user_registrations set status = $3, mail_state = 'sent'
-		where registration_id = $1 and lease_owner = $2 and status = 'pending'`, to); err != nil {
+// endRegistration expires or cancels a pending registration (E1). Its personal data go, and
+// with them the users row, which nobody has signed in to. From here on its task owes Keycloak
+// the deletion of its user (E2). It returns errLocked.
+func (st *store) endRegistration(ctx context.Context, c caller, t task, reg registration, to state, reason string, now time.Time) error {
+	return st.tx(ctx, func(tx pgx.Tx) error {
+		if err := t.held(ctx, tx); err != nil {
+			return err
+		}
+		if _, err := tx.Exec(ctx, `
+			update user_registrations set status = $2, ended_at = $3, user_id = null, mail_state = 'sent', email = '', username = '',
+				first_name = null, last_name = null, phone = null, ip_address = null, user_agent = null
+			where registration_id = $1`, reg.ID, to, now); err != nil {
+			return err
+		}
+		tag, err := tx.Exec(ctx, `delete from users where user_id = $1`, reg.UserID)
+		if err != nil {
+			return err
+		}
+		if tag.RowsAffected() == 1 { // else it never came as far as R3
+			if err := writeAudit(ctx, tx, c, now, entry{Action: "user.remove", Target: string(reg.UserID), Network: reg.NetworkID,
+				Details: map[string]any{"registration_id": reg.ID}}); err != nil {
+				return err
+			}
+		}
+		return writeAudit(ctx, tx, c, now, entry{Action: "registration." + string(to), Target: string(reg.ID), Reason: reason,
+			Network: reg.NetworkID, Details: map[string]any{"user_id": reg.UserID}})
+	})
+}
+
+// detachKeycloakUser records that Keycloak has nothing of an ended registration any more (E3).
+func (st *store) detachKeycloakUser(ctx context.Context, t task, id registrationID) error {
+	return st.tx(ctx, func(tx pgx.Tx) error {
+		if err := t.held(ctx, tx); err != nil {
+			return err
+		}
+		_, err := tx.Exec(ctx, `update user_registrations set keycloak_id = null where registration_id = $1`, id)
 		return err
-	}
-	return writeAudit(ctx, tx, c, now, entry{Action: "registration." + string(to), Target: string(reg.ID), Reason: reason,
-		Details: map[string]any{"user_id": reg.UserID}})
-}
-
-// endRegistration expires or cancels a leased pending registration (E1, C1).
-func (st *store) endRegistration(ctx context.Context, c caller, reg registration, to state, reason string, now time.Time) error {
-	return st.tx(ctx, func(tx pgx.Tx) error { return moveRegistration(ctx, tx, c, reg, to, reason, now) })
-}
-
-// deleteUnverifiedUser removes the users row of an ended registration, after Keycloak has
-// deleted its user (E3). Nothing is owed any more.
-func (st *store) deleteUnverifiedUser(ctx context.Context, c caller, reg registration, now time.Time) error {
-	return st.tx(ctx, func(tx pgx.Tx) error {
-		if err := leased(ctx, tx, reg, `
-			update user_registrations set keycloak_id = null, user_id = null, lease_owner = null, due_at = null
-			where registration_id = $1 and lease_owner = $2 and status in ('expired', 'cancelled')`); err != nil {
-			return err
-		}
-		tag, err := tx.Exec(ctx, `delete from users where user_id = $1 and not is_verified`, reg.UserID)
-		if err != nil || tag.RowsAffected() == 0 {
-			return err // no row: the registration never came as far as R3
-		}
-		return writeAudit(ctx, tx, c, now, entry{Action: "user.remove", Target: string(reg.UserID),
-			Details: map[string]any{"registration_id": reg.ID}})
 	})
 }
 
-// rekeyCode replaces the code's hash, or returns errLeaseLost.
-func (st *store) rekeyCode(ctx context.Context, reg registration, codeHash string) error {
-	return leased(ctx, st.pool, reg, `
-		update user_registrations set verification_code = $3
-		where registration_id = $1 and lease_owner = $2 and status = 'pending'`, codeHash)
+// prepareVerified keeps what the confirmation brings along and Keycloak will not have: the
+// phone number, and the code under a key that outlives V3. It returns errLocked.
+func (st *store) prepareVerified(ctx context.Context, t task, reg registration) error {
+	return st.tx(ctx, func(tx pgx.Tx) error {
+		if err := t.held(ctx, tx); err != nil {
+			return err
+		}
+		_, err := tx.Exec(ctx, `update user_registrations set verification_code = $2, phone = $3 where registration_id = $1`,
+			reg.ID, reg.CodeHash, nullString(reg.Phone))
+		return err
+	})
 }
 
-// conclude makes the registration verified and its user an account (V4). It
-// returns errLeaseLost.
-func (st *store) conclude(ctx context.Context, c caller, reg registration, now time.Time) error {
+// markVerified makes the registration verified and its user an account, with what Keycloak has
+// of it now (V4). The task is done. It returns errLocked, and errConflict when a live user has
+// the username.
+func (st *store) markVerified(ctx context.Context, c caller, t task, reg registration, now time.Time) error {
 	return st.tx(ctx, func(tx pgx.Tx) error {
-		if err := leased(ctx, tx, reg, `
-			update user_registrations set status = 'verified', verified_at = $3, mail_state = 'sent',
-				lease_owner = null, due_at = null
-			where registration_id = $1 and lease_owner = $2 and status = 'pending'`, now); err != nil {
+		if err := t.held(ctx, tx); err != nil {
 			return err
 		}
-		if _, err := tx.Exec(ctx, `update users set is_verified = true, updated_at = $2 where user_id = $1`, reg.UserID, now); err != nil {
+		if _, err := tx.Exec(ctx, `
+			update user_registrations set status = 'verified', verified_at = $2, mail_state = 'sent', username = $3,
+				first_name = $4, last_name = $5 where registration_id = $1`,
+			reg.ID, now, reg.Username, nullString(reg.FirstName), nullString(reg.LastName)); err != nil {
 			return err
 		}
-		return writeAudit(ctx, tx, c, now, entry{Action: "registration.verified", Target: string(reg.ID),
-			Details: map[string]any{"user_id": reg.UserID}})
+		if _, err := tx.Exec(ctx, `
+			update users set is_verified = true, updated_at = $2, username = $3, first_name = $4, last_name = $5, phone = $6
+			where user_id = $1`, reg.UserID, now, reg.Username, nullString(reg.FirstName), nullString(reg.LastName),
+			nullString(reg.Phone)); err != nil {
+			return err
+		}
+		if err := writeAudit(ctx, tx, c, now, entry{Action: "registration.verified", Target: string(reg.ID), Network: reg.NetworkID,
+			Details: map[string]any{"user_id": reg.UserID}}); err != nil {
+			return err
+		}
+		return finish(ctx, tx, t, never)
 	})
 }
 
@@ -302,50 +242,108 @@ type mailClaim struct {
 	ExpiresAt time.Time // of the registration, from this mail on
 }
 
-// claimMail takes one mail out of the budgets of the address, before it is sent:
-// at most one in a cooldown, at most mailsPerDay a day. It returns a limited error
-// with the time to wait, and has then changed nothing; or errLeaseLost.
-func (st *store) claimMail(ctx context.Context, c caller, reg registration, m mailClaim, cooldown time.Duration, now time.Time) error {
+// claimMail takes one mail out of the limits of the address, before it is sent: at most one in
+// a cooldown, at most mailsPerDay a day. It returns a limit's problem with the time to wait,
+// and has then changed nothing; or errLocked.
+func (st *store) claimMail(ctx context.Context, c caller, t task, reg registration, m mailClaim, cooldown time.Duration, now time.Time) error {
 	return st.tx(ctx, func(tx pgx.Tx) error {
 		for _, l := range mailLimits(reg.Email, cooldown) {
 			if err := hit(ctx, tx, l, now); err != nil {
 				return err
 			}
 		}
+		if err := t.held(ctx, tx); err != nil {
+			return err
+		}
 		resend := 0
 		if m.Resend {
 			resend = 1
 		}
-		if err := leased(ctx, tx, reg, `
-			update user_registrations set mail_state = 'queued', verification_code = $3, code_attempts = 0, expires_at = $4,
-				resend_count = resend_count + $5
-			where registration_id = $1 and lease_owner = $2 and status = 'pending'`,
-			m.CodeHash, m.ExpiresAt, resend); err != nil || !m.Resend {
+		if _, err := tx.Exec(ctx, `
+			update user_registrations set mail_state = 'queued', verification_code = $2, expires_at = $3, resend_count = resend_count + $4
+			where registration_id = $1`, reg.ID, m.CodeHash, m.ExpiresAt, resend); err != nil || !m.Resend {
 			return err
 		}
-		return writeAudit(ctx, tx, c, now, entry{Action: "registration.resend", Target: string(reg.ID)})
+		return writeAudit(ctx, tx, c, now, entry{Action: "registration.resend", Target: string(reg.ID), Network: reg.NetworkID})
 	})
 }
 
-// mailHandedOver records that Keycloak has taken the mail (R5) and ends the lease.
-func (st *store) mailHandedOver(ctx context.Context, c caller, reg registration, due, now time.Time) error {
-	return st.tx(ctx, func(tx pgx.Tx) error {
-		tag, err := tx.Exec(ctx, `
-			update user_registrations set mail_state = 'sent', mailed_at = $3, lease_owner = null, due_at = $4
-			where registration_id = $1 and lease_owner = $2 and status = 'pending'`, reg.ID, reg.Lease, now, due)
-		if err != nil || tag.RowsAffected() == 0 {
-			return err // no row: too slow, another concludes; the mail is out all the same
-		}
-		return writeAudit(ctx, tx, c, now, entry{Action: "registration.mail", Target: string(reg.ID)})
-	})
-}
-
-// refundMail gives a claim back for a mail that was certainly not sent.
-func (st *store) refundMail(ctx context.Context, email string, cooldown time.Duration) error {
-	keys := []string{}
-	for _, l := range mailLimits(email, cooldown) {
-		keys = append(keys, l.Key)
+// requestResend asks the queue for another mail to an address, if it has a registration that
+// may get one now.
+func (st *store) requestResend(ctx context.Context, c caller, email string, cfg config, now time.Time) error {
+	if err := st.peek(ctx, mailsADay(email), now); errors.As(err, new(problem)) {
+		return nil
+	} else if err != nil {
+		return err
 	}
-	_, err := st.pool.Exec(ctx, `update rate_limits set hits = hits - 1 where key = any($1) and hits > 0`, keys)
+	return st.tx(ctx, func(tx pgx.Tx) error {
+		var id, network string
+		err := tx.QueryRow(ctx, `
+			update user_registrations set mail_state = 'queued', resend_count = resend_count + 1,
+				expires_at = $2 + case source when 'internal' then $3::interval else $4::interval end
+			where lower(email) = lower($1) and status = 'pending' and expires_at > $2 and mail_state <> 'queued'
+				and resend_count + 1 < $5 and coalesce(mailed_at, 'epoch') <= $6
+			returning registration_id, network_id`, email, now, cfg.InvitationTTL, cfg.VerificationTTL, cfg.ResendLimit,
+			now.Add(-cfg.ResendCooldown)).Scan(&id, &network)
+		if errors.Is(err, pgx.ErrNoRows) {
+			return nil
+		} else if err != nil {
+			return err
+		}
+		if err := enqueue(ctx, tx, now, id); err != nil {
+			return err
+		}
+		return writeAudit(ctx, tx, c, now, entry{Action: "registration.resend", Target: id, Network: network})
+	})
+}
+
+// mailHandedOver records that Keycloak has taken the mail (R5). The code in it may be guessed
+// as often as any. The task is due when the registration expires.
+func (st *store) mailHandedOver(ctx context.Context, c caller, t task, reg registration, due, now time.Time) error {
+	return st.tx(ctx, func(tx pgx.Tx) error {
+		err := t.held(ctx, tx)
+		if errors.Is(err, errLocked) {
+			return nil // too slow, another goes on; the mail is out all the same
+		} else if err != nil {
+			return err
+		}
+		if _, err := tx.Exec(ctx, `
+			update user_registrations set mail_state = 'sent', mailed_at = $2, mail_refused_at = null, code_attempts = 0
+			where registration_id = $1`, reg.ID, now); err != nil {
+			return err
+		}
+		if err := finish(ctx, tx, t, due); err != nil {
+			return err
+		}
+		return writeAudit(ctx, tx, c, now, entry{Action: "registration.mail", Target: string(reg.ID), Network: reg.NetworkID})
+	})
+}
+
+// mailRefused records that Keycloak's mail server has refused a mail, and gives its claim back.
+// It reports whether the mail is given up: refused for refusalTime, while others went out.
+func (st *store) mailRefused(ctx context.Context, c caller, reg registration, cooldown time.Duration, now time.Time) (givenUp bool, err error) {
+	err = st.tx(ctx, func(tx pgx.Tx) error {
+		if err := refund(ctx, tx, mailLimits(reg.Email, cooldown)...); err != nil {
+			return err
+		}
+		if err := tx.QueryRow(ctx, `
+			update user_registrations r set mail_refused_at = coalesce(mail_refused_at, $2),
+				mail_state = case when mail_refused_at <= $3
+					and exists (select from user_registrations o where o.mailed_at > r.mail_refused_at) then 'failed' else 'queued' end
+			where registration_id = $1 and status = 'pending'
+			returning mail_state = 'failed'`, reg.ID, now, now.Add(-refusalTime)).Scan(&givenUp); err != nil || !givenUp {
+			return err
+		}
+		return writeAudit(ctx, tx, c, now, entry{Action: "registration.mail", Target: string(reg.ID), Outcome: "failed",
+			Reason: "refused", Network: reg.NetworkID})
+	})
+	return givenUp, err
+}
+
+// purgeRegistrations deletes what has ended 30 days ago and is not in Keycloak any more.
+func (st *store) purgeRegistrations(ctx context.Context, endedBefore time.Time) error {
+	_, err := st.pool.Exec(ctx, `delete from user_registrations where registration_id = any(array(
+		select registration_id from user_registrations where ended_at < $1 and keycloak_id is null
+		order by ended_at limit 1000 for update skip locked))`, endedBefore)
 	return storeError(err)
 }

@@ -2,13 +2,14 @@
 -- Keycloak owns identity and passwords. No password, token or code is stored
 -- here: only hashes, and answers sealed with what is not stored.
 --
--- The file is applied as a whole, in one transaction, whenever its hash differs
--- from the one in schema_version; every statement may therefore be repeated.
+-- The file is applied as a whole, in one transaction, when its version is greater than the
+-- one in schema_version: schemaVersion in store.go. An older instance beside a newer one
+-- therefore changes nothing. Every statement may be repeated.
 
--- One row: the SHA-256 of the schema that this database has.
+-- One row: the version of the schema that this database has.
 create table if not exists schema_version (
     only_row   boolean primary key default true check (only_row),
-    sha256     varchar(64) not null,
+    version    integer not null,
     applied_at timestamptz not null
 );
 
@@ -36,13 +37,6 @@ create table if not exists users (
     updated_at    timestamptz not null default now(),
     created_by    varchar(32),                         -- user id of an administrator; null = themselves
     updated_by    varchar(32),
-    -- beyond the given columns:
-    locale         varchar(20) not null default '',    -- of the invitation, BCP 47
-    due_at         timestamptz,                        -- when the loop must bring Keycloak's user to where this row is; null = it is
-    invitation_due boolean not null default false,     -- the invitation has not been mailed
-    enable_due     boolean not null default false,     -- restored: Keycloak's user must be enabled
-    names_due      boolean not null default false,     -- the names were changed here: Keycloak must get them
-    lease_owner    varchar(32),                        -- who is doing that now, until due_at
     constraint valid_role check (role in ('user', 'admin', 'partner', 'operator')),
     constraint valid_source check (source in ('web', 'internal')),
     constraint check_deleted check (
@@ -63,7 +57,6 @@ create index if not exists users_in_station on users (station_id, role, source, 
 create index if not exists users_by_text on users using gin
     (lower(email || ' ' || username || ' ' || coalesce(first_name, '') || ' ' || coalesce(last_name, '')) gin_trgm_ops);
 alter index users_by_text set (gin_pending_list_limit = 64); -- kB of what is not sorted in yet: each search reads all of it
-create index if not exists users_due on users (due_at) where due_at is not null;
 
 -- One person's attempt to open an account. It only moves forward:
 -- pending → verified | expired | cancelled.
@@ -87,23 +80,28 @@ create table if not exists user_registrations (
     user_agent         text,
     -- beyond the given columns:
     locale             varchar(20) not null default '',    -- language of the mails, BCP 47
-    with_password      boolean not null default true,      -- false: chosen on Keycloak's page after verification
     mail_state         varchar(10) not null default 'queued',
-    mailed_at          timestamptz,                        -- when the last mail was handed over
-    code_attempts      integer not null default 0,         -- wrong or right, counted before the comparison
-    due_at             timestamptz,                        -- when the repair loop must look at it; null = settled for good
-    lease_owner        varchar(32),                        -- who is moving it now, until due_at
+    mailed_at          timestamptz,                        -- when Keycloak took the last mail
+    mail_refused_at    timestamptz,                        -- since when Keycloak's mail server refuses it; null = it does not
+    code_attempts      integer not null default 0,         -- wrong codes since the last mail, counted before the comparison
+    ended_at           timestamptz,                        -- expired or cancelled: personal data are gone
+    source             varchar(20) not null default 'web', -- internal: an invitation
+    role               varchar(50) not null default 'user',
+    network_id         varchar(32) not null default '',
+    station_id         varchar(32) not null default '',
+    created_by         varchar(32),                        -- who has invited
     constraint valid_registration_status check (status in ('pending', 'verified', 'expired', 'cancelled')),
-    constraint valid_mail_state check (mail_state in ('sent', 'queued')),
+    constraint valid_mail_state check (mail_state in ('sent', 'queued', 'failed')),
     constraint fk_user_id foreign key (user_id) references users (user_id)
 );
 create unique index if not exists one_pending_registration_per_email
     on user_registrations (lower(email)) where status = 'pending';
 create index if not exists registrations_by_email on user_registrations (lower(email), created_at);
-create index if not exists registrations_due on user_registrations (due_at) where due_at is not null;
+create index if not exists registrations_by_mail on user_registrations (mailed_at) where mailed_at is not null;
+create index if not exists registrations_ended on user_registrations (ended_at) where ended_at is not null;
 create index if not exists registrations_by_user on user_registrations (user_id) where user_id is not null;
 
--- A sign-in. Ended sessions stay for the record; ended_reason says why.
+-- A sign-in. Ended sessions stay for 30 days; ended_reason says why.
 create table if not exists sessions (
     session_id          varchar(32) primary key,       -- SES-…
     user_id             varchar(32) not null references users (user_id),
@@ -114,18 +112,17 @@ create table if not exists sessions (
     last_used_at        timestamptz not null,          -- sign-in or latest refresh
     expires_at          timestamptz not null,          -- when Keycloak lets the refresh token die
     ended_at            timestamptz,
-    ended_reason        varchar(40),
-    due_at              timestamptz                    -- when the loop must look: does it live in Keycloak, or must it end there; null = settled
+    ended_reason        varchar(40)
 );
 create index if not exists sessions_of_user on sessions (user_id, (ended_at is null), created_at, session_id); -- live ones apart
-create index if not exists sessions_due on sessions (due_at) where due_at is not null;
+create index if not exists sessions_by_keycloak on sessions (keycloak_session_id);
+create index if not exists sessions_by_end on sessions (expires_at);
 
 -- The refresh tokens of live sessions, used ones too: whoever shows one that was
 -- used before its grace time ended is given the same answer, later it is theft.
 create table if not exists refresh_tokens (
     token_hash   varchar(64) primary key,              -- SHA-256 of the token, hex
     session_id   varchar(32) not null references sessions (session_id),
-    leased_until timestamptz,                          -- somebody is exchanging it now
     used_at      timestamptz,                          -- null = not yet
     answer       bytea                                 -- of the exchange, sealed with a key made of the token; null some time after the grace time
 );
@@ -230,15 +227,24 @@ create table if not exists audit_seals (
 create or replace trigger audit_seals_keep_rows before update or delete or truncate on audit_seals
     for each statement execute function audit_log_is_append_only();
 
--- How far Keycloak's events have been applied: one row.
-create table if not exists sync_place (
-    only_row boolean primary key default true check (only_row),
-    at       bigint not null,                          -- of the latest event of an administrator, milliseconds since 1970
-    user_at  bigint not null,                          -- of the latest event of a user
-    events   text[] not null,                          -- ids of the latest ones
-    left_users text[] not null default '{}',           -- in Keycloak: to be looked at again
-    owner    varchar(32),                              -- who applies them now, until then
-    until    timestamptz not null
+-- Work that one instance at a time must do, now, later or again: see queue.go.
+create table if not exists tasks (
+    task_id      text primary key,                     -- what it is about: REG-…, SES-…, kc:…, job:…
+    due_at       timestamptz not null,                 -- when it must be done
+    attempts     integer not null default 0,           -- that have failed since it was last done
+    revision     integer not null default 0,           -- grows with each enqueue: work that was asked for meanwhile
+    locked_by    varchar(32),                          -- who does it now
+    locked_until timestamptz,                          -- when that lock ends by itself
+    last_error   varchar(100) not null default ''      -- a word for the operator
+);
+create index if not exists tasks_by_due on tasks (coalesce(locked_until, due_at)); -- a lock that has ended by itself is due
+
+-- How far Keycloak's events have been read. One row.
+create table if not exists sync_cursor (
+    only_row   boolean primary key default true check (only_row),
+    admin_at   bigint not null,                        -- time of the latest admin event, milliseconds since 1970
+    user_at    bigint not null,                        -- time of the latest user event
+    event_ids  text[] not null                         -- of the latest ones, which are read again
 );
 
 -- Full passes over all users, and their reports.
@@ -246,14 +252,14 @@ create table if not exists sync_runs (
     sync_id     varchar(32) primary key,               -- SYN-…
     dry_run     boolean not null,
     status      varchar(10) not null,
+    started_by  varchar(100) not null,                 -- the audit log's actor
     started_at  timestamptz not null,
-    seen_at     timestamptz not null,                  -- the latest progress; a run that shows none was killed
     ended_at    timestamptz,
     checked     integer not null default 0,
     total       integer not null default 0,
     differences jsonb not null default '{}',
     detail      text not null default '',
-    constraint valid_sync_status check (status in ('running', 'done', 'stopped', 'failed'))
+    constraint valid_sync_status check (status in ('running', 'done', 'aborted', 'failed'))
 );
 create index if not exists sync_runs_by_time on sync_runs (started_at);
 create unique index if not exists one_running_sync on sync_runs (status) where status = 'running';
@@ -274,7 +280,7 @@ do $$ begin
     if exists (select from pg_roles where rolname = 'auth_service') then
         grant select on schema_version to auth_service;
         grant select, insert, update, delete on users, user_registrations, sessions, refresh_tokens, revocations,
-            rate_limits, audit_floods, sync_place, sync_runs to auth_service;
+            tasks, rate_limits, audit_floods, sync_cursor, sync_runs to auth_service;
         grant select, insert on audit_seals to auth_service;
         grant select, insert (audit_id, at, actor, action, target, outcome, reason, network_id, ip_address, user_agent,
             request_id, details) on audit_log to auth_service; -- not number: nothing gets in front of what is sealed

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"net/http"
+	"slices"
 	"time"
 
 	"golang.org/x/oauth2"
@@ -12,18 +13,21 @@ import (
 
 // How a refresh token is exchanged.
 const (
-	rotationTime  = 6 * time.Second  // the most that an exchange may take, Keycloak's part included
-	rotationLease = 10 * time.Second // longer: a holder who is slower has given up before another begins
-	rotationWait  = 5 * time.Second  // for another request's exchange of the same token
-	sessionCheck  = 30 * time.Minute // between two looks at whether Keycloak still has an idle session
+	rotationTime = 6 * time.Second  // the most that an exchange may take, Keycloak's part included
+	rotationLock = 10 * time.Second // longer: a holder who is slower has given up before another begins
 )
 
-// due is when the loop must look at a live session again.
-func (s session) due(now time.Time) time.Time {
-	if next := now.Add(sessionCheck); next.Before(s.ExpiresAt) {
-		return next
-	}
-	return s.ExpiresAt
+// session is a sign-in, see schema.sql.
+type session struct {
+	ID         sessionID
+	KeycloakID string // claim sid
+	UserID     userID
+	Address    string // of the sign-in
+	UserAgent  string
+	CreatedAt  time.Time
+	LastUsedAt time.Time
+	ExpiresAt  time.Time // when Keycloak lets the refresh token die
+	Ended      bool
 }
 
 // tokenResponse is a token response (RFC 6749 §5.1) with what the service adds to it.
@@ -72,12 +76,12 @@ type refreshOut struct {
 
 func (out refreshOut) cookie() *http.Cookie { return out.setCookie }
 
-// refresh exchanges a refresh token for the next one: F1 our lease of the token, F2
-// Keycloak's tokens, F3 our record of them. Whoever shows the old one within the grace
+// refresh exchanges a refresh token for the next one: F1 our lock of the token, F2
+// Keycloak's tokens, F3 our row of them. Whoever shows the old one within the grace
 // time gets the same answer, so that two tabs or a lost answer end no session; later
 // it is theft (RFC 9700 §4.14.2).
 func (s *server) refresh(ctx context.Context, c caller, in refreshIn) (refreshOut, error) {
-	ctx, cancel := detached(ctx, rotationTime+rotationWait)
+	ctx, cancel := detached(ctx, lockWait+rotationTime)
 	defer cancel()
 	answer, err := s.exchange(ctx, c, in.RefreshToken)
 	out := refreshOut{tokenResponse: answer}
@@ -90,69 +94,74 @@ func (s *server) refresh(ctx context.Context, c caller, in refreshIn) (refreshOu
 
 // exchange returns the answer to a refresh token, however many ask for it at once.
 func (s *server) exchange(ctx context.Context, c caller, token string) (tokenResponse, error) {
-	for timeout, pause := time.Now().Add(rotationWait), 10*time.Millisecond; ; pause = min(2*pause, 500*time.Millisecond) {
-		t, err := s.store.takeRefreshToken(ctx, tokenHash(token), s.now()) // F1
-		used := t.UsedAt.Unix() > 0
-		switch {
-		case errors.Is(err, errNotFound), err == nil && t.Ended:
-			return tokenResponse{}, problemInvalidRefreshToken
-		case err != nil:
-			return tokenResponse{}, err
-		case t.Leased:
-			answer, err := s.rotate(ctx, c, t.session, t.Of, token)
-			if !errors.Is(err, errLeaseLost) {
-				return answer, err
-			} // the session has just ended, or we were too slow: look again
-		case used && s.now().Before(t.UsedAt.Add(s.cfg.RefreshGrace)):
-			var answer tokenResponse
-			plain, err := openSealed(token, t.Answer)
-			if err == nil {
-				err = json.Unmarshal(plain, &answer)
-			}
-			return answer, err
-		case used:
-			n, err := s.signOut(ctx, c, t.UserID, t.ID, entry{Action: "session.end", Reason: problemTokenReused.slug()})
-			s.metrics.reuse.Add(float64(n))
-			if err != nil {
-				return tokenResponse{}, err
-			}
-			return tokenResponse{}, problemTokenReused.withTarget(string(t.UserID))
-		case time.Now().After(timeout):
-			return tokenResponse{}, errBusy
-		default: // somebody else exchanges it
-			select {
-			case <-ctx.Done():
-			case <-time.After(pause):
-			}
-		}
+	known, err := s.store.refreshToken(ctx, tokenHash(token))
+	if err != nil || known.Ended || known.used() {
+		return s.answerOf(ctx, c, known, token, err)
 	}
+	t, err := s.store.lock(ctx, "token:"+tokenHash(token), rotationLock, s.now) // F1
+	if err != nil {
+		return tokenResponse{}, err
+	}
+	known, err = s.store.refreshToken(ctx, tokenHash(token)) // another may have exchanged it meanwhile
+	if err != nil || known.Ended || known.used() {
+		s.release(ctx, t, never, nil)
+		return s.answerOf(ctx, c, known, token, err)
+	}
+	answer, err := s.rotate(ctx, c, t, known.session, known.Of, token)
+	if err != nil {
+		s.release(ctx, t, never, nil)
+	}
+	return answer, err
+}
+
+// answerOf is the answer to a refresh token that can't be exchanged (any more).
+func (s *server) answerOf(ctx context.Context, c caller, known refreshToken, token string, err error) (tokenResponse, error) {
+	switch {
+	case errors.Is(err, errNotFound), err == nil && known.Ended:
+		return tokenResponse{}, problemInvalidRefreshToken
+	case err != nil:
+		return tokenResponse{}, err
+	case s.now().Before(known.UsedAt.Add(s.cfg.RefreshGrace)):
+		var answer tokenResponse
+		plain, err := openSealed(token, known.Answer)
+		if err == nil {
+			err = json.Unmarshal(plain, &answer)
+		}
+		return answer, err
+	}
+	n, err := s.signOut(ctx, c, known.Of, known.ID, entry{Action: "session.end", Reason: problemTokenReused.slug()})
+	s.metrics.reuse.Add(float64(n))
+	if err != nil {
+		return tokenResponse{}, err
+	}
+	return tokenResponse{}, problemTokenReused.withTarget(string(known.UserID))
 }
 
 // rotate asks Keycloak for the next tokens and keeps its answer for the grace time,
 // sealed by a key that only the holder of the old token can make. Dying after F2 loses
-// an answer of Keycloak: the client's next try gets another when the lease has ended, as
-// refreshTokenMaxReuse 1 allows once. Tokens that do not say what is true of u here, since
-// somebody has changed that in Keycloak, are replaced at once; dying then ends the session.
-func (s *server) rotate(ctx context.Context, c caller, session session, u user, token string) (tokenResponse, error) {
+// an answer of Keycloak: the client's next try gets another when the lock has ended, as
+// refreshTokenMaxReuse 1 allows once. Tokens that do not say what is true of u in PostgreSQL,
+// since somebody has changed that in Keycloak, are replaced at once; dying then ends the session.
+func (s *server) rotate(ctx context.Context, c caller, t task, session session, u user, token string) (tokenResponse, error) {
 	ctx, cancel := context.WithTimeout(ctx, rotationTime)
 	defer cancel()
 	next, err := s.kc.refresh(ctx, token) // F2
 	if err == nil {
 		if claims, _ := readClaims(next.AccessToken); !claims.match(u) {
-			if err = s.reconcile(ctx, c, u.KeycloakID); err == nil || errors.Is(err, errConflict) {
+			if err = s.doNow(ctx, kcTask(u.KeycloakID)); err == nil || errors.Is(err, errConflict) {
 				next, err = s.kc.refresh(ctx, next.RefreshToken)
 			}
 		}
 	}
 	switch {
 	case errors.Is(err, errInvalidGrant): // ended by idleness, its maximum or an administrator
-		s.log.InfoContext(ctx, "a session has ended in Keycloak", "session", session.ID, "error", err)
-		if _, err := s.signOut(ctx, c, session.UserID, session.ID, entry{Action: "session.end", Reason: "keycloak"}); err != nil {
+		s.log.InfoContext(ctx, "session: ended in Keycloak", "session", session.ID, "error", err)
+		if _, err := s.signOut(ctx, c, u, session.ID, entry{Action: "session.end", Reason: "keycloak"}); err != nil {
 			return tokenResponse{}, err
 		}
 		return tokenResponse{}, problemInvalidRefreshToken.withTarget(string(session.UserID))
 	case err != nil:
-		return tokenResponse{}, errors.Join(err, s.store.releaseRefreshToken(context.WithoutCancel(ctx), tokenHash(token)))
+		return tokenResponse{}, err
 	}
 	answer := newTokenResponse(next, session.ID)
 	plain, err := json.Marshal(answer)
@@ -160,80 +169,75 @@ func (s *server) rotate(ctx context.Context, c caller, session session, u user, 
 		return tokenResponse{}, err
 	}
 	session.ExpiresAt = s.now().Add(time.Duration(answer.RefreshExpiresIn) * time.Second)
-	return answer, s.store.rotate(ctx, session, tokenHash(token), tokenHash(answer.RefreshToken), seal(token, plain), s.now()) // F3
+	err = s.store.rotate(ctx, t, session, tokenHash(token), tokenHash(answer.RefreshToken), seal(token, plain), s.now()) // F3
+	if errors.Is(err, errNotFound) {                                                                                     // the session has just ended
+		err = problemInvalidRefreshToken
+	}
+	return answer, err
 }
 
 // signOut ends one session of a user, or all (id ""), and says how many: S1 ours, S2
-// Keycloak's. While Keycloak is away the end stands, and the loop owes Keycloak its
-// part.
-func (s *server) signOut(ctx context.Context, c caller, user userID, id sessionID, e entry) (int, error) {
-	ended, err := s.store.endSessions(ctx, c, user, id, e, s.now()) // S1
+// Keycloak's. While Keycloak is away the end stands, and the task ends it there later.
+func (s *server) signOut(ctx context.Context, c caller, u user, id sessionID, e entry) (int, error) {
+	ended, err := s.store.endSessions(ctx, c, u.ID, id, e, s.now()) // S1
 	if err != nil {
-		return 0, err // perhaps it was committed and only the answer is lost: then the loop does S2
+		return 0, err // perhaps it was committed and only the answer is lost: then the task does S2
 	}
-	// Dying here (S1) leaves sessions in Keycloak: checkSessions ends them.
-	s.settleSessions(ctx, ended)
+	// Dying here (S1) leaves sessions in Keycloak: their tasks end them.
+	s.endInKeycloak(ctx, u.KeycloakID, id, ended)
 	return len(ended), nil
 }
 
-// settleSessions does what is owed to Keycloak for ended sessions, or leaves it to the loop.
-func (s *server) settleSessions(ctx context.Context, ended []session) {
+// endInKeycloak ends one session in Keycloak, or all of a user (id ""), in one call (S2).
+func (s *server) endInKeycloak(ctx context.Context, keycloakID string, id sessionID, ended []session) {
+	var tasks []string
 	for _, session := range ended {
-		if err := s.settleSession(ctx, session); err != nil {
-			s.log.WarnContext(ctx, "a session will end in Keycloak later", "session", session.ID, "error", err)
-		}
+		tasks = append(tasks, string(session.ID))
 	}
-}
-
-// settleSession does what is owed to Keycloak for an ended session (S2).
-func (s *server) settleSession(ctx context.Context, session session) error {
-	if err := s.kc.endSession(ctx, session.KeycloakID); err != nil {
-		return err
+	var err error
+	switch {
+	case id == "":
+		err = s.kc.logOut(ctx, keycloakID)
+	case len(ended) > 0:
+		err = s.kc.endSession(ctx, ended[0].KeycloakID)
 	}
-	return s.store.sessionDue(ctx, session.ID, time.Time{})
-}
-
-// checkSessions keeps our sessions true: those that Keycloak has ended end here, and
-// those that have ended here end in Keycloak.
-func (s *server) checkSessions(ctx context.Context) error {
-	start := s.now()
-	return eachDue(ctx, s.log, func() (session, error) {
-		return s.store.takeDueSession(ctx, start, s.now().Add(retryTime))
-	}, s.checkSession)
-}
-
-func (s *server) checkSession(ctx context.Context, session session) error {
-	if session.Ended {
-		return s.settleSession(ctx, session)
+	if err == nil && len(tasks) > 0 {
+		err = s.store.dequeue(ctx, tasks...)
 	}
-	reason := "expired"
-	if s.now().Before(session.ExpiresAt) {
-		u, err := s.store.user(ctx, session.UserID)
-		if err != nil {
-			return err
-		}
-		lives, err := s.kc.hasSession(ctx, u.KeycloakID, session.KeycloakID)
-		if err != nil {
-			return err
-		}
-		if lives {
-			return s.store.sessionDue(ctx, session.ID, session.due(s.now()))
-		}
-		reason = "keycloak"
-	}
-	_, err := s.store.endSessions(ctx, system("sessions"), session.UserID, session.ID, entry{Action: "session.end", Reason: reason}, s.now())
 	if err != nil {
-		return err
+		s.log.WarnContext(ctx, "session: end in Keycloak failed, will retry", "keycloak_id", keycloakID, "error", err)
 	}
-	return s.store.sessionDue(ctx, session.ID, time.Time{}) // what has ended in Keycloak need not end there
+}
+
+// checkSession makes both stores agree on a session: one that has ended in PostgreSQL ends in
+// Keycloak (S2), and the other way round.
+func (s *server) checkSession(ctx context.Context, t task) (time.Time, error) {
+	session, err := s.store.session(ctx, sessionID(t.ID))
+	if errors.Is(err, errNotFound) {
+		return never, nil
+	} else if err != nil {
+		return never, err
+	}
+	if session.Ended {
+		return never, s.kc.endSession(ctx, session.KeycloakID)
+	}
+	u, err := s.store.user(ctx, session.UserID)
+	if err != nil {
+		return never, err
+	}
+	live, err := s.kc.sessions(ctx, u.KeycloakID)
+	if err == nil && !slices.Contains(live, session.KeycloakID) {
+		_, err = s.store.endSessions(ctx, system("sessions"), session.UserID, session.ID, entry{Action: "session.end", Reason: "keycloak"}, s.now())
+	}
+	return never, err
 }
 
 type noContent struct{ setCookie *http.Cookie }
 
 func (out noContent) cookie() *http.Cookie { return out.setCookie }
 
-// logout ends the session of a refresh token, here and in Keycloak. An unknown token
-// is one whose session has ended.
+// logout ends the session of a refresh token, in both stores. An unknown token is one whose
+// session has ended.
 func (s *server) logout(ctx context.Context, c caller, in refreshIn) (noContent, error) {
 	ctx, cancel := detached(ctx, rotationTime)
 	defer cancel()
@@ -241,14 +245,14 @@ func (s *server) logout(ctx context.Context, c caller, in refreshIn) (noContent,
 	if in.fromCookie() {
 		out.setCookie = refreshCookie("", -1)
 	}
-	session, err := s.store.sessionOf(ctx, tokenHash(in.RefreshToken))
+	known, err := s.store.refreshToken(ctx, tokenHash(in.RefreshToken))
 	if errors.Is(err, errNotFound) {
 		return out, nil
 	} else if err != nil {
 		return out, err
 	}
-	c.Actor = string(session.UserID)
-	_, err = s.signOut(ctx, c, session.UserID, session.ID, entry{Action: "logout", Reason: "logout"})
+	c.Actor = string(known.UserID)
+	_, err = s.signOut(ctx, c, known.Of, known.ID, entry{Action: "logout", Reason: "logout"})
 	return out, err
 }
 
@@ -264,17 +268,38 @@ type sessionOut struct {
 
 // ownSessions lists where the caller is signed in.
 func (s *server) ownSessions(ctx context.Context, c caller, in pageIn) (listOut[sessionOut], error) {
-	return s.sessionsOf(ctx, c, c.UserID, in)
+	return s.sessionsOf(ctx, c, user{ID: c.UserID, KeycloakID: c.Subject}, in)
 }
 
-func (s *server) sessionsOf(ctx context.Context, c caller, user userID, in pageIn) (listOut[sessionOut], error) {
+// sessionsOf lists the live sessions of a user. Those that Keycloak has ended are left out, and
+// end in PostgreSQL, too. While Keycloak is away the list is what PostgreSQL knows.
+func (s *server) sessionsOf(ctx context.Context, c caller, u user, in pageIn) (listOut[sessionOut], error) {
 	return pageOf(in, func(before cursor) ([]session, error) {
-		return s.store.sessions(ctx, user, before, in.Limit+1, s.now())
-	},
-		func(session session) (sessionOut, cursor) {
-			return sessionOut{session.ID, session.KeycloakID == c.SessionID, session.Address, session.UserAgent,
-				session.CreatedAt, session.LastUsedAt, session.ExpiresAt}, cursor{session.CreatedAt, string(session.ID)}
+		rows, err := s.store.sessions(ctx, u.ID, before, in.Limit+1, s.now())
+		if err != nil || len(rows) == 0 {
+			return rows, err
+		}
+		live, err := s.kc.sessions(ctx, u.KeycloakID)
+		if err != nil {
+			s.log.WarnContext(ctx, "session: not compared with Keycloak", "user", u.ID, "error", err)
+			return rows, nil
+		}
+		var gone []string
+		rows = slices.DeleteFunc(rows, func(row session) bool {
+			ended := !slices.Contains(live, row.KeycloakID)
+			if ended {
+				gone = append(gone, string(row.ID))
+			}
+			return ended
 		})
+		if len(gone) > 0 {
+			err = s.store.enqueue(ctx, s.now(), gone...)
+		}
+		return rows, err
+	}, func(session session) (sessionOut, cursor) {
+		return sessionOut{session.ID, session.KeycloakID == c.SessionID, session.Address, session.UserAgent,
+			session.CreatedAt, session.LastUsedAt, session.ExpiresAt}, cursor{session.CreatedAt, string(session.ID)}
+	})
 }
 
 type sessionIn struct {
@@ -285,19 +310,19 @@ type sessionIn struct {
 func (s *server) endOwnSession(ctx context.Context, c caller, in sessionIn) (noContent, error) {
 	ctx, cancel := detached(ctx, rotationTime)
 	defer cancel()
-	return noContent{}, s.endSession(ctx, c, c.UserID, in.ID, "own")
+	return noContent{}, s.endSession(ctx, c, user{ID: c.UserID, KeycloakID: c.Subject}, in.ID, "own")
 }
 
 // endOwnSessions signs the caller out everywhere.
 func (s *server) endOwnSessions(ctx context.Context, c caller, _ struct{}) (noContent, error) {
 	ctx, cancel := detached(ctx, rotationTime)
 	defer cancel()
-	return noContent{}, s.endSession(ctx, c, c.UserID, "", "own")
+	return noContent{}, s.endSession(ctx, c, user{ID: c.UserID, KeycloakID: c.Subject}, "", "own")
 }
 
 // endSession ends one session of a user, which must be there, or all (id "").
-func (s *server) endSession(ctx context.Context, c caller, user userID, id sessionID, reason string) error {
-	n, err := s.signOut(ctx, c, user, id, entry{Action: "session.end", Reason: reason})
+func (s *server) endSession(ctx context.Context, c caller, u user, id sessionID, reason string) error {
+	n, err := s.signOut(ctx, c, u, id, entry{Action: "session.end", Reason: reason})
 	if err == nil && n == 0 && id != "" {
 		err = problemNotFound
 	}

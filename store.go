@@ -17,12 +17,14 @@ import (
 //go:embed schema.sql
 var schemaSQL string
 
+// schemaVersion is the version of schema.sql. It grows with each change of that file.
+const schemaVersion = 1
+
 // What a store method may return beside its result.
 var (
 	errNotFound    = errors.New("no such row")
 	errConflict    = errors.New("a unique value exists already")
 	errRace        = errors.New("another registration of that address came first")
-	errLeaseLost   = errors.New("the lease is another's by now")
 	errUnavailable = errors.New("a store is not available") // PostgreSQL or Keycloak: see the wrapped cause
 )
 
@@ -60,15 +62,15 @@ func openStore(ctx context.Context, url secret) (*store, error) {
 
 // migrate brings the schema to this version, once however many instances start
 // at the same time. A schema that is current costs one query and takes no lock,
-// unless it is to be applied again, for a role that has come since.
+// unless it is to be applied again, for a role that has come since. A newer one is left alone.
 func (st *store) migrate(ctx context.Context, again bool) error {
-	want, have := digest(schemaSQL), ""
+	have := 0
 	var pg *pgconn.PgError
-	err := st.pool.QueryRow(ctx, `select sha256 from schema_version`).Scan(&have)
+	err := st.pool.QueryRow(ctx, `select version from schema_version`).Scan(&have)
 	if errors.Is(err, pgx.ErrNoRows) || errors.As(err, &pg) && pg.Code == "42P01" { // undefined_table
 		err = nil
 	}
-	if err == nil && (have != want || again) {
+	if err == nil && (have < schemaVersion || again && have == schemaVersion) {
 		err = pgx.BeginFunc(ctx, st.pool, func(tx pgx.Tx) error {
 			if _, err := tx.Exec(ctx, `select set_config('lock_timeout', '3s', true), set_config('statement_timeout', '0', true),
 				pg_advisory_xact_lock(7203)`); err != nil { // rows may have to be copied
@@ -78,8 +80,8 @@ func (st *store) migrate(ctx context.Context, again bool) error {
 				return err
 			}
 			_, err := tx.Exec(ctx, `
-				insert into schema_version (sha256, applied_at) values ($1, now())
-				on conflict (only_row) do update set sha256 = excluded.sha256, applied_at = excluded.applied_at`, want)
+				insert into schema_version (version, applied_at) values ($1, now())
+				on conflict (only_row) do update set version = excluded.version, applied_at = excluded.applied_at`, schemaVersion)
 			return err
 		})
 	}
@@ -117,7 +119,7 @@ func storeError(err error) error {
 	var pg *pgconn.PgError
 	switch {
 	case err == nil, errors.Is(err, errNotFound), errors.Is(err, errConflict), errors.Is(err, errRace),
-		errors.Is(err, errLeaseLost), errors.Is(err, errUnavailable), errors.As(err, new(problem)):
+		errors.Is(err, errUnavailable), errors.As(err, new(problem)):
 		return err
 	case errors.Is(err, pgx.ErrNoRows):
 		return errNotFound
@@ -185,6 +187,16 @@ func (st *store) peek(ctx context.Context, l rateLimit, now time.Time) error {
 		return err
 	}
 	return l.Problem.retryAfter(resets.Sub(now))
+}
+
+// refund takes hits back.
+func refund(ctx context.Context, q querier, limits ...rateLimit) error {
+	keys := []string{}
+	for _, l := range limits {
+		keys = append(keys, l.Key)
+	}
+	_, err := q.Exec(ctx, `update rate_limits set hits = hits - 1 where key = any($1) and hits > 0`, keys)
+	return storeError(err)
 }
 
 // purgeLimits removes counters whose window is over.

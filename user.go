@@ -1,16 +1,11 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"time"
-
-	"auth-service/templates"
-
-	gonanoid "github.com/matoous/go-nanoid/v2"
 )
 
 // The roles, from the least to the greatest.
@@ -41,10 +36,6 @@ const (
 	sourceInternal = "internal" // created by somebody
 )
 
-// invitationTime is how long an invitation's link works. A later one comes with "forgot
-// password".
-const invitationTime = 7 * 24 * time.Hour
-
 // may is the whole rule of role and scope: whether p may do something with u, as u is
 // and as it will be. It returns nil, problemForbidden, or problemUserNotFound for
 // somebody whom p may not see at all.
@@ -56,7 +47,7 @@ func (p principal) may(do action, u user) error {
 	manages := admin || partner && (u.Role == roleUser || u.Role == roleOperator)
 	switch {
 	case do == actCreate && !manages:
-		return problemForbidden // there is nobody yet who could be unseen
+		return problemForbidden // no user exists yet, so 403 reveals nothing
 	case !self && !admin && !partner && !operator:
 		return problemUserNotFound
 	case do == actRead, do == actEdit && self, do == actSessions && self:
@@ -65,7 +56,7 @@ func (p principal) may(do action, u user) error {
 		return problemForbidden.withDetail("Nobody changes their own role or scope, or deletes themselves.")
 	case !manages:
 		return problemForbidden
-	case u.RegistrationOpen: // its registration's flow has it in hand
+	case u.RegistrationOpen && do != actDelete: // its registration alone may change it
 		return problemAccountNotVerified.withDetail("The e-mail address of this account is not confirmed yet.")
 	}
 	return nil
@@ -114,50 +105,6 @@ func (s *server) target(ctx context.Context, c caller, id userID, do action) (us
 	return u, nil
 }
 
-type createUserIn struct {
-	profile
-	Role      string `json:"role,omitempty" enum:"user,admin,partner,operator" example:"operator" description:"Default: user."`
-	NetworkID string `json:"network_id,omitempty" maxLength:"32" pattern:"^([A-WYZa-z0-9_.-]|[A-Za-z0-9_.-]{2,})?$" mismatch:"must be letters, digits, and _ . - only; X alone stands for none" example:"NET-1"`
-	StationID string `json:"station_id,omitempty" maxLength:"32" pattern:"^([A-WYZa-z0-9_.-]|[A-Za-z0-9_.-]{2,})?$" mismatch:"must be letters, digits, and _ . - only; X alone stands for none" example:"STA-7"`
-}
-
-type createUserOut struct {
-	user
-	Invitation mailState `json:"invitation_email" enum:"sent,queued" description:"queued: the mail could not be handed over now, the service keeps trying."`
-}
-
-func (out createUserOut) location() string { return "/api/v1/users/" + string(out.ID) }
-
-// createUser makes an account for somebody: I1 our row, I2 Keycloak's user, I3 its id,
-// I4 the invitation. The person chooses the password by the invitation's link, which
-// also proves the address; before that nobody can sign in.
-func (s *server) createUser(ctx context.Context, c caller, in createUserIn) (createUserOut, error) {
-	ctx, cancel := detached(ctx, flowTime)
-	defer cancel()
-	if err := ownUsername(in.profile); err != nil {
-		return createUserOut{}, err
-	}
-	u := user{ID: newUserID(), Email: in.Email, Username: in.Username, FirstName: in.FirstName, LastName: in.LastName, Phone: in.Phone,
-		Role: cmp.Or(in.Role, roleUser), NetworkID: in.NetworkID, StationID: in.StationID, Source: sourceInternal, IsActive: true, CreatedAt: s.now(), UpdatedAt: s.now()}
-	u.Username = cmp.Or(u.Username, defaultUsername(u.Email, u.ID))
-	if err := c.may(actCreate, u); err != nil {
-		return createUserOut{}, err
-	}
-	if err := s.store.addUser(ctx, c, u, templates.Language(c.Language, in.Locale)); err != nil { // I1
-		return createUserOut{}, registerError(err)
-	}
-	// Dying from here on (I1 … I4) leaves a row that is due: settleUser.
-	out, err := s.settleUser(ctx, c, u.ID)
-	if errors.Is(err, errConflict) || errors.As(err, new(rejected)) {
-		return createUserOut{}, registerError(err)
-	} else if err != nil {
-		s.log.WarnContext(ctx, "an invitation is queued", "user", u.ID, "error", err)
-		u.KeycloakID = out.KeycloakID
-		return createUserOut{u, mailQueued}, nil
-	}
-	return createUserOut{out, mailSent}, nil
-}
-
 type patchUserIn struct {
 	userIn
 	FirstName *string `json:"first_name,omitempty" maxLength:"100" pattern:"^[^<>&\"$%!#?§;*~/\\\\|^=\\[\\]{}()]*$" example:"Grace"`
@@ -169,165 +116,173 @@ type patchUserIn struct {
 	StationID *string `json:"station_id,omitempty" maxLength:"32" pattern:"^([A-WYZa-z0-9_.-]|[A-Za-z0-9_.-]{2,})?$" mismatch:"must be letters, digits, and _ . - only; X alone stands for none" example:"STA-7" description:"Empty: none."`
 }
 
-// patchUser changes what it is given: U1 our row, with the revocation of tokens that say
-// something else, U2 Keycloak's attributes, U3 settled.
-func (s *server) patchUser(ctx context.Context, c caller, in patchUserIn) (user, error) {
-	return s.changeUser(ctx, c, in.ID, "user.update", func(u user) (user, error) {
-		before := u
-		if err := c.may(actEdit, u); err != nil {
-			return u, err
+// apply returns u as the request wants it, if the caller may change that.
+func (in patchUserIn) apply(c caller, u user) (user, error) {
+	before := u
+	if err := c.may(actEdit, u); err != nil {
+		return u, err
+	}
+	for _, change := range []struct {
+		field *string
+		value *string
+	}{{&u.FirstName, in.FirstName}, {&u.LastName, in.LastName}, {&u.Phone, in.Phone}, {&u.Photo, in.Photo},
+		{&u.Role, in.Role}, {&u.NetworkID, in.NetworkID}, {&u.StationID, in.StationID}} {
+		if change.value != nil {
+			*change.field = *change.value
 		}
-		for _, change := range []struct {
-			field *string
-			value *string
-		}{{&u.FirstName, in.FirstName}, {&u.LastName, in.LastName}, {&u.Phone, in.Phone}, {&u.Photo, in.Photo},
-			{&u.Role, in.Role}, {&u.NetworkID, in.NetworkID}, {&u.StationID, in.StationID}} {
-			if change.value != nil {
-				*change.field = *change.value
-			}
-		}
-		if u.Role == before.Role && u.NetworkID == before.NetworkID && u.StationID == before.StationID {
-			return u, nil
-		}
-		if err := c.may(actAssign, before); err != nil {
-			return u, err
-		}
-		if c.may(actAssign, u) != nil { // as it will be: nobody gives away what they don't have
-			return u, problemForbidden
-		}
+	}
+	if u.Role == before.Role && u.NetworkID == before.NetworkID && u.StationID == before.StationID {
 		return u, nil
-	})
+	}
+	if err := c.may(actAssign, before); err != nil {
+		return u, err
+	}
+	if c.may(actAssign, u) != nil { // as it will be: nobody gives away what they don't have
+		return u, problemForbidden
+	}
+	return u, nil
 }
 
-// deleteUser marks a user as deleted and ends its sessions; Keycloak's user is disabled,
-// never removed.
-func (s *server) deleteUser(ctx context.Context, c caller, in userIn) (noContent, error) {
-	_, err := s.changeUser(ctx, c, in.ID, "user.delete", func(u user) (user, error) {
-		if now := s.now(); u.IsActive {
-			u.IsActive, u.DeletedAt = false, &now
+// patchUser changes what it is given: names in Keycloak first, then U1 our row, with the
+// revocation of tokens that say something else, U2 Keycloak's attributes.
+func (s *server) patchUser(ctx context.Context, c caller, in patchUserIn) (user, error) {
+	ctx, cancel := detached(ctx, flowTime)
+	defer cancel()
+	if in.FirstName != nil || in.LastName != nil {
+		before, err := s.target(ctx, c, in.ID, actEdit)
+		if err != nil {
+			return before, err
 		}
-		return u, c.may(actDelete, u)
-	})
+		after, err := in.apply(c, before)
+		if err == nil && (after.FirstName != before.FirstName || after.LastName != before.LastName) {
+			// Dying after this leaves Keycloak with the new names: its event brings them here.
+			err = s.kc.rename(ctx, before.KeycloakID, after.FirstName, after.LastName)
+		}
+		if errors.Is(err, errNotFound) {
+			err = problemUserGone
+		}
+		if err != nil {
+			return before, targeted(registerError(err), before.ID)
+		}
+	}
+	return s.changeUser(ctx, c, in.ID, "user.update", func(u user) (user, error) { return in.apply(c, u) })
+}
+
+// targeted names the user that a refusal is about, for the audit log.
+func targeted(err error, id userID) error {
+	if refused := (problem{}); errors.As(err, &refused) {
+		return refused.withTarget(string(id))
+	}
+	return err
+}
+
+// deleteUser marks a user as deleted and ends its sessions; Keycloak's user is disabled, never
+// removed. Of somebody who has not confirmed yet it cancels the registration.
+func (s *server) deleteUser(ctx context.Context, c caller, in userIn) (noContent, error) {
+	ctx, cancel := detached(ctx, flowTime)
+	defer cancel()
+	u, err := s.target(ctx, c, in.ID, actDelete)
+	if err == nil && u.RegistrationOpen {
+		var reg registration
+		if reg, err = s.store.openRegistrationOf(ctx, u.ID); err == nil {
+			_, err = s.cancelOpen(ctx, c, reg, "deleted")
+		}
+		if errors.Is(err, errNotFound) || errors.Is(err, problemVerificationExpired) { // it has just ended
+			err = nil
+		}
+		return noContent{}, err
+	}
+	if err == nil {
+		_, err = s.changeUser(ctx, c, u.ID, "user.delete", func(u user) (user, error) {
+			if now := s.now(); u.IsActive {
+				u.IsActive, u.DeletedAt = false, &now
+			}
+			return u, c.may(actDelete, u)
+		})
+	}
 	return noContent{}, err
 }
 
-// restoreUser undoes deleteUser. The person signs in anew; one whom Keycloak has lost
-// can't, and is invited anew instead.
+// restoreUser undoes deleteUser, in Keycloak first. The person signs in anew; one whom
+// Keycloak has lost can't, and is invited anew instead.
 func (s *server) restoreUser(ctx context.Context, c caller, in userIn) (user, error) {
+	ctx, cancel := detached(ctx, flowTime)
+	defer cancel()
 	u, err := s.target(ctx, c, in.ID, actDelete)
-	if err != nil {
+	if err != nil || u.IsActive {
 		return u, err
 	}
-	if _, err := s.kc.user(ctx, u.KeycloakID); errors.Is(err, errNotFound) && u.KeycloakID != "" { // else its creation is due
-		return u, problemUserGone.withTarget(string(u.ID))
+	taken, err := s.store.taken(ctx, u)
+	if err == nil && taken {
+		err = errConflict
 	}
-	return s.changeUser(ctx, c, in.ID, "user.restore", func(u user) (user, error) {
+	if err == nil {
+		err = s.kc.setEnabled(ctx, u.KeycloakID, true)
+	}
+	switch {
+	case errors.Is(err, errNotFound):
+		return u, problemUserGone.withTarget(string(u.ID))
+	case err != nil:
+		return u, targeted(registerError(err), u.ID)
+	}
+	// Dying here leaves the user enabled in Keycloak and deleted in PostgreSQL: sync disables it.
+	u, err = s.changeUser(ctx, c, u.ID, "user.restore", func(u user) (user, error) {
 		u.IsActive, u.DeletedAt = true, nil
 		return u, c.may(actDelete, u)
 	})
+	if err != nil {
+		err = errors.Join(err, s.store.enqueue(ctx, s.now(), kcTask(u.KeycloakID)))
+	}
+	return u, err
 }
 
-// changeUser changes a user in both stores. While Keycloak is away the change stands
-// here, where it counts, and settleUser owes Keycloak its part.
+// changeUser changes a user: U1 our row, with everything that follows from it, U2 Keycloak's.
+// While Keycloak is away the change stands in PostgreSQL, where it counts, and the task brings
+// it to Keycloak.
 func (s *server) changeUser(ctx context.Context, c caller, id userID, action string, change func(user) (user, error)) (user, error) {
-	ctx, cancel := detached(ctx, flowTime)
-	defer cancel()
 	if id == "me" {
 		id = c.UserID
 	}
-	var refused problem
-	u, ended, err := s.store.changeUser(ctx, c, id, action, change, s.now()) // U1
+	u, effect, err := s.store.changeUser(ctx, c, id, action, change, s.now()) // U1
 	switch {
 	case errors.Is(err, errNotFound):
 		return u, problemUserNotFound.withTarget(string(id))
-	case errors.Is(err, errConflict): // restored, and another has the address or username by now
-		return u, problemUserExists.withTarget(string(id))
-	case errors.As(err, &refused):
-		return u, refused.withTarget(string(id))
 	case err != nil:
-		return u, err
+		return u, targeted(registerError(err), id)
 	}
-	// Dying here (U1) leaves Keycloak with the former role: the row is due.
-	s.settleSessions(ctx, ended)
-	settled, err := s.settleUser(ctx, c, id)
+	// Dying here (U1) leaves Keycloak with the former role: the task pushes ours.
+	if !u.IsActive {
+		s.endInKeycloak(ctx, u.KeycloakID, "", effect.ended)
+	}
+	if effect.push {
+		s.pushNow(ctx, u)
+	}
+	return u, nil
+}
+
+// pushDelay is when the task of a change is due: the request tries first.
+const pushDelay = 10 * time.Second
+
+// kcTask is the task that reconciles the user with an id in Keycloak.
+func kcTask(keycloakID string) string { return "kc:" + keycloakID }
+
+// pushNow brings a change to Keycloak (U2), unless another does so or Keycloak is away: then
+// the task does it.
+func (s *server) pushNow(ctx context.Context, u user) {
+	t, err := s.store.lock(ctx, kcTask(u.KeycloakID), lockTime, s.now)
+	if err == nil {
+		var ku keycloakUser
+		if u, err = s.store.user(ctx, u.ID); err == nil { // another may have changed it meanwhile
+			ku, err = s.kc.user(ctx, u.KeycloakID)
+		}
+		if err == nil {
+			err = s.kc.push(ctx, ku, u)
+		}
+		s.release(ctx, t, never, err)
+	}
 	if err != nil {
-		s.log.WarnContext(ctx, "a change will reach Keycloak later", "user", id, "error", err)
-		return u, nil
+		s.log.WarnContext(ctx, "user: push to Keycloak failed, will retry", "user", u.ID, "error", err)
 	}
-	return settled, nil
-}
-
-// settleUser brings Keycloak's user to where ours is, and returns it as it is then. One
-// at a time does that, so that an older state never overtakes a newer one.
-func (s *server) settleUser(ctx context.Context, c caller, id userID) (user, error) {
-	lease := gonanoid.Must()
-	for pause := 10 * time.Millisecond; ; pause = min(2*pause, 500*time.Millisecond) {
-		u, err := s.store.leaseUser(ctx, id, lease, s.now())
-		switch {
-		case err != nil || !u.Due:
-			return u.user, err
-		case u.Lease == lease:
-			return s.settleLeased(ctx, c, u)
-		}
-		select {
-		case <-ctx.Done():
-			return u.user, errBusy
-		case <-time.After(pause):
-		}
-	}
-}
-
-// settleLeased brings Keycloak's user to where ours is, and says that this is all (U3).
-func (s *server) settleLeased(ctx context.Context, c caller, u owedUser) (user, error) {
-	err := s.bringUser(ctx, c, &u)
-	if err != nil {
-		return u.user, errors.Join(err, s.store.releaseUser(ctx, u, s.now().Add(retryTime)), s.store.renewRevocation(ctx, u.ID))
-	}
-	if settled, err := s.store.userSettled(ctx, u); settled || err != nil { // U3
-		return u.user, err
-	}
-	if err := s.store.releaseUser(ctx, u, s.now()); err != nil { // changed meanwhile by another
-		return u.user, err
-	}
-	return s.settleUser(ctx, c, u.ID)
-}
-
-// bringUser does whatever is owed to Keycloak, whatever has happened before: it creates the
-// user (I2, I3) or gives it our role, scope and names (U2), and sends the invitation (I4).
-func (s *server) bringUser(ctx context.Context, c caller, u *owedUser) (err error) {
-	if u.KeycloakID == "" {
-		u.KeycloakID, err = s.kc.createInvited(ctx, u.user, u.Locale) // I2
-		if errors.Is(err, errConflict) || errors.As(err, new(rejected)) {
-			return errors.Join(err, s.store.dropUser(ctx, c, u.user, s.now()))
-		} else if err != nil {
-			return err
-		}
-		if err = s.store.bornUser(ctx, u.user); err != nil { // I3
-			return err
-		}
-	} else if err = s.kc.assign(ctx, u.user, u.Enable, u.Names); errors.Is(err, errNotFound) && !u.IsActive { // U2
-		return nil // nothing is owed to a user that is gone in Keycloak, once sync has deleted it here
-	} else if err != nil {
-		return err
-	}
-	if u.Invitation && u.IsActive {
-		if err = s.kc.sendMail(ctx, u.KeycloakID, u.Locale, invitationTime, invitation); err != nil {
-			return err
-		}
-		return s.store.invited(ctx, c, u.ID, s.now()) // I4
-	}
-	return nil
-}
-
-// settleUsers settles the users whose change has not reached Keycloak.
-func (s *server) settleUsers(ctx context.Context) error {
-	start := s.now()
-	return eachDue(ctx, s.log, func() (owedUser, error) {
-		return s.store.takeDueUser(ctx, gonanoid.Must(), start, s.now())
-	}, func(ctx context.Context, u owedUser) error {
-		_, err := s.settleLeased(ctx, system("users"), u)
-		return err
-	})
 }
 
 // userSessions lists where a user is signed in.
@@ -339,7 +294,7 @@ func (s *server) userSessions(ctx context.Context, c caller, in struct {
 	if err != nil {
 		return listOut[sessionOut]{}, err
 	}
-	return s.sessionsOf(ctx, c, u.ID, in.pageIn)
+	return s.sessionsOf(ctx, c, u, in.pageIn)
 }
 
 // endUserSession signs a user out somewhere.
@@ -362,7 +317,7 @@ func (s *server) endManaged(ctx context.Context, c caller, id userID, session se
 	if err != nil {
 		return noContent{}, err
 	}
-	return noContent{}, s.endSession(ctx, c, u.ID, session, "managed")
+	return noContent{}, s.endSession(ctx, c, u, session, "managed")
 }
 
 // grantAdmin makes a user who has registered an administrator: the first one, or the

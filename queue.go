@@ -1,0 +1,275 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"strings"
+	"time"
+
+	gonanoid "github.com/matoous/go-nanoid/v2"
+)
+
+// The work queue. A task is work on one thing that one worker at a time must do: now, later,
+// again after a failure, every so often, or after a crash. Its id says what it is about:
+//
+//	REG-…      resume a registration
+//	SES-…      end a session in Keycloak
+//	kc:<id>    reconcile the user with that id in Keycloak
+//	job:…      recurring: events, sync, sweep
+//
+// Whoever changes something enqueues the task in the transaction of the change. A worker
+// claims what is due; a request that wants the thing for itself locks its task. A lock ends
+// by itself, so that a worker that was killed holds up nobody for longer than lockTime.
+
+const (
+	lockTime  = 60 * time.Second // a flow must be over by then: see flowTime
+	flowTime  = 40 * time.Second // the most that a flow over both stores may take
+	lockWait  = time.Second      // how long a request waits for another's lock
+	queuePoll = 5 * time.Second  // between two looks of a worker that finds nothing due
+	workers   = 4                // of an instance: one slow task holds up nobody
+)
+
+// errLocked says that another works on the thing, or that the caller's lock has ended.
+var errLocked = fmt.Errorf("%w: another worker has the lock", errUnavailable)
+
+// task is a task that the caller has locked.
+type task struct {
+	ID       string
+	Attempts int // that have failed since it was last done
+	Revision int // of the row when it was locked
+	lockedBy string
+}
+
+// never is the due time of a task that is done.
+var never time.Time
+
+// enqueue asks for work on some things. A task that is there already becomes due at the sooner
+// of both times, and is done once more if it is being done now.
+func enqueue(ctx context.Context, q querier, due time.Time, ids ...string) error {
+	_, err := q.Exec(ctx, `
+		insert into tasks as t (task_id, due_at) select distinct id, $2::timestamptz from unnest($1::text[]) id
+		on conflict (task_id) do update set due_at = least(t.due_at, excluded.due_at), revision = t.revision + 1`, ids, due)
+	return storeError(err)
+}
+
+func (st *store) enqueue(ctx context.Context, due time.Time, ids ...string) error {
+	return enqueue(ctx, st.pool, due, ids...)
+}
+
+// enqueueOnce asks for work unless it has been asked for already.
+func (st *store) enqueueOnce(ctx context.Context, due time.Time, ids ...string) error {
+	_, err := st.pool.Exec(ctx, `insert into tasks (task_id, due_at) select unnest($1::text[]), $2 on conflict do nothing`, ids, due)
+	return storeError(err)
+}
+
+// dequeue removes tasks that were done already, unless somebody is at them.
+func (st *store) dequeue(ctx context.Context, ids ...string) error {
+	_, err := st.pool.Exec(ctx, `delete from tasks where task_id = any($1) and locked_by is null`, ids)
+	return storeError(err)
+}
+
+// tryLock locks the task of a thing for a time, whether it is due or not. errLocked: another
+// has it.
+// If the caller dies, the task is due when the lock ends.
+func tryLock(ctx context.Context, q querier, id string, ttl time.Duration, now time.Time) (task, error) {
+	t := task{ID: id, lockedBy: gonanoid.Must()}
+	err := storeError(q.QueryRow(ctx, `
+		insert into tasks as t (task_id, due_at, locked_by, locked_until) values ($1, $3, $2, $4)
+		on conflict (task_id) do update set locked_by = $2, locked_until = $4
+			where t.locked_until is null or t.locked_until <= $3
+		returning attempts, revision`, id, t.lockedBy, now, now.Add(ttl)).Scan(&t.Attempts, &t.Revision))
+	if errors.Is(err, errNotFound) {
+		err = errLocked
+	}
+	return t, err
+}
+
+// lock is tryLock that waits a moment for another to finish.
+func (st *store) lock(ctx context.Context, id string, ttl time.Duration, now func() time.Time) (task, error) {
+	ctx, cancel := context.WithTimeout(ctx, lockWait)
+	defer cancel()
+	for {
+		t, err := tryLock(ctx, st.pool, id, ttl, now())
+		if !errors.Is(err, errLocked) {
+			return t, err
+		}
+		select {
+		case <-ctx.Done():
+			return t, err
+		case <-time.After(25 * time.Millisecond):
+		}
+	}
+}
+
+// claim locks the task that has been due for the longest time, or returns errNotFound. A lock
+// that has ended by itself makes its task due: its holder has died. Workers that ask at the
+// same time get different ones.
+func (st *store) claim(ctx context.Context, now time.Time) (task, error) {
+	t := task{lockedBy: gonanoid.Must()}
+	err := st.pool.QueryRow(ctx, `
+		update tasks set locked_by = $1, locked_until = $3 where task_id = (
+			select task_id from tasks where coalesce(locked_until, due_at) <= $2
+			order by coalesce(locked_until, due_at) limit 1 for update skip locked)
+		returning task_id, attempts, revision`, t.lockedBy, now, now.Add(lockTime)).Scan(&t.ID, &t.Attempts, &t.Revision)
+	return t, storeError(err)
+}
+
+// held makes sure, in the caller's transaction, that its lock has not become another's, and
+// keeps it so until the transaction ends. It returns errLocked.
+func (t task) held(ctx context.Context, q querier) error {
+	tag, err := q.Exec(ctx, `select from tasks where task_id = $1 and locked_by = $2 for update`, t.ID, t.lockedBy)
+	if err == nil && tag.RowsAffected() == 0 {
+		return errLocked
+	}
+	return storeError(err)
+}
+
+// extend prolongs the lock of a long pass. It returns errLocked.
+func (st *store) extend(ctx context.Context, t task, now time.Time) error {
+	tag, err := st.pool.Exec(ctx, `update tasks set locked_until = $3 where task_id = $1 and locked_by = $2`, t.ID, t.lockedBy, now.Add(lockTime))
+	if err == nil && tag.RowsAffected() == 0 {
+		return errLocked
+	}
+	return storeError(err)
+}
+
+// finish ends the lock of a task that was done: it is due again at next, or never. Work that
+// was enqueued meanwhile stays due. A lock that has become another's is left alone.
+func finish(ctx context.Context, q querier, t task, next time.Time) error {
+	if next.IsZero() {
+		tag, err := q.Exec(ctx, `delete from tasks where task_id = $1 and locked_by = $2 and revision = $3`, t.ID, t.lockedBy, t.Revision)
+		if err != nil || tag.RowsAffected() == 1 {
+			return storeError(err)
+		}
+	}
+	_, err := q.Exec(ctx, `
+		update tasks set locked_by = null, locked_until = null, attempts = 0, last_error = '',
+			due_at = case when revision = $3 then coalesce($4, due_at) else least(due_at, coalesce($4, due_at)) end
+		where task_id = $1 and locked_by = $2`, t.ID, t.lockedBy, t.Revision, nullTime(next))
+	return storeError(err)
+}
+
+func (st *store) finish(ctx context.Context, t task, next time.Time) error {
+	return finish(ctx, st.pool, t, next)
+}
+
+// retry ends the lock of a task that has failed: it is due again after a pause that doubles
+// with each failure, from 10 s to 15 min.
+func (st *store) retry(ctx context.Context, t task, reason string, now time.Time) error {
+	_, err := st.pool.Exec(ctx, `
+		update tasks set locked_by = null, locked_until = null, attempts = attempts + 1, last_error = $3,
+			due_at = case when revision = $4 then $5 else least(due_at, $5) end
+		where task_id = $1 and locked_by = $2`, t.ID, t.lockedBy, reason, t.Revision, now.Add(retryPause(t.Attempts)))
+	return storeError(err)
+}
+
+// retryPause is the pause after the n-th failure, give or take a fifth: what has failed
+// together is not tried again together.
+func retryPause(n int) time.Duration {
+	pause := min(10*time.Second<<min(n, 10), 15*time.Minute)
+	return pause*4/5 + rand.N(pause*2/5)
+}
+
+// unlock ends the lock of a request that has failed. After an outage the task is tried again
+// soon, as something may be half done. A refusal leaves it due as it was.
+func (s *server) unlock(ctx context.Context, t task, err error) {
+	if errors.Is(err, errUnavailable) {
+		s.release(ctx, t, never, err)
+		return
+	}
+	ctx, cancel := detached(ctx, 5*time.Second)
+	defer cancel()
+	if _, err := s.store.pool.Exec(ctx, `update tasks set locked_by = null, locked_until = null where task_id = $1 and locked_by = $2`,
+		t.ID, t.lockedBy); err != nil {
+		s.log.WarnContext(ctx, "task: lock not released, it will end by itself", "task", t.ID, "error", err)
+	}
+}
+
+// release ends the lock of a task by the outcome of its work.
+func (s *server) release(ctx context.Context, t task, next time.Time, err error) {
+	ctx, cancel := detached(ctx, 5*time.Second)
+	defer cancel()
+	var end error
+	if err == nil {
+		end = s.store.finish(ctx, t, next)
+	} else {
+		end = s.store.retry(ctx, t, asProblem(err).slug(), s.now())
+	}
+	if end != nil {
+		s.log.WarnContext(ctx, "task: lock not released, it will end by itself", "task", t.ID, "error", end)
+	}
+}
+
+// kind is the label of a task in metrics: what comes before its id.
+func (t task) kind() string {
+	if name, ok := strings.CutPrefix(t.ID, "job:"); ok {
+		return name
+	}
+	return t.ID[:strings.IndexAny(t.ID, ":-")]
+}
+
+// doNow does the work of a task in the request that needs its outcome, whether it is due or not.
+func (s *server) doNow(ctx context.Context, id string) error {
+	t, err := s.store.lock(ctx, id, lockTime, s.now)
+	if err != nil {
+		return err
+	}
+	next, err := s.handle(ctx, t)
+	s.release(ctx, t, next, err)
+	return err
+}
+
+// work claims tasks that are due and has them handled, one after the other, until ctx ends.
+func (s *server) work(ctx context.Context) {
+	for ctx.Err() == nil {
+		found, err := s.workOnce(ctx)
+		if err != nil && ctx.Err() == nil {
+			s.log.Warn("queue: claim failed, will retry", "error", err)
+		}
+		if found {
+			continue
+		}
+		select {
+		case <-ctx.Done():
+		case <-s.wake: // this instance has enqueued something
+		case <-time.After(min(queuePoll, s.cfg.JobInterval)):
+		}
+	}
+}
+
+// wakeWorker lets a worker look into the queue now.
+func (s *server) wakeWorker() {
+	select {
+	case s.wake <- struct{}{}:
+	default: // one is told already
+	}
+}
+
+// workOnce handles the next task that is due, and says whether there was one.
+func (s *server) workOnce(ctx context.Context) (bool, error) {
+	t, err := s.store.claim(ctx, s.now())
+	if errors.Is(err, errNotFound) {
+		return false, nil
+	} else if err != nil {
+		return false, err
+	}
+	next, err := s.handle(ctx, t)
+	s.metrics.tasks.WithLabelValues(t.kind(), outcome(err)).Inc()
+	if err != nil && ctx.Err() == nil {
+		s.log.WarnContext(ctx, "task: failed, will retry", "task", t.ID, "attempts", t.Attempts+1, "error", err)
+	}
+	s.release(ctx, t, next, err)
+	return true, nil
+}
+
+// oldestTask returns how long the oldest task that is due has waited, for the metric.
+func (st *store) oldestTask(ctx context.Context, now time.Time) (age time.Duration, err error) {
+	var due *time.Time
+	err = st.pool.QueryRow(ctx, `select min(coalesce(locked_until, due_at)) from tasks where coalesce(locked_until, due_at) <= $1`, now).Scan(&due)
+	if due != nil {
+		age = now.Sub(*due)
+	}
+	return age, storeError(err)
+}

@@ -1,0 +1,207 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"strings"
+	"time"
+
+	"github.com/Nerzal/gocloak/v13"
+)
+
+// wrongCodes limits the wrong codes of one client over all addresses.
+func wrongCodes(c caller) rateLimit {
+	return rateLimit{"wrong-code:" + c.network(), 30, time.Hour, problemTooManyAttempts}
+}
+
+type verifyIn struct {
+	Token     string `json:"token,omitempty" maxLength:"100" example:"p3G6d0Qm1yq0cZ2m8Rr5s7TtUuVvWwXx" description:"From the link."`
+	Email     string `json:"email,omitempty" maxLength:"255" format:"email" example:"ada@example.com" description:"With code, instead of token."`
+	Code      string `json:"code,omitempty" pattern:"^[0-9]{6}$" mismatch:"must be six digits" example:"042917"`
+	Password  string `json:"password,omitempty" maxLength:"128" format:"password" example:"correct horse battery" description:"Handed to Keycloak and kept nowhere else. Without it Keycloak mails its own link to choose one."`
+	Username  string `json:"username,omitempty" minLength:"3" maxLength:"100" pattern:"^[^<>&\"'\\s$%!#?§,;:*~/\\\\|^=\\[\\]{}()\\x60]+$" example:"ada" description:"Corrects what was typed at the registration."`
+	FirstName string `json:"first_name,omitempty" maxLength:"100" pattern:"^[^<>&\"$%!#?§;*~/\\\\|^=\\[\\]{}()]*$" example:"Ada"`
+	LastName  string `json:"last_name,omitempty" maxLength:"100" pattern:"^[^<>&\"$%!#?§;*~/\\\\|^=\\[\\]{}()]*$" example:"Lovelace"`
+	Phone     string `json:"phone,omitempty" pattern:"^\\+[1-9][0-9]{6,14}$" mismatch:"is not a valid phone number; write it with the country code, like +4930123456" example:"+4930123456"`
+}
+
+type verifyOut struct {
+	RegistrationID    registrationID `json:"registration_id" example:"REG-V1StGXR8_Z5jdHi6"`
+	UserID            userID         `json:"user_id" example:"USR-V1StGXR8_Z5jdHi6"`
+	Email             string         `json:"email" example:"ada@example.com"`
+	Username          string         `json:"username" example:"ada"`
+	Status            string         `json:"status" enum:"active"`
+	AlreadyVerified   bool           `json:"already_verified"`
+	SetPasswordMailed bool           `json:"set_password_mailed" description:"Keycloak has mailed its own link to choose the password, since none was sent."`
+}
+
+// verify confirms an address by the link's token, or by the address and its code, and makes
+// the registration an account. Both stores must agree. V1 our row, V2 Keycloak's user, V3
+// Keycloak's account with password, username and names in one call, V4 ours. It signs nobody in.
+func (s *server) verify(ctx context.Context, c caller, in verifyIn) (verifyOut, error) {
+	ctx, cancel := detached(ctx, flowTime)
+	defer cancel()
+	if (in.Token == "") == (in.Code == "" || in.Email == "") {
+		return verifyOut{}, invalid(fieldError{"token", "is required, or else email and code"})
+	}
+	reg, err := s.registrationOf(ctx, c, in) // V1
+	if err != nil {
+		return verifyOut{}, err
+	}
+	reg, t, err := s.lockOrExpire(ctx, c, reg)
+	if err != nil {
+		return verifyOut{}, err
+	}
+	switch reg.State {
+	case pending:
+		if reg, err = s.activate(ctx, c, t, reg, in); err != nil { // V2, V3, V4
+			return verifyOut{}, err
+		}
+		out := verifyAnswer(reg, false)
+		out.SetPasswordMailed = in.Password == "" && s.mailPasswordLink(ctx, reg)
+		return out, nil
+	case verified:
+		if in.Token == "" && !sameSecret(reg.CodeHash, codeHash(reg.TokenHash, in.Code)) {
+			return verifyOut{}, problemInvalidCode.withTarget(string(reg.ID))
+		}
+		return verifyAnswer(reg, true), nil
+	case expired:
+		return verifyOut{}, problemVerificationExpired.withTarget(string(reg.ID))
+	}
+	return verifyOut{}, problemVerificationCancelled.withTarget(string(reg.ID))
+}
+
+func verifyAnswer(reg registration, already bool) verifyOut {
+	return verifyOut{reg.ID, reg.UserID, reg.Email, reg.Username, "active", already, false}
+}
+
+// registrationOf finds the registration that the token or the address belongs to. For a
+// code it counts the attempt, also for an address that nobody has registered: the
+// two must look alike from outside.
+func (s *server) registrationOf(ctx context.Context, c caller, in verifyIn) (registration, error) {
+	if in.Token != "" {
+		reg, err := s.store.registrationByToken(ctx, tokenHash(in.Token))
+		if errors.Is(err, errNotFound) {
+			err = problemInvalidToken
+		}
+		return reg, err
+	}
+	if err := s.store.hit(ctx, wrongCodes(c), s.now()); err != nil { // given back if the code is right
+		return registration{}, err
+	}
+	reg, err := s.store.registrationByEmail(ctx, in.Email)
+	if err != nil && !errors.Is(err, errNotFound) {
+		return reg, err
+	}
+	if reg.State != pending && reg.State != verified {
+		key := "code:" + tokenHash(strings.ToLower(in.Email))
+		err := s.store.hit(ctx, rateLimit{key, codeAttempts, 24 * time.Hour, problemTooManyAttempts}, s.now())
+		if errors.As(err, new(problem)) {
+			err = problemTooManyAttempts.retryAfter(s.cfg.ResendCooldown)
+		} else if err == nil {
+			err = problemInvalidCode
+		}
+		return reg, err
+	}
+	allowed, err := s.store.countCodeAttempt(ctx, reg.ID)
+	if err == nil && !allowed {
+		err = problemTooManyAttempts.retryAfter(s.cfg.ResendCooldown).withTarget(string(reg.ID)) // by then a new code may be had
+	}
+	return reg, err
+}
+
+// activate makes a locked registration an account in both stores, and ends the lock.
+func (s *server) activate(ctx context.Context, c caller, t task, reg registration, in verifyIn) (_ registration, err error) {
+	defer func() {
+		if err != nil {
+			s.unlock(ctx, t, err)
+		}
+	}()
+	ku, err := s.provenUser(ctx, c, t, reg, in) // V2
+	if err != nil {
+		return reg, err
+	}
+	if ku.verified() { // V3 has happened: what remains is our conclusion
+		return reg, s.conclude(ctx, c, t, reg, ku)
+	}
+	if err := ownUsername(in.Username, reg.Email); err != nil {
+		return reg, err
+	}
+	reg.Username, reg.Phone = cmp.Or(in.Username, reg.Username), cmp.Or(in.Phone, reg.Phone)
+	reg.FirstName, reg.LastName = cmp.Or(in.FirstName, reg.FirstName), cmp.Or(in.LastName, reg.LastName)
+	// V3 removes the token, and with it the key of the code's hash. The code gets another key
+	// first, or who sends it again could not be told that all is well.
+	reg.CodeHash = codeHash(reg.TokenHash, ku.attribute(attrCode))
+	if err := s.store.prepareVerified(ctx, t, reg); err != nil {
+		return reg, err
+	}
+	if err := s.kc.activate(ctx, ku, reg, in.Password); err != nil { // V3
+		return reg, registerError(err) // refused: nothing has changed in Keycloak
+	}
+	// Dying here (V3) leaves an account in Keycloak that is pending in PostgreSQL: a second
+	// click, a sign-in or the task finds it verified and concludes.
+	if err := s.store.markVerified(ctx, c, t, reg, s.now()); err != nil { // V4
+		return reg, err
+	}
+	if in.Token == "" {
+		err = refund(ctx, s.store.pool, wrongCodes(c))
+	}
+	return reg, err
+}
+
+// provenUser returns Keycloak's user of a locked registration if the token or code is the one
+// that it carries (V2), in both stores.
+func (s *server) provenUser(ctx context.Context, c caller, t task, reg registration, in verifyIn) (keycloakUser, error) {
+	wrongCode := problemInvalidCode.withTarget(string(reg.ID))
+	ku, err := s.kc.user(ctx, reg.KeycloakID)
+	if errors.Is(err, errNotFound) { // not created yet, or deleted by an administrator
+		s.resumeNow(ctx, c, t)
+		if reg, err = s.store.registration(ctx, reg.ID); err == nil && reg.State == pending { // it has another code now
+			err = wrongCode
+		} else if err == nil {
+			err = problemVerificationCancelled.withTarget(string(reg.ID))
+		}
+		return ku, err
+	}
+	token := ku.attribute(attrToken)
+	byTokenHash := sameSecret(reg.CodeHash, codeHash(reg.TokenHash, in.Code))
+	switch {
+	case err != nil:
+	case ku.verified():
+		if in.Token == "" && !byTokenHash {
+			err = wrongCode
+		}
+	case in.Token != "" && !sameSecret(token, in.Token):
+		err = problemInvalidToken.withTarget(string(reg.ID))
+	case in.Token == "" && !(sameSecret(ku.attribute(attrCode), in.Code) &&
+		(sameSecret(reg.CodeHash, codeHash(token, in.Code)) || byTokenHash)):
+		err = wrongCode
+	}
+	return ku, err
+}
+
+// conclude makes a registration verified that Keycloak has verified already (V4), as Keycloak
+// has it. What Keycloak has otherwise is reconciled afterwards.
+func (s *server) conclude(ctx context.Context, c caller, t task, reg registration, ku keycloakUser) error {
+	reg.Username, reg.FirstName, reg.LastName = gocloak.PString(ku.Username), gocloak.PString(ku.FirstName), gocloak.PString(ku.LastName)
+	err := s.store.markVerified(ctx, c, t, reg, s.now())
+	if errors.Is(err, errConflict) { // somebody here has the username: sync says so
+		reg.Username = string(reg.UserID)
+		err = s.store.markVerified(ctx, c, t, reg, s.now())
+	}
+	if err == nil {
+		err = s.store.enqueue(ctx, s.now(), kcTask(reg.KeycloakID))
+	}
+	return err
+}
+
+// mailPasswordLink has Keycloak mail its own link to choose a password. Without it the person
+// asks for one by "forgot password".
+func (s *server) mailPasswordLink(ctx context.Context, reg registration) bool {
+	err := s.kc.sendMail(ctx, reg.KeycloakID, reg.Locale, resetLifespan, choosePassword)
+	if err != nil {
+		s.log.WarnContext(ctx, "registration: link to choose a password not mailed", "registration", reg.ID, "error", err)
+	}
+	return err == nil
+}
