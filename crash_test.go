@@ -105,17 +105,16 @@ func TestCrash(t *testing.T) {
 	// The instance in this process runs no jobs: it answers what is asked besides.
 	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0", "RESEND_COOLDOWN": "1ms"})
 
-	const with, without = password, ""
-	verified := func(w *env, email, password string) link { w.account(email); return link{} }
-	register := func(email, password string, _ link) call { return registering(email, password) }
-	verify := func(_, _ string, l link) call { return verifying(l) }
-	cancel := func(_, _ string, l link) call { return cancelling(l) }
-	resend := func(email, _ string, _ link) call { return resending(email) }
+	verified := func(w *env, email string) link { w.account(email); return link{} }
+	register := func(email string, _ link) call { return registering(email) }
+	verify := func(_ string, l link) call { return verifying(l) }
+	cancel := func(_ string, l link) call { return cancelling(l) }
+	resend := func(email string, _ link) call { return resending(email) }
 
-	session := func(w *env, email, _ string) link { return w.session(email) }
-	refresh := func(_, _ string, l link) call { return refreshing(l.Token) }
-	logout := func(_, _ string, l link) call { return loggingOut(l.Token) }
-	leaving := func(w *env, email, _ string) link { // while Keycloak is away
+	session := func(w *env, email string) link { return w.session(email) }
+	refresh := func(_ string, l link) call { return refreshing(l.Token) }
+	logout := func(_ string, l link) call { return loggingOut(l.Token) }
+	leaving := func(w *env, email string) link { // while Keycloak is away
 		l := w.session(email)
 		w.kc.on("^end_session ", lost)
 		defer w.kc.on("^end_session ", 0)
@@ -124,31 +123,31 @@ func TestCrash(t *testing.T) {
 	}
 
 	admin := w.administrator()
-	manager := func(w *env, _, _ string) link { return link{Key: w.signsIn(admin).text("access_token")} }
-	managed := func(method string, in any) func(string, string, link) call {
-		return func(email, _ string, l link) call {
+	manager := func(w *env, _ string) link { return link{Access: w.signsIn(admin).text("access_token")} }
+	managed := func(method string, in any) func(string, link) call {
+		return func(email string, l link) call {
 			if method == "POST" {
-				return managing(answer{JSON: body{"access_token": l.Key}}, method, "", body{"email": email, "role": "operator", "network_id": "N1"})
+				return managing(answer{JSON: body{"access_token": l.Access}}, method, "", body{"email": email, "role": "operator", "network_id": "N1"})
 			}
-			return managing(answer{JSON: body{"access_token": l.Key}}, method, "/"+l.Code, in)
+			return managing(answer{JSON: body{"access_token": l.Access}}, method, "/"+l.Code, in)
 		}
 	}
 	invite, assign, remove := managed("POST", nil), managed("PATCH", body{"role": "partner", "network_id": "N2"}), managed("DELETE", nil)
-	invited := func(w *env, email, _ string) link {
+	invited := func(w *env, email string) link {
 		admin := w.signsIn(admin)
-		return link{Key: admin.text("access_token"), Code: w.invited(admin, email)}
+		return link{Access: admin.text("access_token"), Code: w.invited(admin, email)}
 	}
-	joined := func(w *env, email, _ string) link {
+	joined := func(w *env, email string) link {
 		admin := w.signsIn(admin)
 		a := w.joined(admin, email)
-		return link{Key: admin.text("access_token"), Code: w.userOf(email), Token: a.text("refresh_token"), URL: a.text("session_id")}
+		return link{Access: admin.text("access_token"), Code: w.userOf(email), Token: a.text("refresh_token"), URL: a.text("session_id")}
 	}
-	undone := func(at string, before func(*env, string, string) link, do func(string, string, link) call) func(*env, string, string) link {
-		return func(w *env, email, password string) link { // while Keycloak is away
-			l := before(w, email, password)
+	undone := func(at string, before func(*env, string) link, do func(string, link) call) func(*env, string) link {
+		return func(w *env, email string) link { // while Keycloak is away
+			l := before(w, email)
 			w.kc.on("^"+at+" ", lost)
 			defer w.kc.on("^"+at+" ", 0)
-			if a := w.do(do(email, password, l)); a.Status/100 != 2 {
+			if a := w.do(do(email, l)); a.Status/100 != 2 {
 				w.Fatal(a)
 			}
 			return l
@@ -156,29 +155,29 @@ func TestCrash(t *testing.T) {
 	}
 
 	// What must have become of it.
-	isInvited := func(mails int) func(*env, string, string, link) {
-		return func(w *env, email, _ string, _ link) {
+	isInvited := func(mails int) func(*env, string, link) {
+		return func(w *env, email string, _ link) {
 			w.agree(w.userOf(email))
 			w.invitations(email, mails)
 		}
 	}
-	isPartner := func(w *env, email, _ string, l link) {
+	isPartner := func(w *env, email string, l link) {
 		w.agree(l.Code)
 		if got := w.value(`select role || network_id from users where user_id = $1`, l.Code); got != "partnerN2" {
 			w.Errorf("it is a %s", got)
 		}
 	}
-	isGone := func(w *env, email, password string, l link) {
+	isGone := func(w *env, email string, l link) {
 		w.agree(l.Code)
 		w.ended("user deleted", answer{JSON: body{"session_id": l.URL, "refresh_token": l.Token}})
 		w.wants(w.do(signingIn(email, password)), 403, "account-disabled")
 	}
-	goesOn := func(w *env, _, _ string, l link) {
+	goesOn := func(w *env, _ string, l link) {
 		a := w.do(refreshing(l.Token)) // the client tries again
 		w.wants(a, 200, "")
 		w.refreshed(a)
 	}
-	isOver := func(w *env, _, _ string, l link) {
+	isOver := func(w *env, _ string, l link) {
 		w.ended("logout", answer{JSON: body{"session_id": l.Code, "refresh_token": l.Token}})
 		w.wants(w.do(loggingOut(l.Token)), 204, "")
 		w.eventually("the loop has done its part", 10*time.Second, func() bool {
@@ -186,7 +185,7 @@ func TestCrash(t *testing.T) {
 			return w.value(`select (due_at is null)::text from sessions where session_id = $1`, l.Code) == "true"
 		})
 	}
-	opens := func(w *env, email, password string, _ link) {
+	opens := func(w *env, email string, _ link) {
 		l := w.lastMail(email)
 		w.wants(w.do(typing(email, l.Code)), 200, "") // the newest mail's
 		w.wants(w.do(verifying(l)), 200, "")
@@ -194,8 +193,8 @@ func TestCrash(t *testing.T) {
 			w.wants(w.do(signingIn(email, password)), 200, "")
 		}
 	}
-	is := func(status string) func(*env, string, string, link) {
-		return func(w *env, email, password string, l link) {
+	is := func(status string) func(*env, string, link) {
+		return func(w *env, email string, l link) {
 			if id, got := w.latest(email); got != status {
 				w.Fatalf("%s is %s, not %s", id, got, status)
 			}
@@ -219,84 +218,83 @@ func TestCrash(t *testing.T) {
 		}
 	}
 	for _, c := range []struct {
-		window   string
-		password string
-		before   func(w *env, email, password string) link
-		do       func(email, password string, l link) call // the process dies in it; nil: in the repair loop
-		at       string                                    // the call to Keycloak at which it dies: before it, or …
-		after    bool                                      // … after it
-		lock     string                                    // or rather when it next wants this table
-		repairs  string                                    // on record, by the loop
-		ends     func(w *env, email, password string, l link)
+		window  string
+		before  func(w *env, email string) link
+		do      func(email string, l link) call // the process dies in it; nil: in the repair loop
+		at      string                          // the call to Keycloak at which it dies: before it, or …
+		after   bool                            // … after it
+		lock    string                          // or rather when it next wants this table
+		repairs string                          // on record, by the loop
+		ends    func(w *env, email string, l link)
 	}{
-		{"R1, password gone", with, nil, register, "create_user", false, "", "registration.cancelled no_keycloak_user", is("cancelled")},
-		{"R1, no password", without, nil, register, "create_user", false, "", "user.create, registration.mail", opens},
-		{"R2", with, nil, register, "create_user", true, "", "user.create, registration.mail", opens},
-		{"R2, no password", without, nil, register, "create_user", true, "", "user.create, registration.mail", opens},
-		{"R3", with, nil, register, "create_user", true, "rate_limits", "registration.mail", opens},
-		{"R4, enabled or not", with, nil, register, "enable_user", false, "", "registration.mail", opens},
-		{"R4, enabled, no mail", with, nil, register, "send_mail", false, "", "registration.mail", opens},
-		{"R4, mailed, enabled", with, nil, register, "disable_user", false, "", "registration.mail", opens},
-		{"R4, mailed, enabled, no password", without, nil, register, "disable_user", false, "", "registration.mail", opens},
-		{"R5", with, nil, register, "disable_user", true, "", "registration.mail", opens},
-		{"R5, at the audit trail", with, nil, register, "disable_user", true, "audit_log", "registration.mail", opens},
-		{"C1, replaced, no password", without, registered, register, "delete_user", false, "", "user.remove, user.create, registration.mail", opens},
-		{"C1, replaced, password gone", with, registered, register, "delete_user", false, "",
+		{"R1, password gone", nil, register, "create_user", false, "", "registration.cancelled no_keycloak_user", is("cancelled")},
+		{"R1, no password", nil, register, "create_user", false, "", "user.create, registration.mail", opens},
+		{"R2", nil, register, "create_user", true, "", "user.create, registration.mail", opens},
+		{"R2, no password", nil, register, "create_user", true, "", "user.create, registration.mail", opens},
+		{"R3", nil, register, "create_user", true, "rate_limits", "registration.mail", opens},
+		{"R4, enabled or not", nil, register, "enable_user", false, "", "registration.mail", opens},
+		{"R4, enabled, no mail", nil, register, "send_mail", false, "", "registration.mail", opens},
+		{"R4, mailed, enabled", nil, register, "disable_user", false, "", "registration.mail", opens},
+		{"R4, mailed, enabled, no password", nil, register, "disable_user", false, "", "registration.mail", opens},
+		{"R5", nil, register, "disable_user", true, "", "registration.mail", opens},
+		{"R5, at the audit trail", nil, register, "disable_user", true, "audit_log", "registration.mail", opens},
+		{"C1, replaced, no password", registered, register, "delete_user", false, "", "user.remove, user.create, registration.mail", opens},
+		{"C1, replaced, password gone", registered, register, "delete_user", false, "",
 			"user.remove, registration.cancelled no_keycloak_user", is("cancelled")},
-		{"C2, replaced, no password", without, registered, register, "delete_user", true, "",
+		{"C2, replaced, no password", registered, register, "delete_user", true, "",
 			"user.remove, user.create, registration.mail", opens},
-		{"C1, cancelled", with, registered, cancel, "delete_user", false, "", "user.remove", is("cancelled")},
-		{"C2, cancelled", with, registered, cancel, "delete_user", true, "", "user.remove", is("cancelled")},
-		{"V2", with, registered, verify, "activate_user", false, "", "", opens},
-		{"V3", with, registered, verify, "activate_user", true, "", "registration.verified", is("verified")},
-		{"V3, at the audit trail", with, registered, verify, "activate_user", true, "audit_log", "registration.verified", is("verified")},
-		{"E1", with, expiring(registered), verify, "delete_user", false, "", "user.remove", is("expired")},
-		{"E2", with, expiring(registered), verify, "delete_user", true, "", "user.remove", is("expired")},
-		{"E1, in the loop", with, expiring(registered), nil, "delete_user", false, "",
+		{"C1, cancelled", registered, cancel, "delete_user", false, "", "user.remove", is("cancelled")},
+		{"C2, cancelled", registered, cancel, "delete_user", true, "", "user.remove", is("cancelled")},
+		{"V2", registered, verify, "activate_user", false, "", "", opens},
+		{"V3", registered, verify, "activate_user", true, "", "registration.verified", is("verified")},
+		{"V3, at the audit trail", registered, verify, "activate_user", true, "audit_log", "registration.verified", is("verified")},
+		{"E1", expiring(registered), verify, "delete_user", false, "", "user.remove", is("expired")},
+		{"E2", expiring(registered), verify, "delete_user", true, "", "user.remove", is("expired")},
+		{"E1, in the loop", expiring(registered), nil, "delete_user", false, "",
 			"registration.expired expired, user.remove", is("expired")},
-		{"M1", with, registered, resend, "set_code", false, "", "registration.mail", opens},
-		{"M2", with, registered, resend, "send_mail", false, "", "registration.mail", opens},
-		{"M3", with, registered, resend, "disable_user", false, "", "registration.mail", opens},
-		{"M3, disabled", with, registered, resend, "disable_user", true, "", "registration.mail", opens},
-		{"L1", with, verified, func(email, password string, _ link) call { return signingIn(email, password) }, "token", true, "", "",
-			func(w *env, email, password string, _ link) { w.wants(w.do(signingIn(email, password)), 200, "") }},
-		{"F1", with, session, refresh, "refresh", false, "", "", goesOn},
-		{"F2", with, session, refresh, "refresh", true, "", "", goesOn},
-		{"S1", with, session, logout, "end_session", false, "", "", isOver},
-		{"S2", with, session, logout, "end_session", true, "", "", isOver},
-		{"S1, in the loop", with, leaving, nil, "end_session", false, "", "", isOver},
-		{"S2, in the loop", with, leaving, nil, "end_session", true, "", "", isOver},
-		{"I1", with, manager, invite, "create_user", false, "", "user.invite", isInvited(1)},
-		{"I1, looked for", with, manager, invite, "create_user", false, "", "user.invite", isInvited(1)},
-		{"I2", with, manager, invite, "create_user", true, "", "user.invite", isInvited(1)},
-		{"I2, at our row", with, manager, invite, "create_user", true, "users", "user.invite", isInvited(1)},
-		{"I3", with, manager, invite, "send_mail", false, "", "user.invite", isInvited(1)},
-		{"I4", with, manager, invite, "send_mail", true, "", "user.invite", isInvited(2)}, // nobody can know that it was sent
-		{"I4, at the audit trail", with, manager, invite, "send_mail", true, "audit_log", "user.invite", isInvited(2)},
-		{"I3, in the loop", with, undone("send_mail", manager, invite), nil, "send_mail", false, "", "user.invite", isInvited(1)},
-		{"I4, in the loop", with, undone("send_mail", manager, invite), nil, "send_mail", true, "", "user.invite", isInvited(2)},
-		{"U1", with, invited, assign, "get_user", false, "", "", isPartner},
-		{"U2", with, invited, assign, "assign_user", false, "", "", isPartner},
-		{"U3", with, invited, assign, "assign_user", true, "", "", isPartner},
-		{"U3, at our row", with, invited, assign, "assign_user", true, "users", "", isPartner},
-		{"U2, in the loop", with, undone("assign_user", invited, assign), nil, "assign_user", false, "", "", isPartner},
-		{"U1, deleted", with, joined, remove, "end_session", false, "", "", isGone},
-		{"U1, deleted, signed out", with, joined, remove, "end_session", true, "", "", isGone},
-		{"U2, deleted", with, joined, remove, "assign_user", false, "", "", isGone},
-		{"U3, deleted", with, joined, remove, "assign_user", true, "", "", isGone},
+		{"M1", registered, resend, "set_code", false, "", "registration.mail", opens},
+		{"M2", registered, resend, "send_mail", false, "", "registration.mail", opens},
+		{"M3", registered, resend, "disable_user", false, "", "registration.mail", opens},
+		{"M3, disabled", registered, resend, "disable_user", true, "", "registration.mail", opens},
+		{"L1", verified, func(email string, _ link) call { return signingIn(email, password) }, "token", true, "", "",
+			func(w *env, email string, _ link) { w.wants(w.do(signingIn(email, password)), 200, "") }},
+		{"F1", session, refresh, "refresh", false, "", "", goesOn},
+		{"F2", session, refresh, "refresh", true, "", "", goesOn},
+		{"S1", session, logout, "end_session", false, "", "", isOver},
+		{"S2", session, logout, "end_session", true, "", "", isOver},
+		{"S1, in the loop", leaving, nil, "end_session", false, "", "", isOver},
+		{"S2, in the loop", leaving, nil, "end_session", true, "", "", isOver},
+		{"I1", manager, invite, "create_user", false, "", "user.invite", isInvited(1)},
+		{"I1, looked for", manager, invite, "create_user", false, "", "user.invite", isInvited(1)},
+		{"I2", manager, invite, "create_user", true, "", "user.invite", isInvited(1)},
+		{"I2, at our row", manager, invite, "create_user", true, "users", "user.invite", isInvited(1)},
+		{"I3", manager, invite, "send_mail", false, "", "user.invite", isInvited(1)},
+		{"I4", manager, invite, "send_mail", true, "", "user.invite", isInvited(2)}, // nobody can know that it was sent
+		{"I4, at the audit trail", manager, invite, "send_mail", true, "audit_log", "user.invite", isInvited(2)},
+		{"I3, in the loop", undone("send_mail", manager, invite), nil, "send_mail", false, "", "user.invite", isInvited(1)},
+		{"I4, in the loop", undone("send_mail", manager, invite), nil, "send_mail", true, "", "user.invite", isInvited(2)},
+		{"U1", invited, assign, "get_user", false, "", "", isPartner},
+		{"U2", invited, assign, "assign_user", false, "", "", isPartner},
+		{"U3", invited, assign, "assign_user", true, "", "", isPartner},
+		{"U3, at our row", invited, assign, "assign_user", true, "users", "", isPartner},
+		{"U2, in the loop", undone("assign_user", invited, assign), nil, "assign_user", false, "", "", isPartner},
+		{"U1, deleted", joined, remove, "end_session", false, "", "", isGone},
+		{"U1, deleted, signed out", joined, remove, "end_session", true, "", "", isGone},
+		{"U2, deleted", joined, remove, "assign_user", false, "", "", isGone},
+		{"U3, deleted", joined, remove, "assign_user", true, "", "", isGone},
 	} {
 		t.Run(c.window, func(t *testing.T) {
 			w := *w
 			w.TB = t
 			email, l := newEmail(), link{}
 			if c.before != nil {
-				l = c.before(&w, email, c.password)
+				l = c.before(&w, email)
 			}
 			w.dieAt(binary, c.at, c.after, c.lock, func() call {
 				if c.do == nil {
 					return call{}
 				}
-				return c.do(email, c.password, l)
+				return c.do(email, l)
 			}())
 			w.leasesEnd()
 			w.straysDie()
@@ -305,7 +303,7 @@ func TestCrash(t *testing.T) {
 			if got := strings.Join(w.repairs(email), ", "); got != c.repairs {
 				t.Errorf("the loop's record is %q, not %q", got, c.repairs)
 			}
-			c.ends(&w, email, c.password, l)
+			c.ends(&w, email, l)
 			w.end(repairer, syscall.SIGTERM)
 		})
 	}
@@ -354,9 +352,9 @@ func (w *env) dieAt(binary, at string, after bool, lock string, r call) {
 }
 
 // expiring lets the time of a registration run out.
-func expiring(before func(*env, string, string) link) func(*env, string, string) link {
-	return func(w *env, email, password string) link {
-		l := before(w, email, password)
+func expiring(before func(*env, string) link) func(*env, string) link {
+	return func(w *env, email string) link {
+		l := before(w, email)
 		w.expire(email)
 		return l
 	}

@@ -1,415 +1,15 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
-	"net"
-	"net/http"
-	"net/http/httputil"
-	"net/url"
 	"regexp"
-	"slices"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 )
-
-// fault is what happens to a call on its way to Keycloak.
-type fault int
-
-const (
-	lost    fault = iota + 1 // it never arrives
-	applied                  // it arrives, and the answer is lost
-)
-
-func (f fault) String() string { return [...]string{"", "lost", "applied"}[f] }
-
-// keycloakProxy is a reverse proxy in front of the real Keycloak. Closed, it refuses
-// connections like a server that is stopped. Patterns are regular expressions for
-// a call's name and request, "send_mail PUT /admin/realms/…": see callName.
-type keycloakProxy struct {
-	mu     sync.Mutex
-	addr   string
-	server *http.Server
-	proxy  *httputil.ReverseProxy
-
-	faults  map[string]fault
-	holds   []*hold
-	calls   []string
-	came    []time.Time   // when, each of the calls
-	blocked chan struct{} // calls wait here; nil: they don't
-}
-
-// hold stops one call, before Keycloak has seen it or after it was done.
-type hold struct {
-	pattern  string
-	after    bool
-	there    chan struct{} // closed when the call is there
-	released chan struct{}
-}
-
-type callKey struct{}
-
-func newKeycloakProxy(target string) (*keycloakProxy, error) {
-	u, err := url.Parse(target)
-	if err != nil {
-		return nil, err
-	}
-	g := &keycloakProxy{addr: "127.0.0.1:0", faults: map[string]fault{}}
-	g.proxy = &httputil.ReverseProxy{
-		Rewrite: func(r *httputil.ProxyRequest) {
-			r.SetURL(u)
-			r.Out.Host = r.In.Host // Keycloak's issuer is the address that it was called at
-		},
-		ModifyResponse: func(resp *http.Response) error {
-			ctx := resp.Request.Context()
-			call := ctx.Value(callKey{}).(string)
-			if !g.wait(ctx, call, true) || g.fault(call) == applied {
-				return errors.New("the answer is lost")
-			}
-			return nil
-		},
-		ErrorHandler: func(http.ResponseWriter, *http.Request, error) { panic(http.ErrAbortHandler) },
-	}
-	return g, g.open()
-}
-
-func (g *keycloakProxy) url() string { return "http://" + g.addr }
-
-func (g *keycloakProxy) open() error {
-	l, err := net.Listen("tcp", g.addr)
-	if err != nil {
-		return err
-	}
-	g.addr = l.Addr().String()
-	g.server = &http.Server{Handler: g}
-	go g.server.Serve(l)
-	return nil
-}
-
-func (g *keycloakProxy) close() error { return g.server.Close() }
-
-// on makes a fault of all calls that match, until it is 0 again.
-func (g *keycloakProxy) on(pattern string, f fault) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	g.faults[pattern] = f
-}
-
-func (g *keycloakProxy) fault(call string) fault {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	for pattern, f := range g.faults {
-		if f != 0 && regexp.MustCompile(pattern).MatchString(call) {
-			return f
-		}
-	}
-	return 0
-}
-
-// count is how often a call was made.
-func (g *keycloakProxy) count(name string) int { return len(g.times(name)) }
-
-// times is when a call was made.
-func (g *keycloakProxy) times(name string) (times []time.Time) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	for i, call := range g.calls {
-		if strings.HasPrefix(call, name+" ") {
-			times = append(times, g.came[i])
-		}
-	}
-	return times
-}
-
-// holdAt stops the next call that matches: before Keycloak sees it, or after it is
-// done and only the answer is missing. There is closed when it has come so far.
-// A call whose client dies meanwhile is dropped.
-func (g *keycloakProxy) holdAt(pattern string, after bool) (there <-chan struct{}, release func()) {
-	h := &hold{pattern, after, make(chan struct{}), make(chan struct{})}
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	g.holds = append(g.holds, h)
-	return h.there, sync.OnceFunc(func() { close(h.released) })
-}
-
-// wait waits at the first hold that matches; false: the client is gone.
-func (g *keycloakProxy) wait(ctx context.Context, call string, after bool) bool {
-	g.mu.Lock()
-	i := slices.IndexFunc(g.holds, func(h *hold) bool {
-		return h.after == after && regexp.MustCompile(h.pattern).MatchString(call)
-	})
-	if i < 0 {
-		g.mu.Unlock()
-		return true
-	}
-	h := g.holds[i]
-	g.holds = slices.Delete(g.holds, i, i+1)
-	g.mu.Unlock()
-	close(h.there)
-	select {
-	case <-h.released:
-		return true
-	case <-ctx.Done():
-		return false
-	}
-}
-
-// block makes all calls wait, until the returned function is called: a server
-// that hangs.
-func (g *keycloakProxy) block() (release func()) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	blocked := make(chan struct{})
-	g.blocked = blocked
-	return func() {
-		g.mu.Lock()
-		defer g.mu.Unlock()
-		g.blocked = nil
-		close(blocked)
-	}
-}
-
-func (g *keycloakProxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	body, err := io.ReadAll(r.Body)
-	if err != nil {
-		panic(http.ErrAbortHandler)
-	}
-	r.Body = io.NopCloser(bytes.NewReader(body))
-	call := callName(r, string(body)) + " " + r.Method + " " + r.URL.Path
-	g.mu.Lock()
-	g.calls, g.came = append(g.calls, call), append(g.came, time.Now())
-	blocked := g.blocked
-	g.mu.Unlock()
-	if blocked != nil {
-		select {
-		case <-blocked:
-		case <-r.Context().Done():
-		}
-	}
-	if !g.wait(r.Context(), call, false) || r.Context().Err() != nil || g.fault(call) == lost {
-		panic(http.ErrAbortHandler)
-	}
-	g.proxy.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), callKey{}, call)))
-}
-
-// callName is what keycloak.go calls a request.
-func callName(r *http.Request, body string) string {
-	has := func(part string) bool { return strings.Contains(body, part) }
-	switch path := r.URL.Path; {
-	case strings.HasSuffix(path, "/token") && has("client_credentials"):
-		return "service_token"
-	case strings.HasSuffix(path, "/token") && has("grant_type=refresh_token"):
-		return "refresh"
-	case strings.HasSuffix(path, "/token") && has("grant_type=authorization_code"):
-		return "code"
-	case strings.HasSuffix(path, "/token"):
-		return "token"
-	case strings.HasSuffix(path, "/certs"):
-		return "signing_keys"
-	case strings.HasSuffix(path, "-email"):
-		return "send_mail"
-	case strings.Contains(path, "/sessions/"):
-		return "end_session"
-	case strings.HasSuffix(path, "/sessions"):
-		return "user_sessions"
-	case strings.HasSuffix(path, "/users/count"):
-		return "count_users"
-	case strings.HasSuffix(path, "events"):
-		return "list_events"
-	case strings.HasSuffix(path, "/users") && r.URL.Query().Has("first"):
-		return "list_users"
-	case strings.HasSuffix(path, "/users"):
-		return map[string]string{"POST": "create_user", "GET": "find_user"}[r.Method]
-	case !strings.Contains(path, "/users/"):
-		return "other"
-	case r.Method != "PUT":
-		return map[string]string{"GET": "get_user", "DELETE": "delete_user"}[r.Method]
-	case has(`"emailVerified":true`) && has(attrRegistrationID):
-		return "activate_user"
-	case has(attrCode):
-		return "set_code"
-	case has(`"attributes"`):
-		return "assign_user"
-	case has(`"enabled":true`):
-		return "enable_user"
-	}
-	return "disable_user"
-}
-
-// postgresProxy is a TCP proxy in front of PostgreSQL.
-type postgresProxy struct {
-	addr, target string
-	mu           sync.Mutex
-	listener     net.Listener
-	conns        []net.Conn
-	hole         *sync.RWMutex // of the connections that are made now: nothing passes while it is locked
-	holes        []*sync.RWMutex
-}
-
-func newPostgresProxy(target string) (*postgresProxy, error) {
-	p := &postgresProxy{addr: "127.0.0.1:0", target: target, hole: new(sync.RWMutex)}
-	return p, p.open()
-}
-
-func (p *postgresProxy) open() error {
-	l, err := net.Listen("tcp", p.addr)
-	if err != nil {
-		return err
-	}
-	p.addr, p.listener = l.Addr().String(), l
-	go func() {
-		for {
-			conn, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go p.carry(conn)
-		}
-	}()
-	return nil
-}
-
-func (p *postgresProxy) carry(conn net.Conn) {
-	server, err := net.Dial("tcp", p.target)
-	if err != nil {
-		conn.Close()
-		return
-	}
-	p.mu.Lock()
-	p.conns = append(p.conns, conn, server)
-	hole := p.hole
-	p.mu.Unlock()
-	go func() { io.Copy(valve{server, hole}, conn); server.Close() }()
-	io.Copy(valve{conn, hole}, server)
-	conn.Close()
-}
-
-// valve is a connection to which nothing passes while the hole is locked.
-type valve struct {
-	net.Conn
-	hole *sync.RWMutex
-}
-
-func (v valve) Write(b []byte) (int, error) {
-	v.hole.RLock()
-	defer v.hole.RUnlock()
-	return v.Conn.Write(b)
-}
-
-// swallow makes the proxy a black hole: connections stand and new ones are accepted, and
-// nothing comes through. When end is called new ones are good; nobody hears of the others
-// again.
-func (p *postgresProxy) swallow() (end func()) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.hole.Lock()
-	p.holes = append(p.holes, p.hole)
-	return func() {
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		p.hole = new(sync.RWMutex)
-	}
-}
-
-// close refuses connections and cuts those that there are.
-func (p *postgresProxy) close() error {
-	err := p.listener.Close()
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	for _, conn := range p.conns {
-		conn.Close()
-	}
-	for _, hole := range p.holes {
-		hole.Unlock()
-	}
-	p.conns, p.holes = nil, nil
-	return err
-}
-
-// What a person does, as a request.
-
-func registering(email, password string) call {
-	return call{method: "POST", path: "/api/v1/register", json: map[string]any{"email": email, "password": password}}
-}
-
-func verifying(l link) call {
-	return call{method: "POST", path: "/api/v1/register/verify", json: map[string]any{"token": l.Token}}
-}
-
-func typing(email, code string) call {
-	return call{method: "POST", path: "/api/v1/register/verify", json: map[string]any{"email": email, "code": code}}
-}
-
-func resending(email string) call {
-	return call{method: "POST", path: "/api/v1/register/resend", json: map[string]any{"email": email}}
-}
-
-func cancelling(l link) call {
-	return call{method: "POST", path: "/api/v1/register/cancel", json: map[string]any{"token": l.Token}}
-}
-
-func signingIn(email, password string) call {
-	return call{method: "POST", path: "/api/v1/auth/login", json: map[string]any{"email": email, "password": password}}
-}
-
-// exec runs SQL past the service.
-func (w *env) exec(sql string, args ...any) {
-	w.Helper()
-	if _, err := w.pool.Exec(w.Context(), sql, args...); err != nil {
-		w.Fatalf("%s: %v", sql, err)
-	}
-}
-
-// expire stands in for waiting until the time to confirm is over.
-func (w *env) expire(email string) {
-	w.Helper()
-	w.exec(`update user_registrations set expires_at = now() where lower(email) = lower($1) and status = 'pending'`, email)
-}
-
-// settle waits until the repair loops have done everything, also the mails. It
-// stands in for waiting until they are due (retryTime), not for a lease's end.
-func (w *env) settle() {
-	w.Helper()
-	var wrong []string
-	for end := time.Now().Add(30 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
-		wrong = w.violations()
-		var queued, busy, owed int
-		if err := w.pool.QueryRow(w.Context(), `select count(*) filter (where status = 'pending' and mail_state = 'queued'),
-			count(*) filter (where lease_owner is not null or due_at <= now()), (select count(due_at) from users) from user_registrations`).Scan(&queued, &busy, &owed); err != nil {
-			w.Fatal(err)
-		}
-		if len(wrong) == 0 && queued == 0 && busy == 0 && owed == 0 {
-			return
-		}
-		wrong = append(wrong, fmt.Sprintf("%d mails are queued, %d registrations due or leased, %d users not settled", queued, busy, owed))
-		if len(wrong) > 1 || queued > 0 || owed > 0 {
-			w.usersDue()
-			w.exec(`update user_registrations set due_at = now() where due_at > now() and lease_owner is null
-				and due_at < now() + interval '1 hour'`)
-			w.exec(`update sessions set due_at = now() where due_at > now() and ended_at is not null`)
-		}
-	}
-	w.Fatalf("not repaired: %s", strings.Join(wrong, "\n"))
-}
-
-// registered registers an address and reads the mail.
-func registered(w *env, email, password string) link {
-	w.Helper()
-	w.wants(w.do(registering(email, password)), 201, "")
-	return w.readMail(email, 1)
-}
-
-// lastMail is what the newest mail to an address says.
-func (w *env) lastMail(email string) link {
-	w.Helper()
-	return w.readMail(email, max(1, len(w.mail.To(email))))
-}
 
 // TestFaults loses every call to Keycloak, or its answer, in every operation. The
 // answer is one that the contract allows, nothing stays half done once the fault
@@ -424,126 +24,125 @@ func TestFaults(t *testing.T) {
 	})
 
 	// Afterwards the person, or the next one with that address, gets in.
-	getsIn := func(w *env, email, password string) {
+	getsIn := func(w *env, email string) {
 		w.wants(w.do(verifying(w.lastMail(email))), 200, "")
 		if password != "" {
 			w.wants(w.do(signingIn(email, password)), 200, "")
 		}
 	}
-	startsAnew := func(w *env, email, password string) {
-		w.wants(w.do(registering(email, password)), 201, "")
+	startsAnew := func(w *env, email string) {
+		w.wants(w.do(registering(email)), 201, "")
 		w.settle()
-		getsIn(w, email, password)
+		getsIn(w, email)
 	}
-	session := func(w *env, email, _ string) link { return w.session(email) }
-	sessions := func(live string) func(w *env, email, password string) { // and the same in Keycloak: settle
-		return func(w *env, email, _ string) {
+	session := func(w *env, email string) link { return w.session(email) }
+	sessions := func(live string) func(w *env, email string) { // and the same in Keycloak: settle
+		return func(w *env, email string) {
 			if got := w.value(`select count(*)::text from sessions join users using (user_id) where email = $1 and ended_at is null`, email); got != live {
 				w.Errorf("%s sessions live, not %s", got, live)
 			}
 		}
 	}
 	admin := w.administrator()
-	manager := func(w *env, _, _ string) link {
+	manager := func(w *env, _ string) link {
 		w.exec(`delete from rate_limits where key = $1`, loginLimit(admin).Key)
-		return link{Key: w.signsIn(admin).text("access_token")}
+		return link{Access: w.signsIn(admin).text("access_token")}
 	}
-	joined := func(w *env, email, password string) link {
-		l := manager(w, "", "")
-		w.joined(answer{JSON: body{"access_token": l.Key}}, email)
+	joined := func(w *env, email string) link {
+		l := manager(w, "")
+		w.joined(answer{JSON: body{"access_token": l.Access}}, email)
 		l.Code = w.userOf(email)
 		return l
 	}
 	managed := func(l link, method, path string, in any) call {
-		return managing(answer{JSON: body{"access_token": l.Key}}, method, path, in)
+		return managing(answer{JSON: body{"access_token": l.Access}}, method, path, in)
 	}
 	for _, op := range []struct {
-		name     string
-		calls    string // to Keycloak
-		password string
-		before   func(w *env, email, password string) link
-		try      func(email, password string, l link) call
-		success  int
-		slug     string // of success, if that is a refusal
-		after    func(w *env, email, password string)
+		name    string
+		calls   string // to Keycloak
+		before  func(w *env, email string) link
+		try     func(email string, l link) call
+		success int
+		slug    string // of success, if that is a refusal
+		after   func(w *env, email string)
 	}{
-		{name: "register", calls: "service_token create_user enable_user send_mail disable_user", password: password,
-			try: func(email, password string, _ link) call { return registering(email, password) }, success: 201, after: getsIn},
+		{name: "register", calls: "service_token create_user enable_user send_mail disable_user",
+			try: func(email string, _ link) call { return registering(email) }, success: 201, after: getsIn},
 		{name: "register without password", calls: "create_user enable_user send_mail disable_user",
-			try: func(email, _ string, _ link) call { return registering(email, "") }, success: 201, after: getsIn},
+			try: func(email string, _ link) call { return registering(email) }, success: 201, after: getsIn},
 		{name: "replace", calls: "service_token get_user delete_user create_user", before: registered,
-			try: func(email, _ string, _ link) call { return registering(email, "") }, success: 201, after: getsIn},
+			try: func(email string, _ link) call { return registering(email) }, success: 201, after: getsIn},
 		{name: "register after a creation without answer", calls: "find_user delete_user create_user",
-			before: func(w *env, email, password string) link {
+			before: func(w *env, email string) link {
 				w.kc.on("create_user", applied)
 				defer w.kc.on("create_user", 0)
-				w.wants(w.do(registering(email, password)), 503, "unavailable")
+				w.wants(w.do(registering(email)), 503, "unavailable")
 				return link{}
 			},
-			try: func(email, _ string, _ link) call { return registering(email, "") }, success: 201, after: getsIn},
-		{name: "verify", calls: "service_token get_user activate_user", password: password, before: registered,
-			try: func(_, _ string, l link) call { return verifying(l) }, success: 200, after: getsIn},
-		{name: "verify by code", calls: "service_token get_user activate_user", password: password, before: registered,
-			try: func(email, _ string, l link) call { return typing(email, l.Code) }, success: 200, after: getsIn},
+			try: func(email string, _ link) call { return registering(email) }, success: 201, after: getsIn},
+		{name: "verify", calls: "service_token get_user activate_user", before: registered,
+			try: func(_ string, l link) call { return verifying(l) }, success: 200, after: getsIn},
+		{name: "verify by code", calls: "service_token get_user activate_user", before: registered,
+			try: func(email string, l link) call { return typing(email, l.Code) }, success: 200, after: getsIn},
 		{name: "resend", calls: "service_token get_user set_code send_mail disable_user", before: registered,
-			try: func(email, _ string, _ link) call { return resending(email) }, success: 200,
-			after: func(w *env, email, _ string) {
+			try: func(email string, _ link) call { return resending(email) }, success: 200,
+			after: func(w *env, email string) {
 				w.wants(w.do(typing(email, w.lastMail(email).Code)), 200, "")
 			}},
 		{name: "cancel", calls: "service_token get_user delete_user", before: registered,
-			try: func(_, _ string, l link) call { return cancelling(l) }, success: 200, after: startsAnew},
+			try: func(_ string, l link) call { return cancelling(l) }, success: 200, after: startsAnew},
 		{name: "expire", calls: "service_token get_user delete_user",
-			before: func(w *env, email, password string) link {
-				l := registered(w, email, password)
+			before: func(w *env, email string) link {
+				l := registered(w, email)
 				w.expire(email)
 				return l
 			},
-			try: func(_, _ string, l link) call { return verifying(l) }, success: 410, slug: "verification-expired", after: startsAnew},
-		{name: "login", calls: "token", password: password,
-			before: func(w *env, email, password string) link { w.account(email); return link{} },
-			try:    func(email, password string, _ link) call { return signingIn(email, password) }, success: 200,
-			after: func(w *env, email, password string) {}},
+			try: func(_ string, l link) call { return verifying(l) }, success: 410, slug: "verification-expired", after: startsAnew},
+		{name: "login", calls: "token",
+			before: func(w *env, email string) link { w.account(email); return link{} },
+			try:    func(email string, _ link) call { return signingIn(email, password) }, success: 200,
+			after: func(w *env, email string) {}},
 		{name: "refresh", calls: "refresh", before: session,
-			try: func(_, _ string, l link) call { return refreshing(l.Token) }, success: 200, after: sessions("1")},
+			try: func(_ string, l link) call { return refreshing(l.Token) }, success: 200, after: sessions("1")},
 		{name: "logout", calls: "service_token end_session", before: session,
-			try: func(_, _ string, l link) call { return loggingOut(l.Token) }, success: 204, after: sessions("0")},
+			try: func(_ string, l link) call { return loggingOut(l.Token) }, success: 204, after: sessions("0")},
 		{name: "end of a session", calls: "service_token end_session", before: session,
-			try:     func(_, _ string, l link) call { return authorized(l.Key, "DELETE", sessionsPath+"/"+l.Code) },
+			try:     func(_ string, l link) call { return authorized(l.Access, "DELETE", sessionsPath+"/"+l.Code) },
 			success: 204, after: sessions("0")},
 		{name: "end of all sessions", calls: "service_token end_session", before: session,
-			try:     func(_, _ string, l link) call { return authorized(l.Key, "DELETE", sessionsPath) },
+			try:     func(_ string, l link) call { return authorized(l.Access, "DELETE", sessionsPath) },
 			success: 204, after: sessions("0")},
 		{name: "create a user", calls: "service_token create_user send_mail",
-			before: manager, try: func(email, _ string, l link) call { return managed(l, "POST", "", body{"email": email}) }, success: 201,
-			after: func(w *env, email, _ string) {
+			before: manager, try: func(email string, l link) call { return managed(l, "POST", "", body{"email": email}) }, success: 201,
+			after: func(w *env, email string) {
 				w.agree(w.userOf(email))
 				w.invitations(email, 1, 2) // nobody can know that the first one was sent
 			}},
 		{name: "change a user", calls: "service_token get_user assign_user", before: joined,
-			try: func(_, _ string, l link) call {
+			try: func(_ string, l link) call {
 				return managed(l, "PATCH", "/"+l.Code, body{"role": "partner", "network_id": "N2"})
 			}, success: 200,
-			after: func(w *env, email, password string) {
+			after: func(w *env, email string) {
 				w.agree(w.userOf(email))
 				if claims := unpacked(w.signsIn(email).text("access_token"), 1); fmt.Sprintf("%v %v", claims["roles"], claims["network_id"]) != "[partner] N2" {
 					w.Errorf("the token says %v", claims)
 				}
 			}},
-		{name: "delete a user", calls: "service_token end_session get_user assign_user", before: joined, password: password,
-			try: func(_, _ string, l link) call { return managed(l, "DELETE", "/"+l.Code, nil) }, success: 204,
-			after: func(w *env, email, password string) {
+		{name: "delete a user", calls: "service_token end_session get_user assign_user", before: joined,
+			try: func(_ string, l link) call { return managed(l, "DELETE", "/"+l.Code, nil) }, success: 204,
+			after: func(w *env, email string) {
 				w.agree(w.userOf(email))
-				sessions("0")(w, email, password)
+				sessions("0")(w, email)
 				w.wants(w.do(signingIn(email, password)), 403, "account-disabled")
 			}},
-		{name: "restore a user", calls: "get_user assign_user", password: password,
-			before: func(w *env, email, password string) link {
-				l := joined(w, email, password)
+		{name: "restore a user", calls: "get_user assign_user",
+			before: func(w *env, email string) link {
+				l := joined(w, email)
 				w.wants(w.do(managed(l, "DELETE", "/"+l.Code, nil)), 204, "")
 				return l
 			},
-			try: func(_, _ string, l link) call { return managed(l, "POST", "/"+l.Code+"/restore", nil) }, success: 200,
-			after: func(w *env, email, password string) {
+			try: func(_ string, l link) call { return managed(l, "POST", "/"+l.Code+"/restore", nil) }, success: 200,
+			after: func(w *env, email string) {
 				w.agree(w.userOf(email))
 				w.wants(w.do(signingIn(email, password)), 200, "")
 			}},
@@ -555,11 +154,11 @@ func TestFaults(t *testing.T) {
 					w.TB = t
 					email, l := newEmail(), link{}
 					if op.before != nil {
-						l = op.before(&w, email, op.password)
+						l = op.before(&w, email)
 					}
 					w.kc.on("^"+name+" ", f)
 					before := w.kc.count(name)
-					a := w.do(op.try(email, op.password, l))
+					a := w.do(op.try(email, l))
 					w.kc.on("^"+name+" ", 0)
 					if w.kc.count(name) == before {
 						t.Fatalf("%s is not called", name)
@@ -568,11 +167,11 @@ func TestFaults(t *testing.T) {
 						w.wants(a, op.success, op.slug)
 					} else {
 						w.wants(a, 503, "unavailable")
-						w.wants(w.do(op.try(email, op.password, l)), op.success, op.slug)
+						w.wants(w.do(op.try(email, l)), op.success, op.slug)
 					}
 					w.straysDie()
 					w.settle()
-					op.after(&w, email, op.password)
+					op.after(&w, email)
 					w.settle()
 				})
 			}
@@ -593,7 +192,7 @@ func TestLeftUndone(t *testing.T) {
 	}
 	w.Run("verified in Keycloak, the answer lost", func() {
 		email := newEmail()
-		l := registered(w, email, password)
+		l := registered(w, email)
 		during("activate_user", applied, func() { w.wants(w.do(verifying(l)), 503, "unavailable") })
 		w.settle()
 		w.wants(w.do(signingIn(email, password)), 200, "")
@@ -615,10 +214,10 @@ func TestLeftUndone(t *testing.T) {
 	})
 	w.Run("a creation without answer, a registration after it, and an outage", func() {
 		email := newEmail()
-		during("create_user", lost, func() { w.wants(w.do(registering(email, password)), 503, "unavailable") })
+		during("create_user", lost, func() { w.wants(w.do(registering(email)), 503, "unavailable") })
 		w.register(email)
 		l := w.readMail(email, 1)
-		during("find_user", lost, func() { w.wants(w.do(registering(email, password)), 503, "unavailable") })
+		during("find_user", lost, func() { w.wants(w.do(registering(email)), 503, "unavailable") })
 		w.wants(w.do(verifying(l)), 200, "") // it was not replaced, and nobody holds it
 	})
 	w.Run("a sign-out, and nobody to end it in Keycloak", func() {
@@ -628,7 +227,7 @@ func TestLeftUndone(t *testing.T) {
 	})
 	w.Run("mails that were certainly not sent cost nothing", func() {
 		email := newEmail()
-		registered(w, email, password)
+		registered(w, email)
 		during("set_code", lost, func() {
 			for range 3 {
 				a := w.do(resending(email))
@@ -725,39 +324,6 @@ func TestLeftUndone(t *testing.T) {
 	})
 }
 
-// Run is a subtest that shares the env.
-func (w *env) Run(name string, f func()) {
-	t := w.TB.(*testing.T)
-	t.Run(name, func(t *testing.T) {
-		defer func(tb testing.TB) { w.TB = tb }(w.TB)
-		w.TB = t
-		f()
-	})
-}
-
-// other is a wrong code.
-func other(code string) string {
-	return code[:5] + string('0'+(code[5]-'0'+1)%10)
-}
-
-// within sends requests in parallel and fails if an answer takes longer than d.
-func (w *env) within(d time.Duration, calls ...call) []answer {
-	w.Helper()
-	answers := make([]answer, len(calls))
-	var all sync.WaitGroup
-	for i, r := range calls {
-		all.Go(func() {
-			start := time.Now()
-			answers[i] = w.do(r)
-			if took := time.Since(start); took > d {
-				w.Errorf("%s took %v: %v", r.path, took, answers[i])
-			}
-		})
-	}
-	all.Wait()
-	return answers
-}
-
 // TestOutages takes Keycloak, the mail server and PostgreSQL away.
 func TestOutages(t *testing.T) {
 	t.Parallel() // it waits for what is away
@@ -788,23 +354,23 @@ func TestOutages(t *testing.T) {
 	} {
 		w.Run(outage.name, func() {
 			a, b, c, fresh := newEmail(), newEmail(), newEmail(), newEmail()
-			first, second := registered(w, a, password), registered(w, b, password)
-			registered(w, c, password)
+			first, second := registered(w, a), registered(w, b)
+			registered(w, c)
 			leaving := w.signsIn(account)
 			outage.begin()
-			refused(registering(fresh, password), verifying(first), typing(b, second.Code), resending(c), signingIn(account, password), refreshing(session.Token))
+			refused(registering(fresh), verifying(first), typing(b, second.Code), resending(c), signingIn(account, password), refreshing(session.Token))
 			if outage.health == "down" {
 				refused(loggingOut(leaving.text("refresh_token")), forgetting(account),
-					authorized(session.Key, "GET", sessionsPath), authorized(session.Key, "DELETE", sessionsPath))
+					authorized(session.Access, "GET", sessionsPath), authorized(session.Access, "DELETE", sessionsPath))
 			} else {
-				for _, r := range []call{loggingOut(leaving.text("refresh_token")), authorized(session.Key, "DELETE", sessionsPath+"/"+leaving.text("session_id"))} {
+				for _, r := range []call{loggingOut(leaving.text("refresh_token")), authorized(session.Access, "DELETE", sessionsPath+"/"+leaving.text("session_id"))} {
 					w.wants(w.do(r), map[string]int{"POST": 204, "DELETE": 404}[r.method], map[string]string{"DELETE": "not-found"}[r.method])
 				}
 			}
 			health(map[string]int{"degraded": 200, "down": 503}[outage.health], outage.health)
 			outage.end()
 			health(200, "ok")
-			w.wants(w.do(registering(fresh, password)), 201, "")
+			w.wants(w.do(registering(fresh)), 201, "")
 			w.wants(w.do(verifying(first)), 200, "")
 			w.wants(w.do(typing(b, second.Code)), 200, "")
 			w.wants(w.do(resending(c)), 429, "resend-too-soon") // and not: limited by the try
@@ -816,18 +382,18 @@ func TestOutages(t *testing.T) {
 	}
 	w.Run("Keycloak hangs", func() {
 		a, b, fresh := newEmail(), newEmail(), newEmail()
-		first, second := registered(w, a, password), registered(w, b, password)
+		first, second := registered(w, a), registered(w, b)
 		leaving := w.signsIn(account).text("refresh_token")
-		calls := []call{registering(fresh, password), verifying(first), typing(b, second.Code), resending(b), signingIn(account, password), refreshing(session.Token)}
+		calls := []call{registering(fresh), verifying(first), typing(b, second.Code), resending(b), signingIn(account, password), refreshing(session.Token)}
 		for len(calls) < 20 {
-			calls = append(calls, registering(newEmail(), password), signingIn(account, password), registering(newEmail(), ""))
+			calls = append(calls, registering(newEmail()), signingIn(account, password), registering(newEmail()))
 		}
 		release := w.kc.block()
 		refused(calls...)
 		w.wants(w.within(patience, loggingOut(leaving))[0], 204, "")
 		release()
 		w.wants(w.do(refreshing(session.Token)), 200, "")
-		w.wants(w.do(registering(fresh, password)), 201, "")
+		w.wants(w.do(registering(fresh)), 201, "")
 		w.wants(w.do(verifying(first)), 200, "")
 		w.settle()
 	})

@@ -101,7 +101,7 @@ func TestFleet(t *testing.T) {
 		var emails []string
 		for range 12 {
 			emails = append(emails, newEmail())
-			registered(w, emails[len(emails)-1], password)
+			registered(w, emails[len(emails)-1])
 		}
 		deleted := w.kc.count("delete_user")
 		w.exec(`update user_registrations set expires_at = now(), due_at = now() where email = any($1)`, emails)

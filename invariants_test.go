@@ -49,14 +49,14 @@ func (w *env) violations() (wrong []string) {
 	rows, _ := w.pool.Query(ctx, `
 		select r.registration_id, r.status, coalesce(r.keycloak_id, '') as keycloak_id, coalesce(r.user_id, '') as user_id,
 			coalesce(u.user_id, '') as known_user, coalesce(u.is_verified, false) as is_verified, coalesce(u.is_active, false) as is_active,
-			coalesce(u.keycloak_id, '') as user_keycloak_id, r.lease_owner is not null as leased,
+			coalesce(u.keycloak_id, '') as user_keycloak_id, exists (select from tasks where task_id = r.registration_id and locked_by is not null) as locked,
 			array(select action from audit_log where target in (r.registration_id, r.user_id) and outcome = 'ok') as actions
 		from user_registrations r left join users u on u.user_id = r.user_id`)
 	type row struct {
 		RegistrationID, Status, KeycloakID, UserID, KnownUser string
 		IsVerified, IsActive                                  bool
 		UserKeycloakID                                        string
-		Leased                                                bool
+		Locked                                                bool
 		Actions                                               []string
 	}
 	regs, err := pgx.CollectRows(rows, pgx.RowToStructByName[row])
@@ -66,7 +66,7 @@ func (w *env) violations() (wrong []string) {
 	inKeycloak := w.keycloakList()
 	users := ofRegistrations(inKeycloak)
 	audited := func(r row, action string) {
-		if !slices.Contains(r.Actions, action) && !slices.Contains(r.Actions, "user.take_over") { // what was before is lost
+		if !slices.Contains(r.Actions, action) && !slices.Contains(r.Actions, "user.import") { // what was before is lost
 			report("%s (%s) has no audit entry %s: %v", r.RegistrationID, r.Status, action, r.Actions)
 		}
 	}
@@ -83,8 +83,8 @@ func (w *env) violations() (wrong []string) {
 				report("%s is pending without its user in Keycloak", r.RegistrationID)
 			case ku.Enabled || ku.EmailVerified:
 				report("%s is pending and its user in Keycloak enabled=%v verified=%v", r.RegistrationID, ku.Enabled, ku.EmailVerified)
-			case r.Leased:
-				report("%s is still leased", r.RegistrationID)
+			case r.Locked:
+				report("%s is still locked", r.RegistrationID)
 			}
 			audited(r, "user.create")
 		case "verified":
@@ -122,14 +122,14 @@ func (w *env) violations() (wrong []string) {
 func (w *env) userViolations(ctx context.Context, inKeycloak []seenUser) (wrong []string) {
 	rows, _ := w.pool.Query(ctx, `
 		select user_id, keycloak_id, role, network_id, station_id, source = 'internal' as internal, is_verified, is_active,
-			due_at is not null or lease_owner is not null as owed,
-			exists (select from audit_log where target = u.user_id and action in ('user.create', 'user.take_over') and outcome = 'ok') as audited,
+			exists (select from tasks where task_id = 'kc:' || u.keycloak_id) as queued,
+			exists (select from audit_log where target = u.user_id and action in ('user.create', 'user.import') and outcome = 'ok') as audited,
 			exists (select from sessions s where s.user_id = u.user_id and ended_at is null) as signed_in
 		from users u`)
 	type row struct {
 		UserID, KeycloakID, Role, NetworkID, StationID string
 		Internal, IsVerified, IsActive                 bool
-		Owed, Audited, SignedIn                        bool
+		Queued, Audited, SignedIn                      bool
 	}
 	users, err := pgx.CollectRows(rows, pgx.RowToStructByName[row])
 	if err != nil {
@@ -151,8 +151,8 @@ func (w *env) userViolations(ctx context.Context, inKeycloak []seenUser) (wrong 
 		case u.Internal && u.IsActive && !there, there && u.Internal && u.IsVerified && !ku.EmailVerified, // who is deleted here may be gone there
 			there && (u.Internal || u.IsVerified) && ku.Enabled != u.IsActive:
 			wrong = append(wrong, fmt.Sprintf("in Keycloak: %v %+v: %+v", there, ku, u))
-		case u.Owed, !u.Audited, u.SignedIn && !u.IsActive:
-			wrong = append(wrong, fmt.Sprintf("something is owed: %+v", u))
+		case u.Queued, !u.Audited, u.SignedIn && !u.IsActive:
+			wrong = append(wrong, fmt.Sprintf("something is to be done: %+v", u))
 		}
 	}
 	return wrong

@@ -186,7 +186,7 @@ func (w *env) start(ctx context.Context) (string, error) {
 	var line struct{ Address, Management string }
 	if err := logs.waitFor(30*time.Second, func(text string) bool {
 		m := regexp.MustCompile(`(?m)^.*"msg":"listening".*$`).FindString(text)
-		return json.Unmarshal([]byte(m), &line) == nil && strings.Contains(text, "the revocations are read")
+		return json.Unmarshal([]byte(m), &line) == nil && strings.Contains(text, "revocations: read")
 	}); err != nil {
 		return "", fmt.Errorf("the service did not start: %w\n%s", err, logs)
 	}
@@ -421,7 +421,8 @@ func newEmail() string {
 
 // link is what the person reads in the mail.
 type link struct {
-	Token, Key, Code, URL string
+	Token, Code, URL string
+	Access           string // token of whoever acts, in tables of deeds
 }
 
 var (
@@ -451,18 +452,15 @@ func (w *env) readLink(m mail.Message) link {
 	if err != nil {
 		w.Fatal(err)
 	}
-	l := link{u.Query().Get("token"), u.Query().Get("key"), code[1], found}
+	l := link{Token: u.Query().Get("token"), Code: code[1], URL: found}
 	w.secrets.add(l.Token)
-	if l.Key != "" {
-		w.secrets.add(l.Key)
-	}
 	return l
 }
 
-// register registers an address with a password and returns the answer.
+// register registers an address and returns the answer.
 func (w *env) register(email string) answer {
 	w.Helper()
-	a := w.post("/api/v1/register", map[string]any{"email": email, "password": password})
+	a := w.post("/api/v1/register", map[string]any{"email": email})
 	if a.Status != 201 {
 		w.Fatalf("register: %v", a)
 	}
@@ -473,10 +471,17 @@ func (w *env) register(email string) answer {
 func (w *env) account(email string) {
 	w.Helper()
 	w.register(email)
-	l := w.readMail(email, 1)
-	if a := w.post("/api/v1/register/verify", map[string]any{"token": l.Token}); a.Status != 200 {
+	w.confirms(w.readMail(email, 1))
+}
+
+// confirms opens the mail's link and chooses the password.
+func (w *env) confirms(l link) answer {
+	w.Helper()
+	a := w.post("/api/v1/register/verify", map[string]any{"token": l.Token, "password": password})
+	if a.Status != 200 {
 		w.Fatalf("verify: %v", a)
 	}
+	return a
 }
 
 func (w *env) login(email, password string) answer {

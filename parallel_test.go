@@ -52,7 +52,7 @@ func TestParallel(t *testing.T) {
 
 	w.Run("two hundred guesses of a code", func() {
 		email := newEmail()
-		l := registered(w, email, password)
+		l := registered(w, email)
 		var guesses []call
 		for i := range 200 {
 			if code := fmt.Sprintf("%06d", 123*i); code != l.Code {
@@ -97,7 +97,7 @@ func TestParallel(t *testing.T) {
 		email := newEmail()
 		var calls []call
 		for i := range 40 {
-			calls = append(calls, registering([]string{email, strings.ToUpper(email)}[i%2], password))
+			calls = append(calls, registering([]string{email, strings.ToUpper(email)}[i%2]))
 		}
 		got := tally(w.at(instances, calls...))
 		for outcome := range got {
@@ -121,7 +121,7 @@ func TestParallel(t *testing.T) {
 	w.Run("a double click", func() {
 		for i := range 6 {
 			email := newEmail()
-			l := registered(w, email, password)
+			l := registered(w, email)
 			click := verifying(l)
 			if i%2 == 1 {
 				click = typing(email, l.Code)
@@ -153,8 +153,8 @@ func TestParallel(t *testing.T) {
 		wins := map[string]int{}
 		for round := range 24 {
 			email := newEmail()
-			l := registered(w, email, password)
-			others := map[string]call{"resend": resending(email), "cancel": cancelling(l), "replace": registering(email, password), "": {}}
+			l := registered(w, email)
+			others := map[string]call{"resend": resending(email), "cancel": cancelling(l), "replace": registering(email), "": {}}
 			names := slices.Sorted(maps.Keys(others))
 			acts := []func() answer{late(verifying(l))}
 			switch other := names[round%len(names)]; other {
@@ -194,7 +194,7 @@ func TestParallel(t *testing.T) {
 		there, release := w.kc.holdAt("^send_mail ", true) // the user is enabled
 		registered := make(chan answer, 1)
 		go func() {
-			a, _ := w.send(w.url, registering(email, password))
+			a, _ := w.send(w.url, registering(email))
 			registered <- a
 		}()
 		<-there
@@ -233,7 +233,7 @@ func TestParallel(t *testing.T) {
 		var emails []string
 		for range 12 {
 			email := newEmail()
-			if a := w.do(registering(email, "")); a.text("verification_email") != "queued" {
+			if a := w.do(registering(email)); a.text("verification_email") != "queued" {
 				w.Errorf("not queued: %v", a)
 			}
 			emails = append(emails, email)

@@ -368,7 +368,7 @@ func (w *env) doEverything(instances []string) {
 
 	// Registrations.
 	email := newEmail()
-	l := registered(w, email, password)
+	l := registered(w, email)
 	w.wants(w.login(email, password), 403, "account-not-verified")
 	w.minuteLater(email)
 	w.wants(w.do(resending(email)), 200, "")
@@ -393,7 +393,7 @@ func (w *env) doEverything(instances []string) {
 	w.register(queued) // its mail is queued
 	w.keycloakAdmin("PUT", "/users/"+w.keycloakID(queued), body{"lastName": "Hopper"}, nil)
 	w.kc.on("enable_user ", 0)
-	w.wants(w.do(registering(email, password)), 409, "user-exists")
+	w.wants(w.do(registering(email)), 409, "user-exists")
 
 	// Sessions.
 	a := w.signsIn(email)

@@ -41,6 +41,12 @@ func (w *env) value(sql string, args ...any) (text string) {
 	return text
 }
 
+// due makes a task due, which stands in for waiting until it is.
+func (w *env) due(id string) {
+	w.Helper()
+	w.exec(`update tasks set due_at = now() where task_id = $1`, id)
+}
+
 // minuteLater lets the cooldown of an address be over.
 func (w *env) minuteLater(email string) {
 	w.exec(`update rate_limits set resets_at = now() where key = $1`, mailLimits(email, 0)[0].Key)
@@ -52,12 +58,12 @@ const (
 	loginPath                = "/api/v1/auth/login"
 )
 
-func TestRegisterWithPassword(t *testing.T) {
+func TestRegister(t *testing.T) {
 	w := sharedEnv(t)
 	email := newEmail()
 	username := "ada-" + email[:8]
 	a := w.post(registerPath, body{"email": email, "username": username, "first_name": "Ada", "last_name": "Lovelace",
-		"phone": "+4930123456", "password": password, "locale": "en"})
+		"phone": "+4930123456", "locale": "en"})
 	w.wants(a, 201, "")
 	id := a.text("registration_id")
 	if a.Header.Get("Location") != "/api/v1/registrations/"+id || !regexp.MustCompile(`^REG-[A-Za-z0-9_-]{16}$`).MatchString(id) {
@@ -78,71 +84,150 @@ func TestRegisterWithPassword(t *testing.T) {
 	l := w.readMail(email, 1)
 	if diff := cmp.Diff(map[string][]string{"user_id": u.Attributes["user_id"], "roles": {"user"}, "network_id": {"X"}, "station_id": {"X"},
 		"registration_id": {id}, "locale": {"en"}, "email_verify_url": {"http://localhost:3000/account/verify"},
-		"email_verify_token": {l.Token}, "email_verify_code": {l.Code}}, u.Attributes); diff != "" || u.Enabled || u.EmailVerified {
+		"email_verify_token": {l.Token}, "email_verify_code": {l.Code}}, u.Attributes); diff != "" || u.Enabled || u.EmailVerified || u.Username != email {
 		t.Errorf("Keycloak's user: %s %+v", diff, u)
 	}
 	if got := w.value(`select concat_ws(' ', username, first_name, last_name, phone, role, source, network_id = '', station_id = '', is_verified)
-		from users where email = $1`, email); got != username+" Ada Lovelace +4930123456 user web t t f" {
+		from users where email = $1`, email); got != email+" Ada Lovelace +4930123456 user web t t f" {
 		t.Error(got)
 	}
 	rows := w.value(`select r::text || u::text from user_registrations r join users u using (user_id) where r.registration_id = $1`, id)
-	for _, s := range []string{password, l.Token, l.Code} {
+	for _, s := range []string{l.Token, l.Code} {
 		if strings.Contains(rows, s) {
 			t.Errorf("the database holds %q: %s", s, rows)
 		}
 	}
 	w.wants(w.login(email, password), 403, "account-not-verified")
-	w.wants(w.login(username, password), 403, "account-not-verified")
+}
 
-	a = w.post(verifyPath, body{"token": l.Token})
+func TestVerify(t *testing.T) {
+	w := sharedEnv(t)
+	email := newEmail()
+	username := "ada-" + email[:8]
+	a := w.post(registerPath, body{"email": email, "username": username, "first_name": "Ada", "last_name": "Lovelace"})
+	w.wants(a, 201, "")
+	id, l := a.text("registration_id"), w.readMail(email, 1)
+	a = w.post(verifyPath, body{"token": l.Token, "password": password})
 	w.wants(a, 200, "")
-	want := body{"registration_id": id, "user_id": u.Attributes["user_id"][0], "email": email, "status": "active",
-		"already_verified": false, "set_password_url": nil, "set_password_mailed": false}
+	want := body{"registration_id": id, "user_id": w.userOf(email), "email": email, "username": username, "status": "active",
+		"already_verified": false, "set_password_mailed": false}
 	if diff := cmp.Diff(want, a.JSON); diff != "" {
 		t.Error(diff)
 	}
+	// A second confirmation changes nothing, whatever it brings along.
 	want["already_verified"] = true
-	for _, again := range []body{{"token": l.Token}, {"email": email, "code": l.Code}} {
+	for _, again := range []body{{"token": l.Token}, {"email": email, "code": l.Code},
+		{"token": l.Token, "password": "another password", "username": "another-" + email[:8], "first_name": "Eve", "phone": "+4930123456"}} {
 		if diff := cmp.Diff(want, w.post(verifyPath, again).JSON); diff != "" {
 			t.Error(diff)
 		}
+	}
+	w.secrets.add("another password")
+	if got := w.value(`select concat_ws(' ', username, first_name, last_name, phone, is_verified) from users where email = $1`, email); got != username+" Ada Lovelace t" {
+		t.Error(got)
 	}
 	w.try(
 		attempt{"another code, once verified", verifyPath, body{"email": email, "code": other(l.Code)}, 400, "invalid-code"},
 		attempt{"resend, once verified", resendPath, body{"registration_id": id}, 409, "already-verified"},
 		attempt{"cancel, once verified", cancelPath, body{"token": l.Token}, 409, "already-verified"},
+		attempt{"another password", loginPath, body{"email": email, "password": "another password"}, 401, "invalid-credentials"},
 		attempt{"sign in", loginPath, body{"username": username, "password": password}, 200, ""},
 	)
 }
 
-func TestRegisterWithoutPassword(t *testing.T) {
+// What is typed with the proof counts, and not what was typed before.
+func TestVerifyCorrects(t *testing.T) {
 	w := sharedEnv(t)
-	byLink, byCode := newEmail(), newEmail()
-	for _, email := range []string{byLink, byCode} {
-		w.wants(w.post(registerPath, body{"email": email}), 201, "")
-	}
-	l := w.readMail(byLink, 1)
-	w.wants(w.post(verifyPath, body{"token": l.Token, "key": l.Key + "&redirect_uri=//evil"}), 400, "invalid-request")
-	a := w.post(verifyPath, body{"token": l.Token, "key": l.Key})
+	email := newEmail()
+	chosen := "chosen-" + email[:8]
+	w.wants(w.post(registerPath, body{"email": email, "username": "typed-" + email[:8], "first_name": "Typo", "phone": "+4930000000"}), 201, "")
+	l := w.readMail(email, 1)
+	a := w.post(verifyPath, body{"token": l.Token, "password": password, "username": chosen, "first_name": "Grace", "last_name": "Hopper", "phone": "+4930123456"})
 	w.wants(a, 200, "")
-	page := a.text("set_password_url")
-	if want := services.KeycloakURL + "/realms/" + w.realm + "/login-actions/action-token?key=" + l.Key; l.Key == "" || page != want {
-		t.Errorf("set_password_url is %q, want %q", page, want)
-	}
-	if resp, err := client.Get(page); err != nil || resp.StatusCode >= 400 {
-		t.Errorf("Keycloak's page: %v %v", resp, err)
-	}
-	w.wants(w.login(byLink, password), 401, "invalid-credentials") // there is no password yet
-
-	l = w.readMail(byCode, 1)
-	a = w.post(verifyPath, body{"email": byCode, "code": l.Code})
-	w.wants(a, 200, "")
-	if a.JSON["set_password_url"] != nil {
+	if a.text("username") != chosen {
 		t.Error(a)
 	}
-	w.eventually("a mail with Keycloak's own link", 10*time.Second, func() bool { return len(w.mail.To(byCode)) == 2 })
-	if m := w.mail.To(byCode)[1]; !strings.Contains(m.Text, "/login-actions/action-token?key=") || strings.Contains(m.Text, l.Token) {
-		t.Error(m.Text)
+	if got := w.value(`select concat_ws(' ', username, first_name, last_name, phone) from users where email = $1`, email); got != chosen+" Grace Hopper +4930123456" {
+		t.Error(got)
+	}
+	w.try(
+		attempt{"the typed username", loginPath, body{"username": "typed-" + email[:8], "password": password}, 401, "invalid-credentials"},
+		attempt{"the chosen username", loginPath, body{"username": chosen, "password": password}, 200, ""},
+	)
+}
+
+// What Keycloak refuses at the confirmation changes nothing: the same token or code may be sent again.
+func TestVerifyRefused(t *testing.T) {
+	w := sharedEnv(t)
+	taken := newEmail()
+	w.account(taken)
+	email := newEmail()
+	username := "name-" + email[:8]
+	w.wants(w.post(registerPath, body{"email": email, "username": username}), 201, "")
+	l := w.readMail(email, 1)
+	for _, c := range []struct {
+		name   string
+		in     body
+		status int
+		field  string
+		detail string
+	}{
+		{"short password", body{"password": "sh0rt-7"}, 400, "password", "must have at least 8 characters"},
+		{"password is the username", body{"password": username}, 400, "password", "must not be equal to the username"},
+		{"password is the address", body{"password": email}, 400, "password", "must not be equal to the email"},
+		{"homograph", body{"password": password, "username": "\u0430dmin-x"}, 400, "username", "has a character that is not allowed"},
+		{"another's address", body{"password": password, "username": taken}, 400, "username", "must not be another e-mail address"},
+		{"wrong name", body{"password": password, "first_name": "<b>"}, 400, "first_name", "has a character that is not allowed"},
+	} {
+		c.in["token"] = l.Token
+		a := w.post(verifyPath, c.in)
+		w.Log(c.name)
+		w.wants(a, c.status, "invalid-request")
+		if diff := cmp.Diff([]any{body{"field": c.field, "detail": c.detail}}, a.JSON["errors"]); diff != "" {
+			t.Errorf("%s: %s", c.name, diff)
+		}
+	}
+	holder := newEmail()
+	w.wants(w.post(registerPath, body{"email": holder, "username": "held-" + email[:8]}), 201, "")
+	w.wants(w.post(verifyPath, body{"token": w.readMail(holder, 1).Token, "password": password}), 200, "")
+	w.wants(w.post(verifyPath, body{"token": l.Token, "password": password, "username": "held-" + email[:8]}), 409, "user-exists")
+	u := w.keycloakUsers()[w.value(`select registration_id from user_registrations where email = $1`, email)]
+	if u.Enabled || u.EmailVerified || u.Username != email {
+		t.Errorf("Keycloak's user has changed: %+v", u)
+	}
+	w.try(
+		attempt{"signing in", loginPath, body{"email": email, "password": password}, 403, "account-not-verified"},
+		attempt{"by code", verifyPath, body{"email": email, "code": l.Code, "password": password}, 200, ""},
+		attempt{"signing in", loginPath, body{"username": username, "password": password}, 200, ""},
+	)
+}
+
+// Without a password the account is active all the same, and Keycloak mails its own link.
+func TestVerifyWithoutPassword(t *testing.T) {
+	w := sharedEnv(t)
+	for _, how := range []string{"link", "code"} {
+		email := newEmail()
+		w.register(email)
+		l := w.readMail(email, 1)
+		in := body{"token": l.Token}
+		if how == "code" {
+			in = body{"email": email, "code": l.Code}
+		}
+		a := w.post(verifyPath, in)
+		w.wants(a, 200, "")
+		if a.JSON["set_password_mailed"] != true {
+			t.Error(a)
+		}
+		w.eventually("a mail with Keycloak's own link", 10*time.Second, func() bool { return len(w.mail.To(email)) == 2 })
+		m := w.mail.To(email)[1]
+		page := regexp.MustCompile(`https?://\S+/login-actions/action-token\?key=[^\s"<>]+`).FindString(m.Text)
+		if page == "" || strings.Contains(m.Text, l.Token) {
+			t.Fatal(m.Text)
+		}
+		if resp, err := client.Get(page); err != nil || resp.StatusCode >= 400 {
+			t.Errorf("Keycloak's page: %v %v", resp, err)
+		}
+		w.wants(w.login(email, password), 401, "invalid-credentials") // there is no password yet
 	}
 }
 
@@ -150,13 +235,13 @@ func TestRegisterWithoutPassword(t *testing.T) {
 func TestAliases(t *testing.T) {
 	w := sharedEnv(t)
 	for _, path := range []string{"/register", "/api/v1/auth/register"} {
-		w.wants(w.post(path, body{"email": newEmail(), "password": password}), 201, "")
+		w.wants(w.post(path, body{"email": newEmail()}), 201, "")
 	}
 	email := newEmail()
-	w.register(email)
+	id := w.register(email).text("registration_id")
 	w.try(
-		attempt{"resend", "/verify/resend", body{"email": email}, 429, "resend-too-soon"},
-		attempt{"verify", "/verify", body{"token": w.readMail(email, 1).Token}, 200, ""},
+		attempt{"resend", "/verify/resend", body{"registration_id": id}, 429, "resend-too-soon"},
+		attempt{"verify", "/verify", body{"token": w.readMail(email, 1).Token, "password": password}, 200, ""},
 		attempt{"login", "/auth/login", body{"email": email, "password": password}, 200, ""},
 	)
 }
@@ -188,8 +273,7 @@ func TestRegisterFields(t *testing.T) {
 		{"phone", "", []string{"+4930123456", "+123456789012345"}},
 		{"phone", noPhone, []string{"030123456", "+0123456789", "+49 30 123456", "+123456", "+1234567890123456"}},
 		{"phone", "has a character that is not allowed", []string{"+4930123456\n"}},
-		{"password", "", []string{"x", "       ", long[:128]}}, // what else it must be is Keycloak's to say
-		{"password", "must have at most 128 characters", []string{long[:129]}},
+		{"password", "is chosen with the confirmation, not with the registration", []string{"x", password}},
 		{"locale", "", []string{"de", "de-AT", "zh-Hant-TW"}},
 		{"locale", "is not a language tag, like de or en", []string{"de_AT", "german", "d", "../de"}},
 		{"locale", "must have at most 20 characters", []string{"de-" + long[:18]}},
@@ -217,7 +301,7 @@ func TestRegisterFields(t *testing.T) {
 
 func TestRegisterRefused(t *testing.T) {
 	w := sharedEnv(t)
-	taken, name := newEmail(), "name-"+newEmail()[:8]
+	taken := newEmail()
 	w.account(taken)
 	for _, c := range []struct {
 		name string
@@ -225,21 +309,16 @@ func TestRegisterRefused(t *testing.T) {
 		want map[string]string
 	}{
 		{"every field", body{"email": "no-address", "username": "x!", "first_name": "<script>", "last_name": strings.Repeat("L", 101), "phone": "030-1234",
-			"password": strings.Repeat("p", 129), "locale": "english!", "role": "chief-admin"},
+			"password": password, "locale": "english!", "role": "chief-admin"},
 			map[string]string{"email": "is not a valid e-mail address", "username": "must have at least 3 characters",
 				"first_name": "has a character that is not allowed", "last_name": "must have at most 100 characters",
-				"phone": noPhone, "password": "must have at most 128 characters",
+				"phone": noPhone, "password": "is chosen with the confirmation, not with the registration",
 				"locale": "is not a language tag, like de or en", "role": "is not known"}},
-		{"wrong types", body{"email": 77777, "username": true, "password": []string{"bcdef"}, "phone": []string{"+49301234567"}},
-			map[string]string{"email": "must be a string", "username": "must be a string", "password": "must be a string", "phone": "must be a string"}},
+		{"wrong types", body{"email": 77777, "username": true, "phone": []string{"+49301234567"}},
+			map[string]string{"email": "must be a string", "username": "must be a string", "phone": "must be a string"}},
 		{"nothing", body{}, map[string]string{"email": "is required"}},
 		{"null is nothing", body{"email": nil}, map[string]string{"email": "is required"}},
 		{"another's address as username", body{"email": newEmail(), "username": taken}, map[string]string{"username": "must not be another e-mail address"}},
-		{"Keycloak: short password", body{"email": newEmail(), "password": "sh0rt-7"}, map[string]string{"password": "must have at least 8 characters"}},
-		{"Keycloak: password is the username", body{"email": newEmail(), "username": name, "password": name}, map[string]string{"password": "must not be equal to the username"}},
-		{"Keycloak: password is the address", body{"email": name + "@example.test", "username": name + "x", "password": name + "@example.test"},
-			map[string]string{"password": "must not be equal to the email"}},
-		{"Keycloak: homograph", body{"email": newEmail(), "username": "\u0430dmin-x"}, map[string]string{"username": "has a character that is not allowed"}},
 		{"Keycloak: domain", body{"email": "ada@exa_mple.com"}, map[string]string{"email": "is not a valid e-mail address"}},
 	} {
 		a := w.post(registerPath, c.body)
@@ -259,74 +338,89 @@ func TestRegisterRefused(t *testing.T) {
 			}
 		}
 	}
-	// Nothing is left of what Keycloak has refused: the same person may try again.
-	w.wants(w.post(registerPath, body{"email": name + "@example.test", "username": name, "password": password}), 201, "")
 }
 
 func TestDuplicates(t *testing.T) {
 	w := sharedEnv(t)
 	names := map[string]string{}
-	for _, where := range []string{"both", "keycloak", "here"} {
+	for _, where := range []string{"both", "keycloak", "postgresql"} {
 		names[where] = where + "-" + newEmail()[:8]
 	}
 	address := func(where string) string { return names[where] + "@example.test" }
-	w.wants(w.post(registerPath, body{"email": address("both"), "username": names["both"], "password": password}), 201, "")
-	w.wants(w.post(verifyPath, body{"token": w.readMail(address("both"), 1).Token}), 200, "")
+	w.wants(w.post(registerPath, body{"email": address("both"), "username": names["both"]}), 201, "")
+	w.confirms(w.readMail(address("both"), 1))
 	w.keycloakAdmin("POST", "/users", body{"email": address("keycloak"), "username": names["keycloak"], "enabled": true}, nil)
 	w.exec(`insert into users (user_id, keycloak_id, email, username, source) values ($1, $1, $2, $3, 'internal')`,
-		"USR-"+names["here"], address("here"), names["here"])
-	defer w.exec(`delete from users where user_id = $1`, "USR-"+names["here"]) // Keycloak has no such user
+		"USR-"+names["postgresql"], address("postgresql"), names["postgresql"])
+	defer w.exec(`delete from users where user_id = $1`, "USR-"+names["postgresql"]) // Keycloak has no such user
 	for where, name := range names {
 		w.try(
-			attempt{where + ": address", registerPath, body{"email": address(where), "password": password}, 409, "user-exists"},
+			attempt{where + ": address", registerPath, body{"email": address(where)}, 409, "user-exists"},
 			attempt{where + ": ADDRESS", registerPath, body{"email": strings.ToUpper(address(where)), "username": "free-" + name}, 409, "user-exists"},
 			attempt{where + ": username", registerPath, body{"email": newEmail(), "username": name}, 409, "user-exists"},
 			attempt{where + ": USERNAME", registerPath, body{"email": newEmail(), "username": strings.ToUpper(name)}, 409, "user-exists"},
 		)
 	}
-	// A pending registration holds its username, too, and gives it back.
-	pending, username := newEmail(), "held-"+names["both"]
-	w.wants(w.post(registerPath, body{"email": pending, "username": username, "password": password}), 201, "")
+	// A username is reserved by the confirmation, not before: the second to confirm chooses another.
+	first, second, username := newEmail(), newEmail(), "wanted-"+names["both"]
+	for _, email := range []string{first, second} {
+		w.wants(w.post(registerPath, body{"email": email, "username": username}), 201, "")
+	}
+	w.confirms(w.readMail(second, 1))
+	token := w.readMail(first, 1).Token
 	w.try(
-		attempt{"held", registerPath, body{"email": newEmail(), "username": username}, 409, "user-exists"},
-		attempt{"cancelled", cancelPath, body{"token": w.readMail(pending, 1).Token}, 200, ""},
-		attempt{"free again", registerPath, body{"email": newEmail(), "username": username}, 201, ""},
+		attempt{"taken meanwhile", verifyPath, body{"token": token, "password": password}, 409, "user-exists"},
+		attempt{"another one", verifyPath, body{"token": token, "password": password, "username": "other-" + names["both"]}, 200, ""},
+		attempt{"first", loginPath, body{"username": "other-" + names["both"], "password": password}, 200, ""},
+		attempt{"second", loginPath, body{"username": username, "password": password}, 200, ""},
 	)
 }
 
-func TestReplace(t *testing.T) {
+// Registering again goes on with the same registration, and changes nothing of it (S1, P5).
+func TestRegisterAgain(t *testing.T) {
 	w := sharedEnv(t)
 	email := newEmail()
-	first := w.post(registerPath, body{"email": email, "username": "first-" + email[:6], "password": "the first password"})
-	w.secrets.add("the first password")
+	first := w.post(registerPath, body{"email": email, "username": "owner-" + email[:6], "first_name": "Ada"})
 	w.wants(first, 201, "")
-	earlier := w.readMail(email, 1)
-	second := w.post(registerPath, body{"email": strings.ToUpper(email), "username": "second-" + email[:6], "password": password})
+	l := w.readMail(email, 1)
+	second := w.post(registerPath, body{"email": strings.ToUpper(email), "username": "stranger-" + email[:6], "first_name": "Eve", "phone": "+4930123456"})
 	w.wants(second, 201, "")
-	if second.text("verification_email") != "queued" || second.text("registration_id") == first.text("registration_id") {
-		t.Errorf("the second mail comes within the cooldown: %v", second)
+	if diff := cmp.Diff(first.JSON, second.JSON); diff != "" {
+		t.Errorf("within the cooldown, -first +second:\n%s", diff)
 	}
-	if a := w.get(first.Header.Get("Location")); a.text("status") != "cancelled" {
-		t.Error(a)
-	}
-	if u, ok := w.keycloakUsers()[first.text("registration_id")]; ok {
-		t.Errorf("Keycloak still has %+v", u)
+	if n := len(w.mail.To(email)); n != 1 {
+		t.Errorf("%d mails", n)
 	}
 	w.minuteLater(email)
-	w.exec(`update user_registrations set due_at = now() where registration_id = $1`, second.text("registration_id"))
-	l := w.readMail(email, 2)
-	if l.Token == earlier.Token {
-		t.Error("both mails have the same link")
+	third := w.post(registerPath, body{"email": email, "username": "stranger-" + email[:6]})
+	w.wants(third, 201, "")
+	if third.text("registration_id") != first.text("registration_id") {
+		t.Error("after the cooldown the registration is another")
 	}
+	if again := w.readMail(email, 2); again.Token != l.Token || again.Code == l.Code {
+		t.Errorf("after the cooldown the mail has %v, the first had %v", again, l)
+	}
+	if got := w.value(`select concat_ws(' ', username, first_name, phone) from user_registrations where email = $1`, email); got != "owner-"+email[:6]+" Ada" {
+		t.Error(got)
+	}
+	w.confirms(l)
 	w.try(
-		attempt{"earlier link", verifyPath, body{"token": earlier.Token}, 410, "verification-cancelled"},
-		attempt{"cancelling the earlier one", cancelPath, body{"token": earlier.Token}, 200, ""}, // as it is already
-		attempt{"resending the earlier one", resendPath, body{"registration_id": first.text("registration_id")}, 404, "registration-not-found"},
-		attempt{"link", verifyPath, body{"token": l.Token}, 200, ""},
-		attempt{"earlier password", loginPath, body{"email": email, "password": "the first password"}, 401, "invalid-credentials"},
-		attempt{"earlier username", loginPath, body{"username": "first-" + email[:6], "password": password}, 401, "invalid-credentials"},
-		attempt{"password", loginPath, body{"email": email, "password": password}, 200, ""},
+		attempt{"the owner", loginPath, body{"username": "owner-" + email[:6], "password": password}, 200, ""},
+		attempt{"the stranger", loginPath, body{"username": "stranger-" + email[:6], "password": password}, 401, "invalid-credentials"},
 	)
+}
+
+// Whoever registers somebody else's address has nothing of the account that this person confirms (S1).
+func TestStrangersRegistration(t *testing.T) {
+	w := sharedEnv(t)
+	email := newEmail()
+	w.wants(w.post(registerPath, body{"email": email, "username": "mine-" + email[:6]}), 201, "")
+	w.wants(w.post(registerPath, body{"email": email, "password": "a stranger's password"}), 400, "invalid-request")
+	w.secrets.add("a stranger's password")
+	w.wants(w.post(registerPath, body{"email": email}), 201, "") // the owner's, or so the owner thinks
+	w.confirms(w.readMail(email, 1))
+	w.wants(w.login(email, "a stranger's password"), 401, "invalid-credentials")
+	w.wants(w.login(email, password), 200, "")
 }
 
 func TestDefaultUsername(t *testing.T) {
@@ -344,7 +438,7 @@ func TestDefaultUsername(t *testing.T) {
 			t.Errorf("%s has username %s", c.email, got)
 		}
 		w.try(
-			attempt{c.email, verifyPath, body{"token": w.readMail(c.email, 1).Token}, 200, ""},
+			attempt{c.email, verifyPath, body{"token": w.readMail(c.email, 1).Token, "password": password}, 200, ""},
 			attempt{c.email, loginPath, body{"email": strings.ToUpper(c.email), "password": password}, 200, ""},
 			attempt{c.email, loginPath, body{"username": a.text("username"), "password": password}, 200, ""},
 		)
@@ -364,7 +458,7 @@ func TestMailLanguage(t *testing.T) {
 		{"", "*;q=x,,;", english, "Someone registered"},
 	} {
 		email := newEmail()
-		w.wants(w.do(call{method: "POST", path: registerPath, json: body{"email": email, "password": password, "locale": c.locale},
+		w.wants(w.do(call{method: "POST", path: registerPath, json: body{"email": email, "locale": c.locale},
 			header: map[string]string{"Accept-Language": c.header}}), 201, "")
 		l := w.readMail(email, 1)
 		m := w.mail.To(email)[0]
@@ -406,6 +500,7 @@ func TestCodes(t *testing.T) {
 	}
 	w.wants(w.post(verifyPath, body{"email": email, "code": l.Code}), 429, "too-many-attempts")
 	w.wants(w.post(verifyPath, body{"token": newToken()}), 400, "invalid-token")
+	w.wants(w.post(verifyPath, body{"email": email, "code": l.Code}), 429, "too-many-attempts")
 	w.minuteLater(email)
 	w.wants(w.post(resendPath, body{"registration_id": id}), 200, "")
 	next := w.readMail(email, 2)
@@ -433,7 +528,7 @@ func TestBodiesOfTheOthers(t *testing.T) {
 	for path, bodies := range map[string][]body{
 		verifyPath: {{}, {"email": email}, {"code": "123456"}, {"token": "t", "email": email, "code": "123456"}, {"email": email, "code": "12345"},
 			{"email": email, "code": "12345a"}, {"email": email, "code": 123456}, {"email": "x", "code": "123456"}, {"token": strings.Repeat("t", 101)},
-			{"token": "t\u0000"}, {"token": "t", "key": "a b"}},
+			{"token": "t\u0000"}, {"token": "t", "key": "a b"}, {"token": "t", "password": strings.Repeat("p", 129)}},
 		resendPath: {{}, {"email": email, "registration_id": id}, {"registration_id": "REG-x"}, {"registration_id": "USR" + id[3:]}, {"email": "x"}},
 		cancelPath: {{}, {"token": ""}, {"token": 1}, {"token": "t\u0000"}, {"token": "t", "registration_id": id}},
 		loginPath: {{}, {"email": email}, {"password": password}, {"email": email, "username": "ada", "password": password},
@@ -452,7 +547,7 @@ func TestBodiesOfTheOthers(t *testing.T) {
 		attempt{"unknown token", verifyPath, body{"token": "p3G6d0Qm1yq0cZ2m8Rr5s7TtUuVvWwXx"}, 400, "invalid-token"},
 		attempt{"unknown token", cancelPath, body{"token": "p3G6d0Qm1yq0cZ2m8Rr5s7TtUuVvWwXx"}, 400, "invalid-token"},
 		attempt{"unknown id", resendPath, body{"registration_id": id}, 404, "registration-not-found"},
-		attempt{"unknown address", resendPath, body{"email": email}, 404, "registration-not-found"},
+		attempt{"unknown address", resendPath, body{"email": email}, 200, ""},
 	)
 }
 
@@ -471,9 +566,7 @@ func TestExpiry(t *testing.T) {
 		"by cancelling": func(_, _ string, l link) {
 			w.wants(w.post(cancelPath, body{"token": l.Token}), 410, "verification-expired")
 		},
-		"by the loop": func(_, id string, _ link) {
-			w.exec(`update user_registrations set due_at = now() where registration_id = $1`, id)
-		},
+		"by its task":   func(_, id string, _ link) { w.due(id) },
 		"by signing in": func(email, _ string, _ link) { w.wants(w.login(email, password), 403, "account-not-verified") },
 		"by a new one":  func(email, _ string, _ link) { w.register(email) },
 	} {
@@ -486,21 +579,28 @@ func TestExpiry(t *testing.T) {
 			t.Error(a)
 		}
 		touch(email, id, l)
-		if name == "by signing in" || name == "by a new one" {
-			continue // the one changes nothing, the other cancels
+		if name == "by signing in" {
+			continue // changes nothing
 		}
 		w.eventually("expired and gone", 10*time.Second, func() bool {
 			_, there := w.keycloakUsers()[id]
 			return !there && w.value(`select status from user_registrations where registration_id = $1`, id) == "expired"
 		})
+		if got := w.value(`select concat(email, username, first_name, last_name, phone, ip_address, user_agent) from user_registrations where registration_id = $1`, id); got != "" {
+			t.Errorf("personal data are left: %s", got)
+		}
 		w.try(
 			attempt{"the link", verifyPath, body{"token": l.Token}, 410, "verification-expired"},
-			attempt{"another mail", resendPath, body{"email": email}, 410, "verification-expired"},
+			attempt{"another mail", resendPath, body{"registration_id": id}, 410, "verification-expired"},
 			attempt{"cancelling", cancelPath, body{"token": l.Token}, 410, "verification-expired"},
 			attempt{"the code", verifyPath, body{"email": email, "code": l.Code}, 400, "invalid-code"},
-			attempt{"signing in", loginPath, body{"email": email, "password": password}, 401, "invalid-credentials"},
-			attempt{"registering again", registerPath, body{"email": email, "password": password}, 201, ""},
 		)
+		if name != "by a new one" {
+			w.try(
+				attempt{"signing in", loginPath, body{"email": email, "password": password}, 401, "invalid-credentials"},
+				attempt{"registering again", registerPath, body{"email": email}, 201, ""},
+			)
+		}
 	}
 }
 
@@ -512,13 +612,13 @@ func TestResend(t *testing.T) {
 	codes := map[string]bool{l.Code: true}
 	w.exec(`update user_registrations set expires_at = now() + interval '1 hour' where registration_id = $1`, id)
 	for n := 2; n <= 5; n++ {
-		a := w.post(resendPath, body{"email": email})
+		a := w.post(resendPath, body{"registration_id": id})
 		w.wants(a, 429, "resend-too-soon")
 		if wait := a.Header.Get("Retry-After"); wait < "50" || wait > "60" {
 			t.Errorf("Retry-After: %s", wait)
 		}
 		w.minuteLater(email)
-		a = w.post(resendPath, []body{{"registration_id": id}, {"email": strings.ToUpper(email)}}[n%2])
+		a = w.post(resendPath, body{"registration_id": id})
 		w.wants(a, 200, "")
 		for name, d := range map[string]time.Duration{"expires_at": 24 * time.Hour, "resend_available_at": time.Minute} {
 			at, err := time.Parse(time.RFC3339, a.text(name))
@@ -537,31 +637,56 @@ func TestResend(t *testing.T) {
 		codes[next.Code] = true
 	}
 	w.minuteLater(email)
-	w.wants(w.post(resendPath, body{"email": email}), 429, "resend-limit")
-
-	// Replacing begins a new registration, and is no way around the day's limit.
-	a := w.register(email)
-	l = w.readMail(email, 6)
-	day := mailLimits(email, 0)[1].Key
-	if hits := w.value(`select hits::text from rate_limits where key = $1`, day); hits != "6" {
-		t.Errorf("%s mails counted", hits)
-	}
-	w.exec(`update rate_limits set hits = 10 where key = $1`, day)
-	w.minuteLater(email)
 	w.try(
-		attempt{"resend", resendPath, body{"email": email}, 429, "resend-limit"},
-		attempt{"replace", registerPath, body{"email": email, "password": password}, 429, "resend-limit"},
-		attempt{"the link still works", verifyPath, body{"token": l.Token}, 200, ""},
+		attempt{"resend", resendPath, body{"registration_id": id}, 429, "resend-limit"},
+		attempt{"register again", registerPath, body{"email": email}, 429, "resend-limit"},
+		attempt{"the link still works", verifyPath, body{"token": l.Token, "password": password}, 200, ""},
 	)
-	if got := w.get(a.Header.Get("Location")); got.text("status") != "active" {
+	if got := w.get("/api/v1/registrations/" + id); got.text("status") != "active" {
 		t.Error(got)
 	}
-	// Nor may one address be registered again and again.
-	email = newEmail()
-	for range 5 {
-		w.register(email)
+}
+
+// Cancelling and registering again is no way around the day's limit.
+func TestMailsADay(t *testing.T) {
+	w := sharedEnv(t)
+	email := newEmail()
+	w.register(email)
+	day := mailLimits(email, 0)[1].Key
+	if hits := w.value(`select hits::text from rate_limits where key = $1`, day); hits != "1" {
+		t.Errorf("%s mails counted", hits)
 	}
-	w.wants(w.post(registerPath, body{"email": strings.ToUpper(email), "password": password}), 429, "too-many-requests")
+	w.wants(w.post(cancelPath, body{"token": w.readMail(email, 1).Token}), 200, "")
+	w.exec(`update rate_limits set hits = 10 where key = $1`, day)
+	w.minuteLater(email)
+	w.wants(w.post(registerPath, body{"email": email}), 429, "resend-limit")
+}
+
+// The answer to an address is the same whatever is known of it; its mail comes if it may (S18).
+func TestResendByAddress(t *testing.T) {
+	w := sharedEnv(t)
+	account, waiting, unknown, invited := newEmail(), newEmail(), newEmail(), newEmail()
+	w.account(account)
+	w.register(invited) // within the cooldown
+	w.register(waiting)
+	l := w.readMail(waiting, 1)
+	w.minuteLater(waiting)
+	w.exec(`update user_registrations set mailed_at = now() - interval '1 hour' where email = $1`, waiting)
+	for _, email := range []string{account, strings.ToUpper(waiting), unknown, invited} {
+		a := w.post(resendPath, body{"email": email})
+		w.wants(a, 200, "")
+		if diff := cmp.Diff(body{"status": "accepted"}, a.JSON); diff != "" {
+			t.Errorf("%s: %s", email, diff)
+		}
+	}
+	if again := w.readMail(waiting, 2); again.Token != l.Token || again.Code == l.Code {
+		t.Errorf("the second mail has %v, the first had %v", again, l)
+	}
+	for email, n := range map[string]int{account: 1, unknown: 0, invited: 1} {
+		if got := len(w.mail.To(email)); got != n {
+			t.Errorf("%d mails, not %d", got, n)
+		}
+	}
 }
 
 func TestCancel(t *testing.T) {
@@ -582,7 +707,7 @@ func TestCancel(t *testing.T) {
 		attempt{"the code", verifyPath, body{"email": email, "code": l.Code}, 400, "invalid-code"},
 		attempt{"another mail", resendPath, body{"registration_id": id}, 404, "registration-not-found"},
 		attempt{"signing in", loginPath, body{"email": email, "password": password}, 401, "invalid-credentials"},
-		attempt{"registering again", registerPath, body{"email": email, "password": password}, 201, ""},
+		attempt{"registering again", registerPath, body{"email": email}, 201, ""},
 	)
 }
 
@@ -590,7 +715,7 @@ func TestStatus(t *testing.T) {
 	w := sharedEnv(t)
 	for word, lead := range map[string]func(email string, l link){
 		"pending_verification": func(string, link) {},
-		"active":               func(_ string, l link) { w.wants(w.post(verifyPath, body{"token": l.Token}), 200, "") },
+		"active":               func(_ string, l link) { w.confirms(l) },
 		"cancelled":            func(_ string, l link) { w.wants(w.post(cancelPath, body{"token": l.Token}), 200, "") },
 		"verification_expired": func(email string, l link) {
 			w.expire(email)

@@ -67,7 +67,7 @@ func (w *env) session(email string) link {
 	w.Helper()
 	w.account(email)
 	a := w.signsIn(email)
-	return link{Token: a.text("refresh_token"), Key: a.text("access_token"), Code: a.text("session_id")}
+	return link{Token: a.text("refresh_token"), Access: a.text("access_token"), Code: a.text("session_id")}
 }
 
 // refreshed is the answer to a refresh token that must be good.

@@ -240,7 +240,7 @@ func TestRevocationsRead(t *testing.T) {
 		if away > 0 {
 			s.verifier.revoked.read = time.Now().Add(-away)
 		}
-		if err := s.loadRevocations(t.Context(), s.store.pool); err != nil {
+		if err := s.pollRevocations(t.Context()); err != nil {
 			t.Fatal(err)
 		}
 		for i, age := range ages {
