@@ -128,7 +128,7 @@ func TestMonths(t *testing.T) {
 	}
 }
 
-// What is too old goes, a month at once, by the README's statement.
+// What is too old goes, a month at once, by the statement of docs/operating.md.
 func TestRetention(t *testing.T) {
 	r := newRecord(t)
 	january := time.Date(2026, 1, 31, 23, 0, 0, 0, time.UTC)
@@ -140,9 +140,9 @@ func TestRetention(t *testing.T) {
 	}
 	r.write(2, january.AddDate(0, 1, 20))
 	r.seal(january.AddDate(1, 0, 0))
-	drop := regexp.MustCompile("(?m)^drop table audit_log_2026_01;$").FindString(readme(t))
+	drop := regexp.MustCompile("(?m)^drop table audit_log_2026_01;$").FindString(operatingManual(t))
 	if drop == "" {
-		t.Fatal("the README does not say how")
+		t.Fatal("docs/operating.md does not say how")
 	}
 	if got := r.fits(); !strings.HasPrefix(got, "14 entries in 1 seals fit") || strings.Contains(got, "removed") {
 		t.Error(got)
@@ -159,9 +159,9 @@ func TestRetention(t *testing.T) {
 	}
 }
 
-func readme(t testing.TB) string {
+func operatingManual(t testing.TB) string {
 	t.Helper()
-	text, err := os.ReadFile("README.md")
+	text, err := os.ReadFile("docs/operating.md")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -328,14 +328,14 @@ func TestFloodOfLogins(t *testing.T) {
 	}
 }
 
-// TestProductionRoles sets PostgreSQL up as the README says, and runs the service by the
+// TestProductionRoles sets PostgreSQL up as docs/operating.md says, and runs the service by the
 // role that is meant for it. Roles are of all databases, and schema.sql names one: for this
 // test, which is not parallel, both names are others.
 func TestProductionRoles(t *testing.T) {
-	_, section, _ := strings.Cut(readme(t), "### Production roles in PostgreSQL")
+	_, section, _ := strings.Cut(operatingManual(t), "### Production roles in PostgreSQL")
 	block := regexp.MustCompile("(?s)```sql\n(.*?)```").FindStringSubmatch(section)
 	if block == nil {
-		t.Fatal("the README has no SQL")
+		t.Fatal("docs/operating.md has no SQL")
 	}
 	id := gonanoid.MustGenerate("abcdefghijklmnopqrstuvwxyz", 10)
 	owner, service, db := "test_owner_"+id, "test_service_"+id, "test_"+id

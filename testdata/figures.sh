@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The figures of the README: size of the binary, time to the first answer with the
+# The figures of docs/performance.md: size of the binary, time to the first answer with the
 # schema current, memory when idle. Wants the dev stack: go run ./dev -no-service
 set -euo pipefail
 cd "$(dirname "$0")/.."
