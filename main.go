@@ -5,7 +5,6 @@
 //	auth-service jobs         run each background job once, for an outside cron
 //	auth-service migrate      bring the schema to this version, as the owner of the tables
 //	auth-service grant-admin EMAIL    make a user an administrator
-//	auth-service audit verify [HASH]  check the seals of the record, and that HASH is one of them
 //	auth-service sync [-dry-run]      bring both stores into step; exit 3 if they differ then
 //	auth-service doctor               say what is wrong with this deployment; -h for its options
 //	auth-service healthcheck  exit 0 if the service on this machine is alive
@@ -18,8 +17,8 @@
 // Reading order: the route table in handlers.go is the index of the program. From
 // there registration.go and verification.go (the life of a registration), auth.go
 // (signing in), sessions.go (what follows from it), tokens.go and revocations.go (may this
-// token pass), users.go (the rules of role and scope, and who manages whom), audit.go and
-// seals.go (the record), sync.go and sync_runs.go (two stores, one truth), doctor.go; then the
+// token pass), users.go (the rules of role and scope, and who manages whom), audit.go (the
+// audit log), sync.go and sync_runs.go (two stores, one truth), doctor.go; then the
 // SQL in store.go and its like, with schema.sql, and keycloak.go and its like, all calls to
 // Keycloak.
 package main
@@ -37,7 +36,6 @@ import (
 	"os"
 	"os/signal"
 	"runtime/debug"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -107,8 +105,6 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 		return s.grantAdmin(ctx, args[1], operator, stdout)
 	case command == "sync" && (len(args) == 1 || len(args) == 2 && args[1] == "-dry-run"):
 		return s.syncCommand(ctx, len(args) == 2, operator, stdout)
-	case command == "audit" && (len(args) == 2 || len(args) == 3) && args[1] == "verify":
-		return s.verifyAudit(ctx, strings.Join(args[2:], ""), operator, stdout)
 	}
 	return fmt.Errorf("unknown command %q; see the package comment in main.go", args)
 }
@@ -126,13 +122,14 @@ type server struct {
 	openAPIDocument []byte
 	health          healthCache
 	background      sync.WaitGroup // work whose client has its answer already
+	dropWarned      atomic.Int64   // the minute in which the log last had that refusals are dropped
 	stopping        atomic.Bool    // told by /readyz, so that the load balancer looks away
 }
 
 // newServer connects to nothing yet: the service starts while Keycloak or
 // PostgreSQL is down.
 func newServer(ctx context.Context, cfg config, log *slog.Logger) (*server, error) {
-	st, err := openStore(ctx, cfg.DatabaseURL)
+	st, err := openStore(ctx, cfg.DatabaseURL, log)
 	if err != nil {
 		return nil, err
 	}
@@ -226,11 +223,10 @@ func (s *server) jobs() []job {
 		{"users", s.settleUsers},
 		{"events", s.syncEvents},
 		{"sync", s.syncDaily},
-		{"seal", s.sealAudit},
 		{"sweep", func(ctx context.Context) error {
 			answered := s.now().Add(-s.cfg.RefreshGrace - time.Minute) // instances' clocks differ
 			return errors.Join(s.store.purgeLimits(ctx, s.now()), s.store.purgeAnswers(ctx, answered), s.store.purgeRevocations(ctx),
-				s.store.endFloods(ctx, s.now()), s.store.makeMonths(ctx, s.now()))
+				s.store.makeMonths(ctx, s.now()))
 		}},
 	}
 }
@@ -292,7 +288,7 @@ func eachDue[T keyed](ctx context.Context, log *slog.Logger, take func() (T, err
 	return nil
 }
 
-// migrate brings the schema up to date, and the record's months.
+// migrate brings the schema up to date, and makes the audit log's months.
 func (s *server) migrate(ctx context.Context, again bool) error {
 	if err := s.store.migrate(ctx, again); err != nil {
 		return err
