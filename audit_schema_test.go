@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"io"
 	"log/slog"
@@ -104,13 +103,6 @@ func (d *database) inOneSession(sql string) {
 	if _, err := conn.Exec(d.Context(), sql); err != nil {
 		d.Fatalf("%s: %v", sql, err)
 	}
-}
-
-// command runs the program as an operator does.
-func (d *database) command(args ...string) (string, error) {
-	var out bytes.Buffer
-	err := run(d.Context(), args, environment(map[string]string{"DATABASE_URL": d.url, "USER": "tester"}), &out, d.logs)
-	return out.String(), err
 }
 
 // write writes n audit entries, a second apart.
