@@ -73,13 +73,13 @@ func (st *store) audit(ctx context.Context, c caller, now time.Time, e entry) er
 }
 
 // auditLogin writes the entries of a sign-in: its session, and those that it has replaced.
-func auditLogin(ctx context.Context, tx pgx.Tx, c caller, u user, id sessionID, replaced []string, now time.Time) error {
-	c.Actor = string(u.ID)
-	e := entry{Action: "login", Target: c.Actor, Details: map[string]any{"session_id": id}}
-	if err := writeAudit(ctx, tx, c, now, e); err != nil || len(replaced) == 0 {
+func auditLogin(ctx context.Context, tx pgx.Tx, c caller, now time.Time, u userID, s sessionID, gone []string) error {
+	c.Actor = string(u)
+	e := entry{Action: "login", Target: c.Actor, Details: map[string]any{"session_id": s}}
+	if err := writeAudit(ctx, tx, c, now, e); err != nil || len(gone) == 0 {
 		return err
 	}
-	e = entry{Action: "session.end", Target: c.Actor, Reason: "replaced", Details: map[string]any{"sessions": replaced}}
+	e = entry{Action: "session.end", Target: c.Actor, Reason: "replaced", Details: map[string]any{"sessions": gone}}
 	return writeAudit(ctx, tx, c, now, e)
 }
 

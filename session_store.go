@@ -56,7 +56,7 @@ func (st *store) addSession(ctx context.Context, c caller, subject string, s ses
 			string(s.ID), s.KeycloakID, c.Address, c.UserAgent, now, s.ExpiresAt, s.due(now), subject, refreshHash); err != nil {
 			return err
 		}
-		return auditLogin(ctx, tx, c, a.user, s.ID, a.Replaced, now)
+		return auditLogin(ctx, tx, c, now, a.ID, s.ID, a.Replaced)
 	})
 	return a.user, err
 }

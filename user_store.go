@@ -175,7 +175,7 @@ func (st *store) changeUser(ctx context.Context, c caller, id userID, action str
 		if before.IsVerified != u.IsVerified {
 			changed["is_verified"] = map[string]any{"before": before.IsVerified, "after": u.IsVerified}
 		}
-		// Of personal data the record has that it was changed, not what it was: it can't be erased.
+		// Of personal data the audit log has that it was changed, not what it was: it can't be erased.
 		for name, values := range map[string][2]string{"first_name": {before.FirstName, u.FirstName}, "last_name": {before.LastName, u.LastName},
 			"phone": {before.Phone, u.Phone}, "photo": {before.Photo, u.Photo}, "email": {before.Email, u.Email}, "username": {before.Username, u.Username}} {
 			if values[0] != values[1] {
