@@ -3,129 +3,128 @@ package main
 import (
 	"cmp"
 	"context"
+	"errors"
 	"net/netip"
 	"time"
 
 	"github.com/jackc/pgx/v5"
 )
 
-// entry is one line of the audit trail: what the caller did. It never holds a
-// password, token, code or secret, nor an e-mail address: ids say who it was.
+// entry is what a caller did, for the audit log. It never holds a password, token, code or
+// secret, nor personal data: ids say who it was.
 type entry struct {
 	Action  string // registration.begin, login, …
 	Target  string // the id of what was acted on, or ""
 	Outcome string // ok (the default), refused or failed
 	Reason  string // a problem's slug or a short constant
-	Network string // where it belongs; "": to the target's, if it is a user, else to the actor's
+	Network string // whose partners may read it; "": that of the target, if it is a user, else of the actor
 	Details map[string]any
 }
 
-// writeAudit records an entry in the transaction of the change that it belongs
-// to. If it can't be written, the change does not happen either.
-func writeAudit(ctx context.Context, q querier, c caller, now time.Time, e entry) error {
-	if e.Details == nil {
-		e.Details = map[string]any{}
+// auditEntry is an entry as it is stored.
+type auditEntry struct {
+	ID        auditID        `json:"audit_id" example:"AUD-V1StGXR8_Z5jdHi6"`
+	At        time.Time      `json:"at"`
+	Actor     string         `json:"actor" example:"USR-V1StGXR8_Z5jdHi6" description:"A user, anonymous, system:…, cli:…"`
+	Action    string         `json:"action" example:"user.update"`
+	Target    string         `json:"target" example:"USR-V1StGXR8_Z5jdHi6"`
+	Outcome   string         `json:"outcome" enum:"ok,refused,failed"`
+	Reason    string         `json:"reason" description:"The problem's type of a refusal, or why it was done."`
+	NetworkID string         `json:"network_id" description:"Of the target, if it is a user, else of the actor; of a refusal, of who was refused."`
+	Address   string         `json:"ip_address"`
+	UserAgent string         `json:"user_agent"`
+	RequestID string         `json:"request_id"`
+	Details   map[string]any `json:"details" description:"What has changed, with before and after."`
+}
+
+// writeAudit writes an entry in the transaction of its change, which store.tx has begun. If
+// the entry can't be written, the change does not happen either.
+func writeAudit(ctx context.Context, tx pgx.Tx, c caller, now time.Time, e entry) error {
+	audited, ok := tx.(*auditedTx)
+	if !ok {
+		return errors.New("an audit entry is written outside store.tx, which would not log it")
 	}
-	_, err := q.Exec(ctx, `
-		insert into audit_log (audit_id, at, actor, action, target, outcome, reason, network_id, ip_address, user_agent, request_id, details)
-		values ($1, $2, $3::text, $4, $5::text, $6, $7, coalesce(nullif($8::text, ''), (select network_id from users where user_id = $5::text),
-			(select network_id from users where user_id = $3::text), ''), $9, $10, $11, $12)`,
-		newAuditID(), now, c.Actor, e.Action, e.Target, cmp.Or(e.Outcome, "ok"), e.Reason, e.Network, c.Address, c.UserAgent, c.RequestID, e.Details)
+	row := auditEntry{newAuditID(), now, c.Actor, e.Action, e.Target, cmp.Or(e.Outcome, "ok"), e.Reason, e.Network,
+		c.Address, c.UserAgent, c.RequestID, e.Details}
+	if row.Details == nil {
+		row.Details = map[string]any{}
+	}
+	first, second := e.Target, c.Actor
+	if row.Outcome == "refused" { // it concerns who was refused, not whose account was asked for
+		first, second = second, first
+	}
+	err := tx.QueryRow(ctx, `
+		insert into audit_log (audit_id, at, actor, action, target, outcome, reason, network_id,
+			ip_address, user_agent, request_id, details)
+		values ($1, $2, $3, $4, $5, $6, $7, coalesce(nullif($8, ''), (select network_id from users where user_id = $13),
+			(select network_id from users where user_id = $14), ''), $9, $10, $11, $12)
+		returning network_id`,
+		row.ID, now, row.Actor, row.Action, row.Target, row.Outcome, row.Reason, row.NetworkID,
+		row.Address, row.UserAgent, row.RequestID, row.Details, first, second).Scan(&row.NetworkID)
+	if err == nil {
+		audited.entries = append(audited.entries, row)
+	}
 	return storeError(err)
 }
 
-// audit records what has changed nothing.
+// audit writes an entry of what has changed nothing.
 func (st *store) audit(ctx context.Context, c caller, now time.Time, e entry) error {
-	return writeAudit(ctx, st.pool, c, now, e)
+	return st.tx(ctx, func(tx pgx.Tx) error { return writeAudit(ctx, tx, c, now, e) })
 }
 
-// How many refusals of a kind are recorded one by one in a minute; the others are counted,
-// and recorded as one entry that has their number.
+// auditLogin writes the entries of a sign-in: its session, and those that it has replaced.
+func auditLogin(ctx context.Context, tx pgx.Tx, c caller, now time.Time, u userID, s sessionID, gone []string) error {
+	c.Actor = string(u)
+	e := entry{Action: "login", Target: c.Actor, Details: map[string]any{"session_id": s}}
+	if err := writeAudit(ctx, tx, c, now, e); err != nil || len(gone) == 0 {
+		return err
+	}
+	e = entry{Action: "session.end", Target: c.Actor, Reason: "replaced", Details: map[string]any{"sessions": gone}}
+	return writeAudit(ctx, tx, c, now, e)
+}
+
+// How many refusals of a kind (action and reason) are audited in a minute. Each target has
+// budgets of its own, and so have the refusals without one: however many others there are,
+// guesses at one account are audited. Who names many targets is bounded by the route's budget.
 const (
 	refusalsOfOne = 10  // of one actor at one network address
 	refusalsOfAll = 300 // of everybody
 )
 
-// auditRefusal records a refusal, or counts it where there are too many of its kind. It
-// belongs to the network of whoever was refused.
-func (st *store) auditRefusal(ctx context.Context, c caller, now time.Time, e entry) error {
+func refusalLimits(c caller, e entry) (ofOne, ofAll rateLimit) {
 	address, _ := netip.ParseAddr(c.Address)
-	_, err := st.pool.Exec(ctx, `
-		with refusal as (
-			select $1 as audit_id, $2::timestamptz as at, $3 as actor, $4 as action, $5 as target, $6 as reason),
-		of_one as (
-			insert into audit_floods as f (minute, action, reason, actor, network, hits)
-			select date_trunc('minute', at), action, reason, actor, $10, 1 from refusal
-			on conflict (minute, action, reason, actor, network) do update set hits = f.hits + 1 returning hits),
-		of_all as (
-			insert into audit_floods as f (minute, action, reason, actor, network, hits)
-			select date_trunc('minute', at), action, reason, '', '', 1 from refusal, of_one where hits <= $11
-			on conflict (minute, action, reason, actor, network) do update set hits = f.hits + 1 returning hits)
-		insert into audit_log (audit_id, at, actor, action, target, outcome, reason, network_id, ip_address, user_agent, request_id)
-		select audit_id, at, actor, action, target, 'refused', reason, coalesce((select network_id from users where user_id = actor),
-			(select network_id from users where user_id = target), ''), $7, $8, $9
-		from refusal, of_all where hits <= $12`,
-		newAuditID(), now, c.Actor, e.Action, e.Target, e.Reason, c.Address, c.UserAgent, c.RequestID,
-		network(address), refusalsOfOne, refusalsOfAll)
-	return storeError(err)
+	kind := e.Action + " " + e.Reason + " " + e.Target
+	one := kind + " " + c.Actor + " " + network(address)
+	return rateLimit{"refusal:" + digest(one), refusalsOfOne, time.Minute, problemTooManyRequests},
+		rateLimit{"refusals:" + digest(kind), refusalsOfAll, time.Minute, problemTooManyRequests}
 }
 
-// endFloods records how many refusals of the minutes before were only counted. Instances
-// share the work.
-func (st *store) endFloods(ctx context.Context, now time.Time) error {
-	for ended := floodBatch; ended == floodBatch; {
-		if err := st.tx(ctx, func(tx pgx.Tx) (err error) {
-			ended, err = endSomeFloods(ctx, tx, now)
-			return err
-		}); err != nil {
-			return err
-		}
+// recordRefusal audits a refusal within its limits. Those over them are counted in a metric,
+// and one WARN line a minute says so. The client is refused even if the entry can't be written.
+func (s *server) recordRefusal(ctx context.Context, c caller, action string, p problem) {
+	ctx, cancel := detached(ctx, 5*time.Second)
+	defer cancel()
+	now, e := s.now(), entry{Action: action, Target: p.target, Outcome: "refused", Reason: p.slug()}
+	ofOne, ofAll := refusalLimits(c, e)
+	err := s.store.hit(ctx, ofOne, now) // not in one transaction: a flood would wait for its locks
+	if err == nil {
+		err = s.store.hit(ctx, ofAll, now)
 	}
-	return nil
+	if err == nil {
+		err = s.store.audit(ctx, c, now, e)
+	}
+	switch minute := now.Unix() / 60; {
+	case errors.Is(err, problemTooManyRequests):
+		s.metrics.dropped.WithLabelValues(action).Inc()
+		if s.dropWarned.Swap(minute) != minute {
+			s.log.WarnContext(ctx, "audit: refusals dropped", "action", action, "reason", e.Reason)
+		}
+	case err != nil:
+		s.log.ErrorContext(ctx, "audit: refusal not written", "action", action, "reason", e.Reason, "error", err)
+	}
 }
 
-const floodBatch = 1000 // counters in a transaction
-
-func endSomeFloods(ctx context.Context, tx pgx.Tx, now time.Time) (ended int, err error) {
-	type flood struct {
-		Minute                         time.Time
-		Action, Reason, Actor, Network string
-		Hits                           int
-	}
-	rows, _ := tx.Query(ctx, `
-		delete from audit_floods where ctid = any(array(
-			select ctid from audit_floods where minute < $1 order by minute limit $2 for update skip locked))
-		returning minute, action, reason, actor, network, hits`, now.Truncate(time.Minute).Add(-time.Minute), floodBatch) // instances' clocks differ
-	floods, err := pgx.CollectRows(rows, pgx.RowToStructByPos[flood])
-	if err != nil {
-		return 0, err
-	}
-	for _, f := range floods {
-		counted := f.Hits - refusalsOfOne
-		if f.Actor == "" {
-			counted = f.Hits - refusalsOfAll
-		}
-		if counted <= 0 {
-			continue
-		}
-		if err := writeAudit(ctx, tx, caller{Actor: cmp.Or(f.Actor, anonymous), Address: f.Network}, now, entry{Action: f.Action, Outcome: "refused",
-			Reason: f.Reason, Details: map[string]any{"count": counted, "minute": f.Minute}}); err != nil {
-			return 0, err
-		}
-	}
-	return len(floods), nil
-}
-
-// monthsAhead have their partition already: an instance that runs no jobs makes them when
-// it starts.
-const monthsAhead = 3
-
-func (st *store) makeMonths(ctx context.Context, now time.Time) error {
-	_, err := st.pool.Exec(ctx, `select audit_log_month($1::timestamptz + n * interval '1 month') from generate_series(0, $2::int) n`, now, monthsAhead)
-	return storeError(err)
-}
-
-// auditIn asks for a part of the record.
+// auditIn asks for a part of the audit log.
 type auditIn struct {
 	pageIn
 	Actor   string    `query:"actor" maxLength:"100" example:"USR-V1StGXR8_Z5jdHi6" description:"Who did it: a user, anonymous, system:…, cli:…"`
@@ -136,54 +135,33 @@ type auditIn struct {
 	To      time.Time `query:"to" description:"Earlier than this."`
 }
 
-// auditEntry is an entry as it is kept; its fields in this order are what a seal digests.
-type auditEntry struct {
-	ID        auditID        `json:"audit_id" example:"AUD-V1StGXR8_Z5jdHi6"`
-	At        time.Time      `json:"at"`
-	Actor     string         `json:"actor" example:"USR-V1StGXR8_Z5jdHi6" description:"A user, anonymous, system:…, cli:…"`
-	Action    string         `json:"action" example:"user.update"`
-	Target    string         `json:"target" example:"USR-V1StGXR8_Z5jdHi6"`
-	Outcome   string         `json:"outcome" enum:"ok,refused,failed"`
-	Reason    string         `json:"reason" description:"The problem's type of a refusal, or why it was done."`
-	NetworkID string         `json:"network_id" description:"Of the target, if it is a user, else of the actor."`
-	Address   string         `json:"ip_address"`
-	UserAgent string         `json:"user_agent"`
-	RequestID string         `json:"request_id"`
-	Details   map[string]any `json:"details" description:"What has changed, with before and after; count: how many refusals this entry stands for."`
-}
-
-const auditColumns = `audit_id, at, actor, action, target, outcome, reason, network_id, ip_address, user_agent, request_id, details`
-
-// auditTrail lists what is on record, the latest first: all of it for an administrator,
+// auditEntries lists the audit log, the latest entry first: all of it for an administrator,
 // what concerns its own network for a partner.
-func (s *server) auditTrail(ctx context.Context, c caller, in auditIn) (listOut[auditEntry], error) {
-	return pageOf(in.pageIn, func(before cursor) ([]auditEntry, error) {
-		network := ""
-		if !c.is(roleAdmin) {
-			if network = c.NetworkID; !c.is(rolePartner) || network == "" {
-				return nil, problemForbidden
-			}
+func (s *server) auditEntries(ctx context.Context, c caller, in auditIn) (listOut[auditEntry], error) {
+	network := ""
+	if !c.is(roleAdmin) {
+		if network = c.NetworkID; !c.is(rolePartner) || network == "" {
+			return listOut[auditEntry]{}, problemForbidden
 		}
-		return s.store.auditTrail(ctx, in, network, before)
+	}
+	return pageOf(in.pageIn, func(before cursor) ([]auditEntry, error) {
+		return s.store.auditEntries(ctx, in, network, before)
 	}, func(e auditEntry) (auditEntry, cursor) { return e, cursor{e.At, string(e.ID)} })
 }
 
-// auditTrail returns entries of one network, or all (""), filtered, the latest first.
-func (st *store) auditTrail(ctx context.Context, in auditIn, network string, before cursor) ([]auditEntry, error) {
-	f := newFilter()
+// auditEntries returns entries of one network, or all (""), filtered, the latest first.
+// "between" is there for PostgreSQL to leave out other months: a comparison of rows does not.
+func (st *store) auditEntries(ctx context.Context, in auditIn, network string, before cursor) ([]auditEntry, error) {
 	if !in.To.IsZero() && in.To.Before(before.At) {
-		before = cursor{At: in.To} // one bound: of two PostgreSQL may begin at the later one
+		before = cursor{At: in.To}
 	}
-	f.and("(at, audit_id) < (?, ?)", before.At, before.ID)
-	f.and("at <= ?", before.At) // leaves out the months after it
-	f.is("network_id", network)
-	f.is("actor", in.Actor)
-	f.is("target", in.Target)
-	f.is("action", in.Action)
-	f.among("outcome", in.Outcome, "ok", "refused", "failed")
-	if !in.From.IsZero() {
-		f.and("at >= ?", in.From)
-	}
-	return inOrder[auditEntry](ctx, st, f.list(auditColumns, "audit_log", "at desc, audit_id desc", in.Limit+1), f.args,
-		`plan_cache_mode = force_custom_plan`) // one actor has five entries, another half of all
+	return list[auditEntry](ctx, st, `
+		select audit_id, at, actor, action, target, outcome, reason, network_id,
+			ip_address, user_agent, request_id, details
+		from audit_log
+		where at between $1 and $2 and (at, audit_id) < ($2, $3)
+			and ($4 = '' or network_id = $4) and ($5 = '' or actor = $5) and ($6 = '' or target = $6)
+			and ($7 = '' or action = $7) and ($8 = '' or outcome = $8)
+		order by at desc, audit_id desc limit $9`,
+		in.From, before.At, before.ID, network, in.Actor, in.Target, in.Action, in.Outcome, in.Limit+1)
 }

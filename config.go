@@ -59,7 +59,8 @@ type config struct {
 	// Too wide, and everybody chooses the address that limits count. Default: none.
 	TrustedProxies []netip.Prefix `env:"TRUSTED_PROXIES"`
 
-	// LogLevel is debug, info, warn or error; RUST_LOG is accepted too. Default: info.
+	// LogLevel is debug, info, warn or error; RUST_LOG is accepted too. From warn on the log
+	// is no evidence of the audit log: its entries are logged as info. Default: info.
 	LogLevel string `env:"LOG_LEVEL"`
 	// LogFormat is json or text. Default: json.
 	LogFormat string `env:"LOG_FORMAT" envDefault:"json"`

@@ -155,8 +155,8 @@ var rights = map[string]string{
 	"user_registrations": "select, insert, update, delete",
 	"sessions":           "select, insert, update, delete", "refresh_tokens": "select, insert, update, delete",
 	"revocations": "select, insert, delete", "rate_limits": "select, insert, update, delete",
-	"audit_floods": "select, insert, update, delete", "audit_log": "select, insert", "audit_seals": "select, insert",
-	"sync_cursor": "select, insert, update", "tasks": "select, insert, update, delete", "sync_runs": "select, insert, update",
+	"audit_log": "select, insert", "sync_cursor": "select, insert, update", "tasks": "select, insert, update, delete",
+	"sync_runs": "select, insert, update",
 }
 
 // roleAdvice is how the service gets a role with these rights and no others.
@@ -200,7 +200,6 @@ func (d *doctor) checkPostgreSQL(ctx context.Context) {
 			select action || ' on ' || name as lack
 			from jsonb_each_text($1) as needed (name, actions), regexp_split_to_table(actions, ', ') as action
 			where not case action when 'delete' then has_table_privilege(name, action) else has_any_column_privilege(name, action) end
-			union select 'usage on audit_numbers' where not has_sequence_privilege('audit_numbers', 'usage')
 		) as lacks`, rights).Scan(&lacks, &mayAlter); err != nil {
 		d.unknown(storeError(err).Error(), "", "PostgreSQL: rights", "PostgreSQL: record")
 		return

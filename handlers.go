@@ -124,8 +124,8 @@ func (s *server) routes() []route {
 			op("Users", 204, s.endUserSession, problemForbidden, problemAccountNotVerified, problemUserNotFound, problemNotFound)},
 		{"DELETE /api/v1/users/{user_id}/sessions", "", signedIn, onUsers, "endUserSessions", "Sign a user out everywhere",
 			op("Users", 204, s.endUserSessions, problemForbidden, problemAccountNotVerified, problemUserNotFound)},
-		{"GET /api/v1/audit", "", signedIn, onUsers, "auditTrail", "What is on record",
-			op("Audit", 200, s.auditTrail, problemForbidden)},
+		{"GET /api/v1/audit", "", signedIn, onUsers, "auditEntries", "The audit log",
+			op("Audit", 200, s.auditEntries, problemForbidden)},
 		{"POST /api/v1/sync", "", signedIn, onUsers, "startSync", "Bring both stores into step",
 			op("Sync", 202, s.startSync, problemForbidden, problemSyncRunning)},
 		{"GET /api/v1/sync/{sync_id}", "", signedIn, onUsers, "syncStatus", "Progress and report of a sync",
@@ -242,8 +242,8 @@ func (s *server) limited(rt route, next http.Handler) http.Handler {
 	})
 }
 
-// refuse answers with err, on a page or in JSON as the route does, and puts it on record:
-// whatever was not allowed, and of what would have changed something every refusal.
+// refuse answers with err, on a page or in JSON as the route does. It audits every 403 and
+// 429, and every rejected write.
 func (s *server) refuse(w http.ResponseWriter, r *http.Request, rt route, err error) {
 	p := asProblem(err)
 	reads := (r.Method == http.MethodGet || r.Method == http.MethodHead) && rt.Name != "login" // the callback signs in
@@ -256,16 +256,6 @@ func (s *server) refuse(w http.ResponseWriter, r *http.Request, rt route, err er
 		return
 	}
 	s.writeProblem(w, r, err)
-}
-
-// recordRefusal puts a refusal on record. The client is refused all the same if
-// that fails.
-func (s *server) recordRefusal(ctx context.Context, c caller, action string, p problem) {
-	ctx, cancel := detached(ctx, 5*time.Second)
-	defer cancel()
-	if err := s.store.auditRefusal(ctx, c, s.now(), entry{Action: action, Target: p.target, Reason: p.slug()}); err != nil {
-		s.log.ErrorContext(ctx, "a refusal is not on record", "action", action, "reason", p.slug(), "error", err)
-	}
 }
 
 // decoders read path and query parameters into an operation's input.

@@ -766,7 +766,7 @@ func TestSubcommands(t *testing.T) {
 // not a defect.
 func TestBusyDatabase(t *testing.T) {
 	w := sharedEnv(t)
-	st, err := openStore(t.Context(), secret(w.vars["DATABASE_URL"]+"&pool_max_conns=1"))
+	st, err := openStore(t.Context(), secret(w.vars["DATABASE_URL"]+"&pool_max_conns=1"), slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -190,7 +190,7 @@ func (w *env) sessionViolations(ctx context.Context) (wrong []string) {
 		case s.Live && (s.Unused != 1 || !slices.Contains(inKeycloak, s.SID)), s.Ended && s.Tokens > 0:
 			report("in Keycloak: %v: %+v", slices.Contains(inKeycloak, s.SID), s)
 		case !s.SignedIn || s.Ended != s.SignedOut:
-			report("the audit trail does not know %+v", s)
+			report("the audit log does not know %+v", s)
 		}
 	}
 	for _, sid := range inKeycloak {
@@ -330,7 +330,7 @@ func (w *env) leaks() (found []string) {
 	}
 	logs := w.logs.String()
 	for secret := range strings.FieldsFuncSeq(w.secrets.String(), func(r rune) bool { return r == '\n' }) {
-		for where, text := range map[string]string{"the log": logs, "the audit trail": audit} {
+		for where, text := range map[string]string{"the log": logs, "the audit log": audit} {
 			if i := strings.Index(text, secret); i >= 0 {
 				found = append(found, fmt.Sprintf("%s holds %q: …%s…", where, secret, text[max(0, i-200):min(len(text), i+200)]))
 			}

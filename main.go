@@ -120,13 +120,14 @@ type server struct {
 	background      sync.WaitGroup                                 // work whose client has its answer already
 	handle          func(context.Context, task) (time.Time, error) // does the work of a task: handleTask
 	wake            chan struct{}                                  // a worker may find something due
+	dropWarned      atomic.Int64                                   // the minute in which the log last had that refusals are dropped
 	stopping        atomic.Bool                                    // told by /readyz, so that the load balancer looks away
 }
 
 // newServer connects to nothing yet: the service starts while Keycloak or
 // PostgreSQL is down.
 func newServer(ctx context.Context, cfg config, log *slog.Logger) (*server, error) {
-	st, err := openStore(ctx, cfg.DatabaseURL)
+	st, err := openStore(ctx, cfg.DatabaseURL, log)
 	if err != nil {
 		return nil, err
 	}

@@ -59,6 +59,7 @@ type metrics struct {
 	mails    *prometheus.CounterVec
 	reuse    prometheus.Counter
 	synced   *prometheus.CounterVec
+	dropped  *prometheus.CounterVec
 }
 
 func newMetrics() *metrics {
@@ -81,13 +82,15 @@ func newMetrics() *metrics {
 		reuse: f.NewCounter(prometheus.CounterOpts{Name: "refresh_token_reuse_total", Help: "Sessions ended because an old refresh token was shown."}),
 		synced: f.NewCounterVec(prometheus.CounterOpts{Name: "sync_differences_total",
 			Help: "Differences between the two stores that full passes have found, by class and outcome."}, []string{"class", "outcome"}),
+		dropped: f.NewCounterVec(prometheus.CounterOpts{Name: "audit_refusals_dropped_total",
+			Help: "Refusals that are not in the audit log because there were too many of their kind, by action."}, []string{"action"}),
 	}
 }
 
 type requestIDKey struct{}
 
 // requestIDPattern is what a request id from outside must look like to be kept:
-// it ends up in logs and in the audit trail.
+// it ends up in logs and in the audit log.
 var requestIDPattern = regexp.MustCompile(`^[A-Za-z0-9._-]{8,64}$`)
 
 // withRequestID gives every request and response an X-Request-Id.

@@ -112,7 +112,7 @@ func (p problem) retryAfter(d time.Duration) problem { p.Wait = max(d, time.Seco
 // because keeps the cause for the log.
 func (p problem) withCause(err error) problem { p.err = err; return p }
 
-// about names whom the refusal concerns, for the audit trail.
+// withTarget names whom the refusal concerns, for the audit log.
 func (p problem) withTarget(target string) problem { p.target = target; return p }
 
 // challenging names the error in the challenge of RFC 6750 §3.1.

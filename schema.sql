@@ -47,16 +47,22 @@ create table if not exists users (
 create unique index if not exists one_live_user_per_email on users (lower(email)) where deleted_at is null;
 create unique index if not exists one_live_user_per_username on users (lower(username)) where deleted_at is null;
 
--- Lists run from the latest to the earliest, within a scope. Every combination of filters
--- has an index in which its rows stand together: see filter in store.go.
-create extension if not exists pg_trgm;
-create index if not exists users_in_all on users (role, source, is_active, created_at, user_id);
-create index if not exists users_in_network on users (network_id, role, source, is_active, created_at, user_id);
-create index if not exists users_in_network_and_station on users (network_id, station_id, role, source, is_active, created_at, user_id);
-create index if not exists users_in_station on users (station_id, role, source, is_active, created_at, user_id);
-create index if not exists users_by_text on users using gin
-    (lower(email || ' ' || username || ' ' || coalesce(first_name, '') || ' ' || coalesce(last_name, '')) gin_trgm_ops);
-alter index users_by_text set (gin_pending_list_limit = 64); -- kB of what is not sorted in yet: each search reads all of it
+-- Lists run from the latest to the earliest. Each scope has its index: everybody, a network,
+-- a station of a network.
+create index if not exists users_by_time on users (created_at, user_id);
+create index if not exists users_in_network on users (network_id, created_at, user_id);
+create index if not exists users_in_station on users (network_id, station_id, created_at, user_id);
+-- The search for a text works without its index, it only reads more. So it does where
+-- PostgreSQL does not have the extension, has it in a schema that is not in the search_path,
+-- or does not let this role create it.
+do $$ begin
+    create extension if not exists pg_trgm;
+    create index if not exists users_by_text on users using gin
+        (lower(email || ' ' || username || ' ' || coalesce(first_name, '') || ' ' || coalesce(last_name, '')) gin_trgm_ops);
+    alter index users_by_text set (gin_pending_list_limit = 64); -- kB of what is not sorted in yet: each search reads all of it
+exception when insufficient_privilege or undefined_file or feature_not_supported or undefined_object then
+    raise warning 'the search for users has no index: %', sqlerrm;
+end $$;
 
 -- One person's attempt to open an account. It only moves forward:
 -- pending → verified | expired | cancelled.
@@ -144,14 +150,12 @@ create table if not exists revocations (
 );
 create index if not exists withdrawals_by_time on revocations (at);
 
--- What happened, who did it, to whom, from where. Written in the transaction of
--- the change that it records. Append-only: the triggers below refuse the rest, and the
+-- What happened, who did it, to whom, from where. An entry is written in the transaction of
+-- its change. Append-only: the triggers below refuse the rest, and the
 -- service's role has no right to it. One partition a month, so that a month is dropped
 -- as a whole when its time is over.
-create sequence if not exists audit_numbers;
 create table if not exists audit_log (
     audit_id   varchar(32) not null,                   -- AUD-…
-    number     bigint not null default nextval('audit_numbers'), -- the order of sealing; some are never used
     at         timestamptz not null,
     actor      varchar(100) not null,                  -- USR-…, anonymous, system:…, cli:…
     action     varchar(50) not null,                   -- registration.verify, login, …
@@ -166,16 +170,10 @@ create table if not exists audit_log (
     primary key (audit_id, at),
     constraint valid_outcome check (outcome in ('ok', 'refused', 'failed'))
 ) partition by range (at);
--- For sealing, and for each way to ask for entries: see filter in store.go. A combination
--- without an index of its own has a person or a target in it, and those have few entries.
-create index if not exists audit_by_number on audit_log (number);
-create index if not exists audit_by_outcome on audit_log (outcome, at, audit_id);
-create index if not exists audit_by_action on audit_log (action, outcome, at, audit_id);
-create index if not exists audit_of_target on audit_log (target, outcome, at, audit_id);
-create index if not exists audit_of_actor on audit_log (actor, outcome, at, audit_id);
-create index if not exists audit_of_actor_by_action on audit_log (actor, action, outcome, at, audit_id);
-create index if not exists audit_in_network on audit_log (network_id, outcome, at, audit_id);
-create index if not exists audit_in_network_by_action on audit_log (network_id, action, outcome, at, audit_id);
+create index if not exists audit_by_time on audit_log (at, audit_id);
+create index if not exists audit_of_target on audit_log (target, at, audit_id);
+create index if not exists audit_of_actor on audit_log (actor, at, audit_id);
+create index if not exists audit_in_network on audit_log (network_id, at, audit_id);
 
 create or replace function audit_log_is_append_only() returns trigger language plpgsql as $$
 begin
@@ -187,8 +185,8 @@ create or replace trigger audit_log_keeps_all before truncate on audit_log
     for each statement execute function audit_log_is_append_only();
 
 -- audit_log_month makes the partition of a time's month (UTC) unless it is there. It has
--- the rights of the tables' owner. Whoever reads the record for long (a dump) holds it up;
--- it must not hold up those who write for as long, and is tried again.
+-- the rights of the tables' owner. It waits for whoever reads the audit log for long (a dump),
+-- and those who write wait for it: so it gives up after a second, and is tried again.
 create or replace function audit_log_month(at timestamptz) returns void language plpgsql
     security definer set search_path from current set lock_timeout = '1s' as $$
 declare
@@ -203,29 +201,6 @@ begin
             for each statement execute function audit_log_is_append_only()', name);
     end if;
 end $$;
-
--- Refusals of a minute, so that a flood of them does not become one of entries.
-create table if not exists audit_floods (
-    minute  timestamptz not null,
-    action  varchar(50) not null,
-    reason  varchar(100) not null,
-    actor   varchar(100) not null,                     -- '' in the row of all actors and networks
-    network varchar(50) not null,                      -- of the client's address, as limits count it
-    hits    integer not null,
-    primary key (minute, action, reason, actor, network)
-);
-
--- Seals make changes of the record evident: each one's manifest has a digest of every
--- entry of a batch and the hash of the seal before.
-create table if not exists audit_seals (
-    seal_id     bigint primary key,                    -- 1, 2, …
-    sealed_at   timestamptz not null,
-    last_number bigint not null,                       -- of the entries in it
-    manifest    text not null,                         -- see manifest in seals.go
-    hash        varchar(64) not null                   -- SHA-256 of the manifest, hex
-);
-create or replace trigger audit_seals_keep_rows before update or delete or truncate on audit_seals
-    for each statement execute function audit_log_is_append_only();
 
 -- Work that one instance at a time must do, now, later or again: see queue.go.
 create table if not exists tasks (
@@ -275,15 +250,12 @@ create unlogged table if not exists rate_limits (
 create index if not exists rate_limits_by_end on rate_limits (resets_at);
 
 -- The role that the service runs as in production, if there is one: it can do what the
--- service does, and neither change nor delete what is on record.
+-- service does, and neither change nor delete audit entries.
 do $$ begin
     if exists (select from pg_roles where rolname = 'auth_service') then
         grant select on schema_version to auth_service;
         grant select, insert, update, delete on users, user_registrations, sessions, refresh_tokens, revocations,
-            tasks, rate_limits, audit_floods, sync_cursor, sync_runs to auth_service;
-        grant select, insert on audit_seals to auth_service;
-        grant select, insert (audit_id, at, actor, action, target, outcome, reason, network_id, ip_address, user_agent,
-            request_id, details) on audit_log to auth_service; -- not number: nothing gets in front of what is sealed
-        grant usage on sequence audit_numbers to auth_service;
+            tasks, rate_limits, sync_cursor, sync_runs to auth_service;
+        grant select, insert on audit_log to auth_service;
     end if;
 end $$;

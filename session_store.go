@@ -10,12 +10,18 @@ import (
 const sessionColumns = `session_id, keycloak_session_id, user_id, ip_address, user_agent, created_at, last_used_at, expires_at,
 	ended_at is not null`
 
-// addSession stores the sign-in of the account with this sub (L2), in one round
-// trip, and returns the account. A browser that Keycloak knew already comes back with
-// the same session of Keycloak: the new one replaces ours, whose token its cookie has
-// lost. errNotFound: there is no account that may sign in.
+// addSession stores the sign-in of the account with this sub (L2), and returns the account.
+// A browser that Keycloak knew already comes back with the same session of Keycloak: the new
+// one replaces ours, whose token its cookie has lost. errNotFound: there is no account that
+// may sign in.
 func (st *store) addSession(ctx context.Context, c caller, subject string, s session, refreshHash string, now time.Time) (user, error) {
-	return one[user](ctx, st.pool, `
+	type account struct {
+		user
+		Replaced []string // sessions
+	}
+	var a account
+	err := st.tx(ctx, func(tx pgx.Tx) (err error) {
+		if a, err = one[account](ctx, tx, `
 		with u as (
 			update users set last_login_at = $5::timestamptz where keycloak_id = $7 and is_active and is_verified
 			returning `+userColumns+`),
@@ -30,17 +36,14 @@ func (st *store) addSession(ctx context.Context, c caller, subject string, s ses
 				created_at, last_used_at, expires_at)
 			select $1::text, user_id, $2::text, $3::text, $4::text, $5::timestamptz, $5::timestamptz, $6::timestamptz from u),
 		t as (
-			insert into refresh_tokens (token_hash, session_id) select $10::text, $1::text from u),
-		a as (
-			insert into audit_log (audit_id, at, actor, action, target, outcome, network_id, ip_address, user_agent, request_id, details)
-			select $8::text, $5::timestamptz, user_id, 'login', user_id, 'ok', network_id, $3::text, $4::text, $9::text,
-				jsonb_build_object('session_id', $1::text) from u),
-		b as (
-			insert into audit_log (audit_id, at, actor, action, target, outcome, reason, network_id, ip_address, user_agent, request_id, details)
-			select $11::text, $5::timestamptz, user_id, 'session.end', user_id, 'ok', 'replaced', network_id, $3::text, $4::text, $9::text,
-				jsonb_build_object('sessions', array(select session_id from replaced)) from u where exists (select from replaced))
-		select * from u`,
-		string(s.ID), s.KeycloakID, c.Address, c.UserAgent, now, s.ExpiresAt, subject, newAuditID(), c.RequestID, refreshHash, newAuditID())
+			insert into refresh_tokens (token_hash, session_id) select $8::text, $1::text from u)
+		select *, array(select session_id from replaced) from u`,
+			string(s.ID), s.KeycloakID, c.Address, c.UserAgent, now, s.ExpiresAt, subject, refreshHash); err != nil {
+			return err
+		}
+		return auditLogin(ctx, tx, c, now, a.ID, s.ID, a.Replaced)
+	})
+	return a.user, err
 }
 
 // refreshToken is a refresh token that somebody has shown, and its session.

@@ -5,6 +5,7 @@ import (
 	_ "embed"
 	"errors"
 	"fmt"
+	"log/slog"
 	"strings"
 	"time"
 
@@ -30,11 +31,14 @@ var (
 
 // store is PostgreSQL. One method is one statement or one transaction. Times
 // come from the caller, so that a test can move them.
-type store struct{ pool *pgxpool.Pool }
+type store struct {
+	pool *pgxpool.Pool
+	log  *slog.Logger // has the audit entries, too
+}
 
 // openStore prepares the pool and does not connect: the service starts while
 // PostgreSQL is down.
-func openStore(ctx context.Context, url secret) (*store, error) {
+func openStore(ctx context.Context, url secret, log *slog.Logger) (*store, error) {
 	cfg, err := pgxpool.ParseConfig(string(url))
 	if err != nil {
 		return nil, errors.New("DATABASE_URL can't be parsed") // the cause may quote the password
@@ -53,11 +57,16 @@ func openStore(ctx context.Context, url secret) (*store, error) {
 			Codec: &pgtype.TimestamptzCodec{ScanLocation: time.UTC}}) // the driver's own choice is this machine's zone
 		return nil
 	}
+	cfg.ConnConfig.OnNotice = func(_ *pgconn.PgConn, n *pgconn.Notice) {
+		if n.SeverityUnlocalized == "WARNING" {
+			log.Warn("postgresql: warning", "message", n.Message)
+		}
+	}
 	pool, err := pgxpool.NewWithConfig(ctx, cfg)
 	if err != nil {
 		return nil, err
 	}
-	return &store{pool}, nil
+	return &store{pool, log}, nil
 }
 
 // migrate brings the schema to this version, once however many instances start
@@ -91,6 +100,17 @@ func (st *store) migrate(ctx context.Context, again bool) error {
 	return storeError(err)
 }
 
+// monthsAhead is how many months to come have their partition already: an instance that runs
+// no jobs makes them only when it starts.
+const monthsAhead = 3
+
+// makeMonths makes the partitions of the audit log, up to monthsAhead.
+func (st *store) makeMonths(ctx context.Context, now time.Time) error {
+	_, err := st.pool.Exec(ctx, `
+		select audit_log_month($1::timestamptz + n * interval '1 month') from generate_series(0, $2::int) n`, now, monthsAhead)
+	return storeError(err)
+}
+
 func (st *store) ping(ctx context.Context) error { return storeError(st.pool.Ping(ctx)) }
 
 // querier is what a pool and a transaction have in common.
@@ -108,9 +128,49 @@ func one[T any](ctx context.Context, q querier, sql string, args ...any) (T, err
 	return row, storeError(err)
 }
 
-// tx runs f in a transaction; an error of f rolls it back.
+// auditedTx is a transaction of store.tx, and the entries that were written in it.
+type auditedTx struct {
+	pgx.Tx
+	entries []auditEntry
+}
+
+// logEntries logs what was written, so that there is evidence outside the database. It comes
+// after the commit: a change that was rolled back is not in the log. If the process dies in
+// between, an entry has no line. The request id comes from the context.
+func (tx *auditedTx) logEntries(ctx context.Context, log *slog.Logger) {
+	for _, e := range tx.entries {
+		log.InfoContext(ctx, "audit: entry written", "audit", true, "audit_id", string(e.ID), "actor", e.Actor,
+			"action", e.Action, "target", e.Target, "outcome", e.Outcome, "reason", e.Reason,
+			"network_id", e.NetworkID, "ip_address", e.Address, "details", e.Details)
+	}
+}
+
+// tx runs f in a transaction; an error of f rolls it back. The audit entries that f writes
+// are logged after the commit.
 func (st *store) tx(ctx context.Context, f func(tx pgx.Tx) error) error {
-	return storeError(pgx.BeginFunc(ctx, st.pool, f))
+	var audited auditedTx
+	err := pgx.BeginFunc(ctx, st.pool, func(tx pgx.Tx) error {
+		audited.Tx = tx
+		return f(&audited)
+	})
+	if err != nil {
+		return storeError(err)
+	}
+	audited.logEntries(ctx, st.log)
+	return nil
+}
+
+// pageTimeout bounds a list: with a filter that few rows pass it may read many.
+const pageTimeout = 5 * time.Second
+
+// list reads a page of a list. Its statement has all filters, also those that are not used.
+// So PostgreSQL must plan each call for its values: it does so for an unnamed statement.
+func list[T any](ctx context.Context, st *store, sql string, args ...any) ([]T, error) {
+	ctx, cancel := context.WithTimeout(ctx, pageTimeout)
+	defer cancel()
+	rows, _ := st.pool.Query(ctx, sql, append([]any{pgx.QueryExecModeCacheDescribe}, args...)...)
+	page, err := pgx.CollectRows(rows, pgx.RowToStructByPos[T])
+	return page, storeError(err)
 }
 
 // storeError translates the driver's errors into ours. Unknown to the driver
@@ -204,73 +264,6 @@ func (st *store) purgeLimits(ctx context.Context, now time.Time) error {
 	_, err := st.pool.Exec(ctx, `delete from rate_limits where key = any(array(
 		select key from rate_limits where resets_at < $1 order by resets_at limit 10000 for update skip locked))`, now)
 	return storeError(err)
-}
-
-// filter is the condition of a list. An index has the columns that a row must equal before
-// the time, so that no row is passed over; where a column with few values is not asked
-// for, each of its values has a scan of its own, and the list merges them.
-type filter struct {
-	conditions []string
-	args       []any
-	scans      []string
-}
-
-func newFilter() *filter { return &filter{scans: []string{""}} }
-
-// and adds a condition; each ? in it is one of the values.
-func (f *filter) and(condition string, values ...any) {
-	for _, value := range values {
-		f.args = append(f.args, value)
-		condition = strings.Replace(condition, "?", fmt.Sprintf("$%d", len(f.args)), 1)
-	}
-	f.conditions = append(f.conditions, condition)
-}
-
-// is required a value, unless it is empty.
-func (f *filter) is(column, value string) {
-	if value != "" {
-		f.and(column+" = ?", value)
-	}
-}
-
-// inOrder reads a list, in one round trip. PostgreSQL is to run along the list's index: where
-// it expects few rows it would rather collect all there are and sort them.
-func inOrder[T any](ctx context.Context, st *store, sql string, args []any, settings ...string) (list []T, err error) {
-	var b pgx.Batch
-	b.Queue(`begin`)
-	for _, setting := range append(settings, `enable_sort = off`) {
-		b.Queue(`set local ` + setting)
-	}
-	b.Queue(sql, args...).Query(func(rows pgx.Rows) (err error) {
-		list, err = pgx.CollectRows(rows, pgx.RowToStructByPos[T])
-		return err
-	})
-	b.Queue(`commit`)
-	return list, storeError(st.pool.SendBatch(ctx, &b).Close())
-}
-
-// among is like is for a column with few values.
-func (f *filter) among(column, value string, values ...string) {
-	if value != "" {
-		f.is(column, value)
-		return
-	}
-	var scans []string
-	for _, scan := range f.scans {
-		for _, value := range values {
-			scans = append(scans, scan+" and "+column+" = '"+value+"'")
-		}
-	}
-	f.scans = scans
-}
-
-// list selects the first rows of a table that fulfil the condition.
-func (f *filter) list(columns, table, order string, limit int) string {
-	var scans []string
-	for _, scan := range f.scans {
-		scans = append(scans, fmt.Sprintf(`(select * from %s where %s order by %s limit %d)`, table, strings.Join(f.conditions, " and ")+scan, order, limit))
-	}
-	return fmt.Sprintf(`select %s from (%s) %s order by %s limit %d`, columns, strings.Join(scans, " union all "), table, order, limit)
 }
 
 func nullString(s string) *string {

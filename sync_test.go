@@ -873,7 +873,7 @@ func TestSyncRuns(t *testing.T) {
 		if a := status(last); a.text("status") != "failed" || runs() != before {
 			w.Errorf("killed, and now %s, %s instead of %s runs", a, runs(), before)
 		}
-		if got := w.value(`select outcome || ' ' || reason from audit_log where action = 'sync.end' and target = $1 order by number desc limit 1`, last); got != "failed killed" {
+		if got := w.value(`select outcome || ' ' || reason from audit_log where action = 'sync.end' and target = $1 order by at desc limit 1`, last); got != "failed killed" {
 			w.Errorf("its end is on record as %s", got)
 		}
 		w.exec(`update sync_runs set ended_at = ended_at - interval '6 minutes' where sync_id = $1`, last)

@@ -61,40 +61,28 @@ func (st *store) accountByLogin(ctx context.Context, login string) (string, erro
 
 // users returns whom p may see, filtered, the latest first.
 func (st *store) users(ctx context.Context, p principal, in usersIn, before cursor) ([]user, error) {
-	f := newFilter()
+	var network, station string // "": all
 	self := false
-	f.and("(created_at, user_id) < (?, ?)", before.At, before.ID)
 	switch {
 	case p.is(roleAdmin):
 	case p.is(rolePartner) && p.NetworkID != "":
-		f.is("network_id", p.NetworkID)
+		network = p.NetworkID
 	case p.is(roleOperator) && p.NetworkID != "" && p.StationID != "":
-		f.is("network_id", p.NetworkID)
-		f.is("station_id", p.StationID)
+		network, station = p.NetworkID, p.StationID
 	default:
-		f.and("user_id = ?", p.UserID)
 		self = true
 	}
-	f.is("network_id", in.NetworkID)
-	f.is("station_id", in.StationID)
-	f.among("role", in.Role, roles...)
-	f.among("source", in.Source, sourceWeb, sourceInternal)
-	if in.IncludeDeleted {
-		f.among("is_active", "", "true", "false")
-	} else {
-		f.and("is_active")
-	}
-	if in.Query != "" {
-		f.and(userText+" like '%' || ? || '%'", strings.NewReplacer(`\`, `\\`, `%`, `\%`, `_`, `\_`).Replace(strings.ToLower(in.Query)))
-	}
-	sql := f.list(userColumns, "users", "created_at desc, user_id desc", in.Limit+1)
-	if in.Query == "" && !self {
-		return inOrder[user](ctx, st, sql, f.args)
-	}
-	// Whether to look for a text or along the index depends on how many have it: no plan is made for all.
-	rows, _ := st.pool.Query(ctx, sql, append([]any{pgx.QueryExecModeCacheDescribe}, f.args...)...)
-	list, err := pgx.CollectRows(rows, pgx.RowToStructByPos[user])
-	return list, storeError(err)
+	text := strings.NewReplacer(`\`, `\\`, `%`, `\%`, `_`, `\_`).Replace(strings.ToLower(in.Query))
+	return list[user](ctx, st, `
+		select `+userColumns+` from users
+		where (created_at, user_id) < ($1, $2)
+			and ($3 = '' or network_id = $3) and ($4 = '' or station_id = $4) and (not $5 or user_id = $6)
+			and ($7 = '' or network_id = $7) and ($8 = '' or station_id = $8)
+			and ($9 = '' or role = $9) and ($10 = '' or source = $10) and ($11 or is_active)
+			and ($12 = '' or `+userText+` like '%' || $12 || '%')
+		order by created_at desc, user_id desc limit $13`,
+		before.At, before.ID, network, station, self, p.UserID,
+		in.NetworkID, in.StationID, in.Role, in.Source, in.IncludeDeleted, text, in.Limit+1)
 }
 
 // userText is what a search looks at, as the index users_by_text has it.
