@@ -15,28 +15,154 @@ import (
 
 // What people do in the browser of browser_test.go.
 
-func scenarioWithPassword(b *browser) {
-	email := newEmail()
+// scenarioLink goes from the start page to the first sign-in.
+func scenarioLink(b *browser) {
+	email, username := newEmail(), newEmail()[:8]
 	b.open("/", 200, "Welcome")
-	b.press("Create an account", 200, "Create an account")
-	b.fill("email", email, "username", email[:8], "first_name", "Ada", "last_name", "O'Neil", "phone", "+4930123456", "password", password)
+	b.press("Create an account", 200, "Create an account", "You choose your password later")
+	b.fill("email", email, "first_name", "Adda", "last_name", "O'Neil", "phone", "+4930123456")
 	b.press("Create an account", 201, "Look into your mailbox", email)
 	l := b.opensMail(email, 1, "Confirm your e‑mail address")
-	b.wants(b.login(email, password), 403, "account-not-verified")
-	b.press("Confirm e-mail address", 200, "Confirm your e-mail address", email)
-	b.wants(b.login(email, password), 403, "account-not-verified") // a GET changes nothing
-	b.press("Confirm this address", 200, "Your address is confirmed", email, "You can sign in now.")
-	b.wants(b.login(email, password), 200, "")
+	b.press("Confirm e-mail address", 200, "Confirm your e-mail address", "At least", "Change your details")
+	b.has("email", email, "password", "", "username", "", "first_name", "Adda", "last_name", "O'Neil",
+		"phone", "+4930123456")
+	b.unconfirmed(email) // a GET changes nothing
+	b.opensDetails()
+	b.fill("username", username, "first_name", "Ada")
+	b.confirms(email)
+	b.arrive(chromedp.Click(labelled("Sign in")), 200, anything)
+	b.signsIn(username, "You are signed in")
+	if name := b.value(`select first_name || ' ' || last_name from users where email = $1`, email); name != "Ada O'Neil" {
+		b.Errorf("the name is %s", name)
+	}
 	b.open(l.URL, 200, "Already confirmed", email)
 }
 
-func scenarioWithoutPassword(b *browser) {
+func scenarioCode(b *browser) {
 	email := newEmail()
-	b.registers(email, "")
-	b.opensMail(email, 1, "Confirm your e‑mail address")
-	b.press("Confirm e-mail address", 200, "Confirm your e-mail address", email)
-	b.press("Confirm this address", 200, "Your address is confirmed", email, "Choose a password now")
-	b.choosesPassword("Choose your password", "Your password is set")
+	b.registers(email)
+	code := b.readMail(email, 1).Code
+	b.press("Enter the code", 200, "Enter your code", "choose a password")
+	b.has("email", email)
+	b.fill("code", "12345")
+	b.press("Confirm this address", 400, "Enter your code", "That did not work", "Code must be six digits",
+		"Password is required")
+	b.fill("code", otherCode(code), "password", password)
+	b.press("Confirm this address", 400, "Enter your code", "The e-mail address or the code is wrong.")
+	b.has("email", email, "code", "", "password", "")
+	b.unconfirmed(email)
+	b.opensDetails()
+	b.fill("code", code[:3]+" "+code[3:], "first_name", "Ada")
+	b.confirms(email)
+	b.wants(b.login(email, password), 200, "")
+	if name := b.value(`select first_name from users where email = $1`, email); name != "Ada" {
+		b.Errorf("the name is %s", name)
+	}
+}
+
+func scenarioTooManyCodes(b *browser) {
+	email := newEmail()
+	b.registers(email)
+	l := b.readMail(email, 1)
+	wrong := map[string]any{"email": email, "code": otherCode(l.Code)}
+	for range codeAttempts {
+		b.wants(b.post("/api/v1/register/verify", wrong), 400, "invalid-code")
+	}
+	b.press("Enter the code", 200, "Enter your code")
+	b.fill("code", l.Code, "password", password)
+	b.press("Confirm this address", 429, "Too many attempts", "The link in the mail still works")
+	b.open(l.URL, 200, "Confirm your e-mail address")
+	b.confirms(email)
+}
+
+// otherCode is a code that is not this one.
+func otherCode(code string) string { return string('0'+(code[0]-'0'+1)%10) + code[1:] }
+
+// scenarioInvitation accepts one invitation, and declines another.
+func scenarioInvitation(b *browser) {
+	admin, email := b.admin(), newEmail()
+	b.wants(admin.asks("POST", usersPath, body{"email": email, "first_name": "Ada",
+		"role": "operator", "network_id": "N1", "station_id": "S1"}), 201, "")
+	b.opensMail(email, 1, "You are invited")
+	b.press("Accept the invitation", 200, "You are invited", "An account was prepared for this address.")
+	b.has("email", email, "password", "", "first_name", "Ada")
+	b.press("Accept the invitation", 400, "You are invited", "Password is required")
+	b.unconfirmed(email)
+	b.fill("password", password)
+	b.press("Accept the invitation", 200, "Your address is confirmed", email)
+	if u := b.testUser(email); u.Role != "operator" || u.FirstName != "Ada" {
+		b.Errorf("who was invited is %+v", u.user)
+	}
+
+	email = newEmail()
+	b.wants(admin.asks("POST", usersPath, body{"email": email}), 201, "")
+	l := b.opensMail(email, 1, "You are invited")
+	b.press("Decline the invitation now", 200, "You don't want this account?", email)
+	b.unconfirmed(email)
+	b.press("Decline the invitation", 200, "Deleted")
+	b.open(l.URL, 410, "Registration cancelled")
+}
+
+// scenarioScanner opens a mail's link and presses the button, as scanners of mails do.
+func scenarioScanner(b *browser) {
+	email := newEmail()
+	b.registers(email)
+	l := b.readMail(email, 1)
+	b.open(l.URL, 200, "Confirm your e-mail address")
+	b.press("Confirm this address", 400, "Confirm your e-mail address", "That did not work", "Password is required")
+	b.submit("/account/verify", map[string]string{"token": l.Token}, 400, "Password is required")
+	b.open("/account/verify?email="+email, 200, "Enter your code")
+	b.fill("code", l.Code)
+	b.press("Confirm this address", 400, "Enter your code", "Password is required")
+	b.unconfirmed(email)
+	b.open(l.URL, 200, "Confirm your e-mail address")
+	b.confirms(email)
+}
+
+func scenarioWeakPassword(b *browser) {
+	email := newEmail()
+	b.registers(email)
+	b.open(b.readMail(email, 1).URL, 200, "Confirm your e-mail address")
+	b.opensDetails()
+	b.fill("first_name", "Ada", "password", "short")
+	b.press("Confirm this address", 400, "Confirm your e-mail address", "Password must have at least") // Keycloak's policy
+	b.has("email", email, "password", "", "first_name", "Ada")
+	b.fill("password", email)
+	b.press("Confirm this address", 400, "Confirm your e-mail address", "Password must not be")
+	b.unconfirmed(email)
+	b.confirms(email)
+	b.wants(b.login(email, password), 200, "")
+}
+
+// scenarioSentTwice sends each form a second time, which does no harm.
+func scenarioSentTwice(b *browser) {
+	email := newEmail()
+	b.registers(email)
+	l := b.readMail(email, 1)
+	b.registers(email)
+	b.open(l.URL, 200, "Confirm your e-mail address")
+	b.confirms(email)
+	again := map[string]string{"token": l.Token, "password": "another " + password, "first_name": "Eve"}
+	b.submit("/account/verify", again, 200, "Already confirmed", email)
+	b.wants(b.login(email, password), 200, "") // with the first one
+	if n := len(b.mail.To(email)); n != 1 {
+		b.Errorf("%d mails", n)
+	}
+}
+
+// scenarioPasswordByMail confirms without a password, as only an application can: Keycloak mails its own link.
+func scenarioPasswordByMail(b *browser) {
+	email := newEmail()
+	b.registers(email)
+	a := b.post("/api/v1/register/verify", map[string]any{"token": b.readMail(email, 1).Token})
+	b.wants(a, 200, "")
+	if a.JSON["set_password_mailed"] != true {
+		b.Errorf("the answer is %v", a)
+	}
+	b.receive(email, 2)
+	b.arrive(chromedp.Navigate(b.elsewhere+"/mail/"+email), 200, "Choose a password")
+	b.audit(mailRules)
+	b.choosesPassword("Choose password", "Your password is set")
 	b.wants(b.login(email, password), 200, "")
 }
 
@@ -56,115 +182,89 @@ func (b *browser) choosesPassword(label, done string) {
 	b.audit("")
 }
 
-func scenarioCode(b *browser) {
-	email := newEmail()
-	b.registers(email, password)
-	code := b.readMail(email, 1).Code
-	b.press("Enter the code", 200, "Enter your code")
-	b.has("email", email)
-	b.fill("code", "12345")
-	b.press("Confirm this address", 400, "Enter your code", "That did not work", "Code must be six digits")
-	b.fill("code", otherCode(code))
-	b.press("Confirm this address", 400, "Enter your code", "The e-mail address or the code is wrong.")
-	b.has("email", email, "code", "")
-	b.fill("code", code[:3]+" "+code[3:])
-	b.press("Confirm this address", 200, "Your address is confirmed", email)
-	b.wants(b.login(email, password), 200, "")
-
-	email = newEmail()
-	b.registers(email, password)
-	l := b.readMail(email, 1)
-	for range codeAttempts {
-		b.wants(b.post("/api/v1/register/verify", map[string]any{"email": email, "code": otherCode(l.Code)}), 400, "invalid-code")
-	}
-	b.press("Enter the code", 200, "Enter your code")
-	b.fill("code", l.Code)
-	b.press("Confirm this address", 429, "Too many attempts", "The link in the mail still works")
-	b.open(l.URL, 200, "Confirm your e-mail address")
-	b.press("Confirm this address", 200, "Your address is confirmed")
-}
-
-// otherCode is a code that is not this one.
-func otherCode(code string) string { return string('0'+(code[0]-'0'+1)%10) + code[1:] }
-
 func scenarioResend(b *browser) {
 	email := newEmail()
-	b.registers(email, password)
+	b.registers(email)
 	first := b.readMail(email, 1)
-	b.press("Send the mail again", 200, "Send the mail again")
-	b.press("Send again", 429, "Too soon", "Please wait")
+	resend := func(email string) {
+		b.Helper()
+		b.open("/account/resend?email="+email, 200, "Send the mail again")
+		b.press("Send again", 200, "Look into your mailbox", "If a registration is waiting for this address", email)
+	}
+	resend(email) // too soon
 	b.minuteLater(email)
-	b.open("/account/resend?email="+email, 200, "Send the mail again")
-	b.press("Send again", 200, "A new mail is on its way", email)
+	resend(email)
 	second := b.opensMail(email, 2, "Confirm your e‑mail address")
 	if second.URL != first.URL || second.Code == first.Code {
 		b.Errorf("the second mail has %v after %v", second, first)
 	}
 	b.press(b.vars["PUBLIC_URL"]+"/account/verify", 200, "Enter your code")
 	b.fill("email", email, "code", second.Code)
-	b.press("Confirm this address", 200, "Your address is confirmed", email)
+	b.confirms(email)
 
 	b.open("/account/resend", 200, "Send the mail again")
 	b.press("Send again", 400, "Send the mail again", "E-mail address is required")
-	b.fill("email", email)
-	b.press("Send again", 409, "Already confirmed")
-	b.open("/account/resend?email="+newEmail(), 200, "Send the mail again")
-	b.press("Send again", 404, "No registration")
+	stranger := newEmail()
+	resend(email)    // confirmed by now
+	resend(stranger) // never registered
+	if n, none := len(b.mail.To(email)), len(b.mail.To(stranger)); n != 2 || none != 0 {
+		b.Errorf("%d mails, and %d to a stranger", n, none)
+	}
 }
 
 func scenarioCancel(b *browser) {
 	email := newEmail()
-	b.registers(email, password)
+	b.registers(email)
 	l := b.opensMail(email, 1, "Confirm your e‑mail address")
 	b.press("Delete this registration now", 200, "You did not register?", email)
-	b.wants(b.login(email, password), 403, "account-not-verified") // a GET changes nothing
-	b.press("Delete the registration", 200, "Registration deleted")
+	b.unconfirmed(email) // a GET changes nothing
+	b.press("Delete the registration", 200, "Deleted")
 	b.wants(b.login(email, password), 401, "invalid-credentials")
 	b.open(l.URL, 410, "Registration cancelled")
-	b.press("Register again", 200, "Create an account")
+	b.press("Create an account", 200, "Create an account")
 	b.minuteLater(email)
-	b.registers(email, password) // the address is free again
+	b.registers(email) // the address is free again
 	b.open(b.readMail(email, 2).URL, 200, "Confirm your e-mail address")
 	b.press("This was not me", 200, "You did not register?", email)
 }
 
 func scenarioExpired(b *browser) {
 	email := newEmail()
-	b.registers(email, password)
+	b.registers(email)
 	l := b.readMail(email, 1)
-	b.open(l.URL, 200, "Confirm your e-mail address", email)
+	b.open(l.URL, 200, "Confirm your e-mail address")
 	b.expire(email)
-	b.press("Confirm this address", 410, "Verification expired")
+	b.press("Confirm this address", 410, "Verification expired") // even without a password
 	b.open(l.URL, 410, "Verification expired")
-	b.press("Register again", 200, "Create an account")
+	b.press("Create an account", 200, "Create an account")
 }
 
 func scenarioMistakes(b *browser) {
 	email := newEmail()
 	b.account(email)
 	b.open("/account/register", 200, "Create an account")
-	b.fill("email", "ada@", "username", "a", "first_name", "Ada", "phone", "030 12345", "password", "Tr0ub4dor")
-	b.press("Create an account", 400, "Create an account", "That did not work", "E-mail address is not a valid e-mail address",
-		"User name must have at least 3 characters", "Phone number is not a valid phone number; write it with the country code")
-	b.has("email", "ada@", "username", "a", "first_name", "Ada", "phone", "03012345", "password", "")
+	b.fill("email", "ada@", "username", "a", "first_name", "Ada", "phone", "030 12345")
+	b.press("Create an account", 400, "Create an account", "That did not work",
+		"E-mail address is not a valid e-mail address", "User name must have at least 3 characters",
+		"Phone number is not a valid phone number; write it with the country code")
+	b.has("email", "ada@", "username", "a", "first_name", "Ada", "phone", "03012345")
 	if active := evaluate[string](b, "document.activeElement.className"); active != "summary" {
 		b.Errorf("the focus is on %q instead of the summary of the mistakes", active)
 	}
-	b.fill("email", newEmail(), "username", "", "phone", "+49 30 123456", "password", "short")
-	b.press("Create an account", 400, "Create an account", "Password must have at least 8 characters") // Keycloak's policy
-	b.fill("email", strings.ToUpper(email), "password", password)
+	b.fill("email", strings.ToUpper(email), "username", "", "phone", "+49 30 123456")
 	b.press("Create an account", 409, "Create an account", "exists already")
 }
 
 func scenarioUnavailable(b *browser) {
 	email := newEmail()
-	b.registers(email, password)
-	b.open(b.readMail(email, 1).URL, 200, "Confirm your e-mail address", email)
+	b.registers(email)
+	b.open(b.readMail(email, 1).URL, 200, "Confirm your e-mail address")
+	b.fill("password", password)
 	b.kc.close()
 	b.press("Confirm this address", 503, "Temporarily unavailable", "Nothing is lost", "Request id")
 	b.must(b.kc.open())
-	b.open(b.readMail(email, 1).URL, 200, "Confirm your e-mail address", email)
-	b.press("Confirm this address", 200, "Your address is confirmed", email)
+	b.open(b.readMail(email, 1).URL, 200, "Confirm your e-mail address")
+	b.confirms(email)
 }
 
 // scenarioElsewhere arrives by links that are wrong and from places that are not ours.
@@ -184,21 +284,17 @@ func scenarioElsewhere(b *browser) {
 func scenarioGerman(b *browser) {
 	email := newEmail()
 	b.open("/", 200, "Willkommen")
-	b.press("Konto anlegen", 200, "Konto anlegen")
+	b.press("Konto anlegen", 200, "Konto anlegen", "Ihr Passwort wählen Sie später")
 	b.fill("email", "ada")
 	b.press("Konto anlegen", 400, "Konto anlegen", "E-Mail-Adresse ist keine gültige E-Mail-Adresse")
 	b.fill("email", email)
 	b.press("Konto anlegen", 201, "Sehen Sie in Ihr Postfach", email)
-	code := b.opensMail(email, 1, "Bestätigen Sie Ihre E‑Mail-Adresse").Code
-	b.press("E-Mail-Adresse bestätigen", 200, "E-Mail-Adresse bestätigen", email)
-	b.open("/account/verify?email="+email, 200, "Code eingeben")
-	b.fill("code", code)
-	b.press("Diese Adresse bestätigen", 200, "Ihre Adresse ist bestätigt", "Wir haben Ihnen noch eine E-Mail gesendet.")
-	_, err := b.mail.WaitFor(b.ctx, email, 2)
-	b.must(err)
-	b.arrive(chromedp.Navigate(b.elsewhere+"/mail/"+email), 200, "Passwort wählen")
-	b.audit(mailRules)
-	b.choosesPassword("Passwort wählen", "Ihr Passwort ist gesetzt")
+	b.opensMail(email, 1, "Bestätigen Sie Ihre E‑Mail-Adresse")
+	b.press("E-Mail-Adresse bestätigen", 200, "E-Mail-Adresse bestätigen", "Ihre Angaben ändern")
+	b.fill("password", "kurz")
+	b.press("Diese Adresse bestätigen", 400, "E-Mail-Adresse bestätigen", "Passwort muss mindestens")
+	b.fill("password", password)
+	b.press("Diese Adresse bestätigen", 200, "Ihre Adresse ist bestätigt", email, "Sie können sich jetzt anmelden.")
 	b.wants(b.login(email, password), 200, "")
 }
 
@@ -213,9 +309,9 @@ func (b *browser) signsIn(email, heading string, texts ...string) {
 // scenarioFrontend goes from the confirmed address to a frontend that is signed in.
 func scenarioFrontend(b *browser) {
 	email := newEmail()
-	b.registers(email, password)
-	b.open(b.readMail(email, 1).URL, 200, "Confirm your e-mail address", email)
-	b.press("Confirm this address", 200, "Your address is confirmed", email)
+	b.registers(email)
+	b.open(b.readMail(email, 1).URL, 200, "Confirm your e-mail address")
+	b.confirms(email)
 	b.arrive(chromedp.Click(labelled("Sign in")), 200, anything)
 	b.signsIn(email, "You are signed in")
 	b.audit("")
@@ -227,7 +323,8 @@ func scenarioFrontend(b *browser) {
 	}
 	ask := func(format string, args ...any) answer {
 		b.Helper()
-		return evaluate[answer](b, fmt.Sprintf("ask("+format+").catch(() => ({status: 0}))", args...)) // 0: the browser does not tell
+		// Status 0: the browser does not tell.
+		return evaluate[answer](b, fmt.Sprintf("ask("+format+").catch(() => ({status: 0}))", args...))
 	}
 	at := func(url string) {
 		b.Helper()
@@ -236,7 +333,8 @@ func scenarioFrontend(b *browser) {
 		}
 	}
 	b.scripts(true)
-	_, err := chromedp.Call(b.ctx, cdpnetwork.SetExtraHTTPHeaders, cdpnetwork.SetExtraHTTPHeadersParams{Headers: cdpnetwork.Headers{}}) // CORS would ask for them
+	_, err := chromedp.Call(b.ctx, cdpnetwork.SetExtraHTTPHeaders,
+		cdpnetwork.SetExtraHTTPHeadersParams{Headers: cdpnetwork.Headers{}}) // CORS would ask for them
 	b.must(err)
 	b.arrive(chromedp.Navigate(b.frontend+"/app"), 200, "App")
 	b.arrive(chromedp.Click(labelled("Sign in")), 200, "App") // Keycloak knows the browser
@@ -259,7 +357,8 @@ func scenarioFrontend(b *browser) {
 			b.Errorf("a stranger reads %v", got)
 		}
 	}
-	if n := b.value(`select count(*)::text from audit_log where reason = 'forbidden' and action in ('refresh', 'logout')`); n != "2" {
+	refused := `select count(*)::text from audit_log where reason = 'forbidden' and action in ('refresh', 'logout')`
+	if n := b.value(refused); n != "2" {
 		b.Errorf("%s requests of the stranger were refused", n)
 	}
 	b.arrive(chromedp.Click(labelled("Sign in")), 400, "Invalid request", "return_to must be a path of this site")
@@ -279,12 +378,15 @@ func scenarioFrontend(b *browser) {
 // scenarioSignInMistakes comes back from Keycloak without having signed in.
 func scenarioSignInMistakes(b *browser) {
 	said := map[string][]string{
-		"en": {"Sign-in not completed", "The sign-in was cancelled.", "This sign-in is over already.", "This sign-in took too long.",
-			"This sign-in was not begun in this browser.", "Sign in", "Account disabled", "You are signed in"},
-		"de": {"Anmeldung nicht abgeschlossen", "Die Anmeldung wurde abgebrochen.", "Diese Anmeldung ist schon abgeschlossen.",
-			"Diese Anmeldung hat zu lange gedauert.", "Diese Anmeldung wurde nicht in diesem Browser begonnen.", "Anmelden", "Konto gesperrt", "Sie sind angemeldet"},
+		"en": {"Sign-in not completed", "The sign-in was cancelled.", "This sign-in is over already.",
+			"This sign-in took too long.", "This sign-in was not begun in this browser.",
+			"Sign in", "Account disabled", "You are signed in"},
+		"de": {"Anmeldung nicht abgeschlossen", "Die Anmeldung wurde abgebrochen.",
+			"Diese Anmeldung ist schon abgeschlossen.", "Diese Anmeldung hat zu lange gedauert.",
+			"Diese Anmeldung wurde nicht in diesem Browser begonnen.", "Anmelden", "Konto gesperrt", "Sie sind angemeldet"},
 	}[b.language]
-	title, cancelled, over, late, foreign, signIn, disabled, signedIn := said[0], said[1], said[2], said[3], said[4], said[5], said[6], said[7]
+	title, cancelled, over, late, foreign := said[0], said[1], said[2], said[3], said[4]
+	signIn, disabled, signedIn := said[5], said[6], said[7]
 	email := newEmail()
 	b.account(email)
 	b.arrive(chromedp.Navigate(b.vars["PUBLIC_URL"]+"/auth/login"), 200, anything)
@@ -293,9 +395,11 @@ func scenarioSignInMistakes(b *browser) {
 	b.open(back+state, 400, title, cancelled)
 	b.open(back+state, 400, title, over)
 	b.open(back+"x"+state, 400, title, foreign)
-	cookies, err := chromedp.Call(b.ctx, cdpnetwork.GetCookies, cdpnetwork.GetCookiesParams{URLs: []string{b.vars["PUBLIC_URL"]}})
+	cookies, err := chromedp.Call(b.ctx, cdpnetwork.GetCookies,
+		cdpnetwork.GetCookiesParams{URLs: []string{b.vars["PUBLIC_URL"]}})
 	b.must(err)
-	b.open(back+newSignIn(cookies.Cookies[0].Value, "/account/signed-in", time.Now().Add(-time.Hour)).state, 400, title, late)
+	flow := newSignIn(cookies.Cookies[0].Value, "/account/signed-in", time.Now().Add(-time.Hour))
+	b.open(back+flow.state, 400, title, late)
 	b.arrive(chromedp.Click(labelled(signIn)), 200, anything)
 	b.exec(`update users set is_active = false, deleted_at = now() where email = $1`, email)
 	b.fill("username", email, "password", password)
@@ -323,7 +427,8 @@ func scenarioSwaggerUI(b *browser) {
 	b.scripts(true)
 	messages := chromedp.Console(b.ctx)
 	health := `#operations-Service-health `
-	if err := chromedp.Do(b.ctx, chromedp.EmulateViewport(1280, 1000), chromedp.Navigate(b.vars["PUBLIC_URL"]+"/swagger-ui"),
+	if err := chromedp.Do(b.ctx, chromedp.EmulateViewport(1280, 1000),
+		chromedp.Navigate(b.vars["PUBLIC_URL"]+"/swagger-ui"),
 		chromedp.Click(chromedp.CSS(health+".opblock-summary-control")),
 		chromedp.Click(chromedp.CSS(health+".try-out__btn")),
 		chromedp.Click(chromedp.CSS(health+".execute")),
@@ -331,7 +436,8 @@ func scenarioSwaggerUI(b *browser) {
 		b.Fatal(err)
 	}
 	b.photograph("1280")
-	if got := evaluate[string](b, `document.querySelector("`+health+`.live-responses-table tbody .response-col_status").innerText`); !strings.HasPrefix(got, "200") {
+	status := `document.querySelector("` + health + `.live-responses-table tbody .response-col_status").innerText`
+	if got := evaluate[string](b, status); !strings.HasPrefix(got, "200") {
 		b.Errorf("the operation was answered with %q", got)
 	}
 	documented := 0

@@ -42,32 +42,38 @@ func TestBrowser(t *testing.T) {
 	elsewhere := httptest.NewUnstartedServer(nil)
 	_, otherPort, _ := net.SplitHostPort(elsewhere.Listener.Addr().String())
 	frontend := "http://localhost:" + otherPort
-	w := newEnv(t, map[string]string{"SERVER_PORT": port, "PUBLIC_URL": "http://localhost:" + port, "CORS_ALLOWED_ORIGINS": frontend})
+	w := newEnv(t, map[string]string{
+		"SERVER_PORT": port, "PUBLIC_URL": "http://localhost:" + port, "CORS_ALLOWED_ORIGINS": frontend})
 	chrome := startChromium(t)
 	elsewhere.Config.Handler = w.otherSite()
 	elsewhere.Start()
 	t.Cleanup(elsewhere.Close)
 	audited := new(sync.Map)
 	w.sendPreviews()
-	for _, walk := range []struct {
+	for _, scenario := range []struct {
 		name, language string
-		walk           func(*browser)
+		play           func(*browser)
 	}{
-		{"WithPassword", "en", scenarioWithPassword}, {"WithoutPassword", "en", scenarioWithoutPassword}, {"German", "de", scenarioGerman},
-		{"Code", "en", scenarioCode}, {"Resend", "en", scenarioResend},
-		{"Cancel", "en", scenarioCancel}, {"Expired", "en", scenarioExpired}, {"Mistakes", "en", scenarioMistakes},
-		{"Unavailable", "en", scenarioUnavailable}, {"Elsewhere", "en", scenarioElsewhere}, {"SwaggerUI", "en", scenarioSwaggerUI},
-		{"Frontend", "en", scenarioFrontend}, {"SignInMistakes", "en", scenarioSignInMistakes}, {"SignInMistakesInGerman", "de", scenarioSignInMistakes},
+		{"Link", "en", scenarioLink}, {"German", "de", scenarioGerman}, {"Code", "en", scenarioCode},
+		{"TooManyCodes", "en", scenarioTooManyCodes}, {"Invitation", "en", scenarioInvitation},
+		{"Scanner", "en", scenarioScanner}, {"WeakPassword", "en", scenarioWeakPassword},
+		{"SentTwice", "en", scenarioSentTwice}, {"PasswordByMail", "en", scenarioPasswordByMail},
+		{"Resend", "en", scenarioResend}, {"Cancel", "en", scenarioCancel}, {"Expired", "en", scenarioExpired},
+		{"Mistakes", "en", scenarioMistakes}, {"Unavailable", "en", scenarioUnavailable},
+		{"Elsewhere", "en", scenarioElsewhere}, {"SwaggerUI", "en", scenarioSwaggerUI},
+		{"Frontend", "en", scenarioFrontend}, {"SignInMistakes", "en", scenarioSignInMistakes},
+		{"SignInMistakesInGerman", "de", scenarioSignInMistakes},
 		{"Samples", "en", scenarioSamples}, {"SamplesInGerman", "de", scenarioSamples},
 	} {
-		t.Run(walk.name, func(t *testing.T) {
-			if strings.HasPrefix(walk.name, "Samples") {
+		t.Run(scenario.name, func(t *testing.T) {
+			if strings.HasPrefix(scenario.name, "Samples") {
 				t.Parallel() // they don't meet the service
 			}
-			b := &browser{env: new(*w), elsewhere: elsewhere.URL, frontend: frontend, language: walk.language, audited: audited}
+			b := &browser{env: new(*w), elsewhere: elsewhere.URL, frontend: frontend, language: scenario.language,
+				audited: audited}
 			b.TB = t
 			b.openTab(chrome)
-			walk.walk(b)
+			scenario.play(b)
 		})
 	}
 }
@@ -102,7 +108,8 @@ func (b *browser) axe() string {
 	if _, err := os.Stat(file); err != nil {
 		npm, err := stack.FindOrInstall(b.Context(), nil, stack.NPM)
 		b.must(err)
-		cmd := exec.Command(npm[0], "install", "--no-package-lock", "--no-save", "--no-audit", "--no-fund", "--prefix", dir, "axe-core@"+axeVersion)
+		cmd := exec.Command(npm[0], "install", "--no-package-lock", "--no-save", "--no-audit", "--no-fund",
+			"--prefix", dir, "axe-core@"+axeVersion)
 		if out, err := cmd.CombinedOutput(); err != nil {
 			b.Fatalf("npm: %v\n%s", err, out)
 		}
@@ -123,11 +130,12 @@ func (w *env) otherSite() http.Handler {
 		io.WriteString(rw, all[len(all)-1].HTML)
 	})
 	mux.HandleFunc("GET /form", func(rw http.ResponseWriter, r *http.Request) {
-		fmt.Fprintf(rw, `<!doctype html><form method="post" action="%s/account/register"><input name="email" value="victim@example.test"><button>Win</button></form>`,
-			w.vars["PUBLIC_URL"])
+		fmt.Fprintf(rw, `<!doctype html><form method="post" action="%s/account/register">
+			<input name="email" value="victim@example.test"><button>Win</button></form>`, w.vars["PUBLIC_URL"])
 	})
 	mux.HandleFunc("GET /app", func(rw http.ResponseWriter, r *http.Request) {
-		fmt.Fprintf(rw, `<!doctype html><title>App</title><h1>App</h1><a href="%[1]s/auth/login?return_to=%[2]s">Sign in</a><script>
+		fmt.Fprintf(rw, `<!doctype html><title>App</title><h1>App</h1>
+			<a href="%[1]s/auth/login?return_to=%[2]s">Sign in</a><script>
 			async function ask(method, path, token) {
 				const headers = token ? {Authorization: "Bearer " + token} : {}
 				const answer = await fetch("%[1]s/api/v1/auth/" + path, {method, headers, credentials: "include"})
@@ -170,7 +178,8 @@ func (b *browser) must(err error) {
 }
 
 func (b *browser) scripts(allowed bool) {
-	_, err := chromedp.Call(b.ctx, emulation.SetScriptExecutionDisabled, emulation.SetScriptExecutionDisabledParams{Value: !allowed})
+	_, err := chromedp.Call(b.ctx, emulation.SetScriptExecutionDisabled,
+		emulation.SetScriptExecutionDisabledParams{Value: !allowed})
 	b.must(err)
 }
 
@@ -213,7 +222,8 @@ func (b *browser) arrive(step chromedp.Action[chromedp.Void], status int, headin
 	if err != nil {
 		b.Fatalf("on the way to %q: %v", heading, err)
 	}
-	seen := evaluate[struct{ H1, Text string }](b, `({H1: document.querySelector("h1")?.innerText ?? "", Text: document.body.innerText})`)
+	seen := evaluate[struct{ H1, Text string }](b,
+		`({H1: document.querySelector("h1")?.innerText ?? "", Text: document.body.innerText})`)
 	if int(response.Status) != status || (seen.H1 != heading && heading != anything) {
 		b.Fatalf("got %d %q, want %d %q:\n%s", response.Status, seen.H1, status, heading, seen.Text)
 	}
@@ -262,7 +272,8 @@ func (b *browser) look(rules string) {
 	b.scripts(true)
 	defer b.scripts(false)
 	evaluate[chromedp.Void](b, b.axe())
-	inScheme := map[string]string{"light": rules, "dark": `runOnly: {type: "rule", values: ["color-contrast"]}`} // the rest has no colour
+	onlyColours := `runOnly: {type: "rule", values: ["color-contrast"]}`
+	inScheme := map[string]string{"light": rules, "dark": onlyColours}
 	if b.language != "en" {
 		delete(inScheme, "dark")
 	}
@@ -299,11 +310,25 @@ func (b *browser) photograph(view string) {
 }
 
 // registers fills in the form at /account/register, and sends it.
-func (b *browser) registers(email, password string) {
+func (b *browser) registers(email string) {
 	b.Helper()
 	b.open("/account/register", 200, "Create an account")
-	b.fill("email", email, "password", password)
+	b.fill("email", email)
 	b.press("Create an account", 201, "Look into your mailbox", email)
+}
+
+// confirms chooses the password on the page that the mail's link, or the code, has led to.
+func (b *browser) confirms(email string) {
+	b.Helper()
+	b.fill("password", password)
+	b.press("Confirm this address", 200, "Your address is confirmed", email, "You can sign in now.")
+}
+
+// opensDetails opens what is behind "Change your details", and looks at it.
+func (b *browser) opensDetails() {
+	b.Helper()
+	b.must(chromedp.Do(b.ctx, chromedp.Click(chromedp.CSS("summary"))))
+	b.look("")
 }
 
 // mailRules are those of axe-core that a mail can follow; it has no landmarks.

@@ -9,8 +9,8 @@ import (
 	"auth-service/templates"
 )
 
-// The pages for people. A GET changes nothing, so that mail scanners may open
-// links as often as they like; the button on the page is a POST.
+// The pages for people. A GET changes nothing, so that mail scanners may open links as
+// often as they like; the button on the page is a POST, and confirms only with a password.
 
 func (s *server) homePage(context.Context, caller, *http.Request) (view, error) {
 	return view{Status: 200, Page: templates.Home()}, nil
@@ -21,25 +21,20 @@ func (s *server) registerPage(context.Context, caller, *http.Request) (view, err
 }
 
 func (s *server) registerForm(ctx context.Context, c caller, r *http.Request) (view, error) {
-	in := registerIn{profile: profile{
-		Email: trimmed(r, "email"), Username: trimmed(r, "username"),
-		FirstName: trimmed(r, "first_name"), LastName: trimmed(r, "last_name"), Phone: unspaced(r, "phone")}}
-	out, err := registerOut{}, checked(&in)
+	p := personIn(r)
+	out, err := submit(ctx, c, r, s.register, registerIn{profile: profile{Email: p.Email, Username: p.Username,
+		FirstName: p.FirstName, LastName: p.LastName, Phone: p.Phone}})
 	if err == nil {
-		out, err = s.register(ctx, c, in)
+		return view{Status: 201, Page: templates.Registered(out.Email, out.VerificationEmail == mailQueued)}, nil
 	}
-	if p := asProblem(err); err != nil && (p.Status == 400 || p.Status == 409) {
-		form := templates.RegisterForm{Email: in.Email, Username: in.Username, FirstName: in.FirstName,
-			LastName: in.LastName, Phone: in.Phone, Errors: byField(p)}
-		if p.Status == 409 {
-			form.Problem = p.Detail
-			s.recordRefusal(ctx, c, "register", p)
-		}
-		return view{Status: p.Status, Page: templates.Register(form)}, nil
-	} else if err != nil {
-		return view{}, err
-	}
-	return view{Status: 201, Page: templates.Registered(templates.RegisteredView{Email: out.Email, Queued: out.VerificationEmail == mailQueued})}, nil
+	status, wrong, err := s.mistakes(ctx, c, "register", err)
+	return view{Status: status, Page: templates.Register(templates.RegisterForm{Person: p, Mistakes: wrong})}, err
+}
+
+// personIn reads what a form says of a person.
+func personIn(r *http.Request) templates.Person {
+	return templates.Person{Email: trimmed(r, "email"), Username: trimmed(r, "username"),
+		FirstName: trimmed(r, "first_name"), LastName: trimmed(r, "last_name"), Phone: unspaced(r, "phone")}
 }
 
 // trimmed is a field as its person meant it; unspaced is for numbers, which people
@@ -49,36 +44,65 @@ func unspaced(r *http.Request, name string) string {
 	return strings.Join(strings.Fields(r.PostFormValue(name)), "")
 }
 
-// checked is what decode does for JSON.
-func checked(in any) error {
-	if wrong := checkFields(in, nil); len(wrong) > 0 {
-		return invalid(wrong...)
+// submit checks the input of a form, as decode does that of JSON, and calls its operation.
+// required are fields that the page wants, though the operation can do without them.
+func submit[I, O any](ctx context.Context, c caller, r *http.Request, f func(context.Context, caller, I) (O, error),
+	in I, required ...string) (out O, err error) {
+	var wrong []fieldError
+	for _, name := range required {
+		if trimmed(r, name) == "" {
+			wrong = append(wrong, fieldError{name, "is required"})
+		}
 	}
-	return nil
+	if wrong = append(wrong, checkFields(&in, wrong)...); len(wrong) > 0 {
+		return out, invalid(wrong...)
+	}
+	return f(ctx, c, in)
 }
 
-func byField(p problem) map[string]string {
-	errs := map[string]string{}
+// mistakes returns the status of a refused form and what the form says when it is shown again.
+// It returns err itself if no other input would help: that problem has its own page.
+func (s *server) mistakes(ctx context.Context, c caller, action string, err error) (int, templates.Mistakes, error) {
+	p := asProblem(err)
+	wrong := templates.Mistakes{Problem: p.Detail, Fields: map[string]string{}}
 	for _, e := range p.Errors {
-		errs[e.Field] = e.Detail
+		wrong.Fields[e.Field] = e.Detail
 	}
-	return errs
+	if errors.Is(p, problemInvalidCode) || errors.Is(p, problemUserExists) {
+		s.recordRefusal(ctx, c, action, p)
+	} else if !errors.Is(p, problemInvalidRequest) {
+		return 0, wrong, err
+	}
+	return p.Status, wrong, nil
 }
 
 // verifyPage is where the mail's link leads. Without a token it takes the code.
 func (s *server) verifyPage(ctx context.Context, _ caller, r *http.Request) (view, error) {
-	token := r.FormValue("token")
-	if token == "" {
-		return view{Status: 200, Page: templates.Code(templates.CodeForm{Email: r.FormValue("email")})}, nil
+	return s.showVerify(ctx, 200, templates.VerifyForm{
+		Token: r.FormValue("token"), Person: templates.Person{Email: r.FormValue("email")}})
+}
+
+// showVerify shows the form that confirms an address. It is filled in as the person has
+// sent it; with a link that was just opened (200), as the person has registered.
+func (s *server) showVerify(ctx context.Context, status int, form templates.VerifyForm) (view, error) {
+	if form.Token != "" {
+		reg, err := s.pendingByToken(ctx, form.Token)
+		if err != nil || reg.State == verified {
+			return verifiedPage(reg.Email, true), err
+		}
+		if status == 200 {
+			form.Person = templates.Person{FirstName: reg.FirstName, LastName: reg.LastName, Phone: reg.Phone}
+			if !strings.Contains(reg.Username, "@") && !strings.HasPrefix(reg.Username, "USR-") { // nobody's choice
+				form.Username = reg.Username
+			}
+		}
+		form.Email, form.Invited = reg.Email, reg.Source == sourceInternal
 	}
-	reg, err := s.pendingByToken(ctx, token)
-	if err != nil {
-		return view{}, err
-	}
-	if reg.State == verified {
-		return verifiedPage(templates.VerifiedView{Email: reg.Email, Already: true, SignInURL: "/auth/login"}, nil), nil
-	}
-	return view{Status: 200, Page: templates.Verify(templates.VerifyView{Email: reg.Email, Token: token, Key: r.FormValue("key")})}, nil
+	return view{Status: status, Page: templates.Verify(form)}, nil
+}
+
+func verifiedPage(email string, already bool) view {
+	return view{Status: 200, Page: templates.Message(templates.Verified(email, already))}
 }
 
 // pendingByToken returns the registration that a link opens, pending or verified,
@@ -88,52 +112,41 @@ func (s *server) pendingByToken(ctx context.Context, token string) (registration
 	switch {
 	case errors.Is(err, errNotFound):
 		err = problemInvalidToken
-	case err != nil:
+	case err != nil, reg.State == verified, reg.State == pending && s.now().Before(reg.ExpiresAt):
 	case reg.State == cancelled:
 		err = problemVerificationCancelled
-	case reg.State == expired, reg.State == pending && !s.now().Before(reg.ExpiresAt):
+	case reg.Source == sourceInternal:
+		err = problemVerificationExpired.withDetail("The time to accept this invitation is over. Please ask for a new one.")
+	default:
 		err = problemVerificationExpired
 	}
 	return reg, err
 }
 
+// verifyForm wants a password, unlike its operation: a mail scanner that presses the
+// button has none, and confirms nothing.
 func (s *server) verifyForm(ctx context.Context, c caller, r *http.Request) (view, error) {
-	in := verifyIn{Token: r.PostFormValue("token"), Password: r.PostFormValue("password"),
-		Email: trimmed(r, "email"), Code: unspaced(r, "code")}
-	out, err := verifyOut{}, checked(&in)
-	if err == nil && in.Token == "" && (in.Email == "" || in.Code == "") {
-		err = invalid(missing(map[string]string{"email": in.Email, "code": in.Code})...)
+	form := templates.VerifyForm{Token: r.PostFormValue("token"), Person: personIn(r)}
+	in := verifyIn{Token: form.Token, Password: r.PostFormValue("password"), Username: form.Username,
+		FirstName: form.FirstName, LastName: form.LastName, Phone: form.Phone}
+	required := []string{"password"}
+	if form.Token == "" { // else the form has the address only for password managers
+		in.Email, in.Code = form.Email, unspaced(r, "code")
+		required = append(required, "email", "code")
 	}
+	out, err := submit(ctx, c, r, s.verify, in, required...)
 	if err == nil {
-		out, err = s.verify(ctx, c, in)
+		return verifiedPage(out.Email, out.AlreadyVerified), nil
 	}
-	if p := asProblem(err); err != nil && in.Token == "" && p.Status == 400 {
-		form := templates.CodeForm{Email: in.Email, Errors: byField(p)}
-		if p.slug() == problemInvalidCode.slug() {
-			form.Problem = p.Detail
-			s.recordRefusal(ctx, c, "verify", p)
-		}
-		return view{Status: p.Status, Page: templates.Code(form)}, nil
-	} else if err != nil {
+	status, wrong, err := s.mistakes(ctx, c, "verify", err)
+	if err != nil {
 		return view{}, err
 	}
-	return verifiedPage(templates.VerifiedView{Email: out.Email, Already: out.AlreadyVerified, SignInURL: "/auth/login"}, nil), nil
-}
-
-func verifiedPage(v templates.VerifiedView, setPasswordURL *string) view {
-	if setPasswordURL != nil {
-		v.SetPasswordURL = *setPasswordURL
+	if status == 409 { // the address was free when it was registered
+		wrong.Fields["username"] = "is taken already"
 	}
-	return view{Status: 200, Page: templates.Message(templates.Verified(v))}
-}
-
-func missing(values map[string]string) (wrong []fieldError) {
-	for name, value := range values {
-		if value == "" {
-			wrong = append(wrong, fieldError{name, "is required"})
-		}
-	}
-	return wrong
+	form.Mistakes = wrong
+	return s.showVerify(ctx, status, form)
 }
 
 func (s *server) resendPage(_ context.Context, _ caller, r *http.Request) (view, error) {
@@ -141,43 +154,27 @@ func (s *server) resendPage(_ context.Context, _ caller, r *http.Request) (view,
 }
 
 func (s *server) resendForm(ctx context.Context, c caller, r *http.Request) (view, error) {
-	in := resendIn{Email: trimmed(r, "email")}
-	out, err := resendOut{}, checked(&in)
-	if err == nil && in.Email == "" {
-		err = invalid(fieldError{"email", "is required"})
-	}
+	email := trimmed(r, "email")
+	_, err := submit(ctx, c, r, s.resend, resendIn{Email: email}, "email")
 	if err == nil {
-		out, err = s.resend(ctx, c, in)
+		return view{Status: 200, Page: templates.Message(templates.Resent(email))}, nil
 	}
-	if p := asProblem(err); err != nil && p.Status == 400 {
-		return view{Status: 400, Page: templates.Resend(templates.ResendForm{Email: in.Email, Errors: byField(p)})}, nil
-	} else if err != nil {
-		return view{}, err
-	}
-	return view{Status: 200, Page: templates.Message(templates.Resent(in.Email, out.VerificationEmail == mailQueued))}, nil
+	status, wrong, err := s.mistakes(ctx, c, "resend", err)
+	return view{Status: status, Page: templates.Resend(templates.ResendForm{Email: email, Mistakes: wrong})}, err
 }
 
 func (s *server) cancelPage(ctx context.Context, _ caller, r *http.Request) (view, error) {
 	reg, err := s.pendingByToken(ctx, r.FormValue("token"))
-	if err != nil {
-		return view{}, err
+	if err == nil && reg.State == verified {
+		err = problemAlreadyVerified
 	}
-	if reg.State == verified {
-		return view{}, problemAlreadyVerified
-	}
-	return view{Status: 200, Page: templates.Cancel(templates.CancelView{Email: reg.Email, Token: r.FormValue("token")})}, nil
+	return view{Status: 200, Page: templates.Cancel(templates.CancelView{
+		Email: reg.Email, Token: r.FormValue("token"), Invited: reg.Source == sourceInternal})}, err
 }
 
 func (s *server) cancelForm(ctx context.Context, c caller, r *http.Request) (view, error) {
-	in := cancelIn{Token: r.PostFormValue("token")}
-	err := checked(&in)
-	if err == nil {
-		_, err = s.cancel(ctx, c, in)
-	}
-	if err != nil {
-		return view{}, err
-	}
-	return view{Status: 200, Page: templates.Message(templates.Cancelled())}, nil
+	_, err := submit(ctx, c, r, s.cancel, cancelIn{Token: r.PostFormValue("token")})
+	return view{Status: 200, Page: templates.Message(templates.Cancelled())}, err
 }
 
 // readyPage is where Keycloak sends people who have chosen their password.

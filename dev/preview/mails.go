@@ -14,18 +14,18 @@ import (
 
 // A Mail is one of the mails that Keycloak sends on our behalf.
 type Mail struct {
-	Name    string   // the local part of its receiver, before the language
-	Actions []string // what the person has to do
-	Ours    bool     // a registration: with this service's link and code instead of Keycloak's link
+	Name   string // the local part of its receiver, before the language
+	Kind   string // registration or invitation: with this service's link and code; "": with Keycloak's link
+	Action string // what the person has to do
 }
 
-// Mails are all that there are. A registration with a password is asked to
-// verify its address only, and has a template of its own.
+// Mails are all that there are.
 var Mails = []Mail{
-	{"registration", []string{"VERIFY_EMAIL"}, true},
-	{"registration-no-password", []string{"UPDATE_PASSWORD"}, true},
-	{"invitation", []string{"VERIFY_EMAIL", "UPDATE_PASSWORD"}, false},
-	{"forgotten-password", []string{"UPDATE_PASSWORD"}, false},
+	{"registration", "registration", "VERIFY_EMAIL"},
+	{"invitation", "invitation", "VERIFY_EMAIL"},
+	{"changed-address", "", "VERIFY_EMAIL"},
+	{"password", "", "UPDATE_PASSWORD"},
+	{"required-action", "", "CONFIGURE_TOTP"},
 }
 
 // SendMails makes Keycloak send every mail in every language, to
@@ -46,22 +46,25 @@ func SendMails(ctx context.Context, s *stack.Stack, smtpPort int) (err error) {
 	for _, m := range Mails {
 		for _, language := range []string{"en", "de"} {
 			attributes := map[string][]string{"locale": {language}}
-			if m.Ours {
+			if m.Kind != "" {
+				attributes["email_verify_kind"] = []string{m.Kind}
 				attributes["email_verify_url"] = []string{"http://localhost:3000/account/verify"}
 				attributes["email_verify_token"] = []string{"p3G6d0Qm1yq0cZ2m8Rr5s7TtUuVvWwXx"}
 				attributes["email_verify_code"] = []string{"042917"}
 			}
 			name := m.Name + "." + language
-			id, err := keycloak.CreateUser(ctx, token, realm, gocloak.User{Username: &name, Email: gocloak.StringP(name + "@example.test"),
+			actions := []string{m.Action}
+			id, err := keycloak.CreateUser(ctx, token, realm, gocloak.User{
+				Username: &name, Email: gocloak.StringP(name + "@example.test"),
 				FirstName: gocloak.StringP("Ada"), LastName: gocloak.StringP("Lovelace"),
-				Enabled: gocloak.BoolP(true), Attributes: &attributes, RequiredActions: &m.Actions})
+				Enabled: gocloak.BoolP(true), Attributes: &attributes, RequiredActions: &actions})
 			if err != nil {
 				return err
 			}
-			if strings.Join(m.Actions, "") == "VERIFY_EMAIL" {
+			if m.Action == "VERIFY_EMAIL" {
 				err = keycloak.SendVerifyEmail(ctx, token, id, realm)
 			} else {
-				err = keycloak.ExecuteActionsEmail(ctx, token, realm, gocloak.ExecuteActionsEmail{UserID: &id, Actions: &m.Actions})
+				err = keycloak.ExecuteActionsEmail(ctx, token, realm, gocloak.ExecuteActionsEmail{UserID: &id, Actions: &actions})
 			}
 			if err != nil {
 				return err

@@ -24,7 +24,9 @@ var index = template.Must(template.New("index").Parse(`<!doctype html>
 <h1>Previews</h1>
 <h2>Mails</h2>
 <p>Keycloak sends every mail, in each language, to invented people. They arrive in the <a href="/">inbox</a>.</p>
-<form method="post" action="/preview/mails"><button class="button primary">Send every mail</button></form>
+<form method="post" action="/preview/mails">
+<button class="button primary">Send every mail</button>
+</form>
 <h2 class="note">Pages</h2>
 <ul class="links">
 {{range .}}<li><a href="/preview/{{.Name}}">{{.Name}}</a><a href="/preview/{{.Name}}?lang=de" lang="de">{{.Name}}, deutsch</a></li>

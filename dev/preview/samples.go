@@ -21,44 +21,63 @@ func Samples() []Sample {
 		id    = "01K6ZJ8M4V7Q2X9N5T3B"
 	)
 	long := "wilhelmine.charlotte.von-hohenfels-langenburg+registrierung@stadtwerke-donaudampfschifffahrt.example.com"
+	ada := templates.Person{Email: email, Username: "ada", FirstName: "Ada", LastName: "Lovelace", Phone: "+4930123456"}
+	wilhelmine := templates.Person{Email: long, FirstName: "Wilhelmine", LastName: "von Hohenfels-Langenburg"}
+	wrong := func(fields map[string]string) templates.Mistakes {
+		return templates.Mistakes{Problem: "Some fields are wrong.", Fields: fields}
+	}
+	taken := templates.Mistakes{Problem: "An account with this e-mail address or username exists already."}
 	samples := []Sample{
 		{"home", templates.Home()},
 		{"register", templates.Register(templates.RegisterForm{})},
 		{"register-errors", templates.Register(templates.RegisterForm{
-			Email: "ada.lovelace@", Username: "al", FirstName: "Ada", Phone: "030 123456",
-			Errors: map[string]string{
+			Person: templates.Person{Email: "ada.lovelace@", Username: "al", FirstName: "Ada", Phone: "030 123456"},
+			Mistakes: wrong(map[string]string{
 				"email":    "is not a valid e-mail address",
 				"username": "must have at least 3 characters",
 				"phone":    "is not a valid phone number; write it with the country code, like +4930123456",
-				"password": "is too weak",
-			},
+			}),
 		})},
-		{"register-exists", templates.Register(templates.RegisterForm{
-			Email: long, FirstName: "Wilhelmine", LastName: "von Hohenfels-Langenburg",
-			Problem: "An account with this e-mail address or username exists already.",
-		})},
-		{"registered", templates.Registered(templates.RegisteredView{Email: email})},
-		{"registered-queued", templates.Registered(templates.RegisteredView{Email: long, Queued: true})},
-		{"verify", templates.Verify(templates.VerifyView{Email: email, Token: token, Key: "key"})},
-		{"verify-long", templates.Verify(templates.VerifyView{Email: long, Token: token})},
-		{"code", templates.Code(templates.CodeForm{Email: email})},
-		{"code-errors", templates.Code(templates.CodeForm{Email: "ada", Errors: map[string]string{
-			"email": "is not a valid e-mail address", "code": "must be six digits",
-		}})},
-		{"code-wrong", templates.Code(templates.CodeForm{Email: email, Problem: "The e-mail address or the code is wrong."})},
+		{"register-exists", templates.Register(templates.RegisterForm{Person: wilhelmine, Mistakes: taken})},
+		{"registered", templates.Registered(email, false)},
+		{"registered-queued", templates.Registered(long, true)},
+		{"verify", templates.Verify(templates.VerifyForm{Token: token, Person: ada})},
+		{"verify-long", templates.Verify(templates.VerifyForm{Token: token, Person: wilhelmine})},
+		{"verify-errors", templates.Verify(templates.VerifyForm{Token: token, Person: ada,
+			Mistakes: wrong(map[string]string{"password": "must have at least 8 characters"})})},
+		{"verify-errors-in-details", templates.Verify(templates.VerifyForm{Token: token, Person: ada,
+			Mistakes: wrong(map[string]string{"password": "is required",
+				"first_name": "has a character that is not allowed"})})},
+		{"verify-taken", templates.Verify(templates.VerifyForm{Token: token, Person: ada,
+			Mistakes: templates.Mistakes{Problem: taken.Problem, Fields: map[string]string{"username": "is taken already"}}})},
+		{"invitation", templates.Verify(templates.VerifyForm{Token: token, Invited: true, Person: ada})},
+		{"invitation-errors", templates.Verify(templates.VerifyForm{Token: token, Invited: true, Person: ada,
+			Mistakes: wrong(map[string]string{"password": "must not be equal to the email"})})},
+		{"invitation-expired", templates.Message(templates.Refused(templates.ProblemView{Slug: "verification-expired",
+			Title: "Verification expired", Status: 410,
+			Text: "The time to accept this invitation is over. Please ask for a new one."}, id, ""))},
+		{"code", templates.Verify(templates.VerifyForm{Person: templates.Person{Email: email}})},
+		{"code-errors", templates.Verify(templates.VerifyForm{Person: templates.Person{Email: "ada"},
+			Mistakes: wrong(map[string]string{"email": "is not a valid e-mail address", "code": "must be six digits",
+				"password": "is required", "phone": "is not valid"})})},
+		{"code-wrong", templates.Verify(templates.VerifyForm{Person: ada,
+			Mistakes: templates.Mistakes{Problem: "The e-mail address or the code is wrong."}})},
 		{"resend", templates.Resend(templates.ResendForm{})},
-		{"resend-errors", templates.Resend(templates.ResendForm{Errors: map[string]string{"email": "is required"}})},
+		{"resend-errors", templates.Resend(templates.ResendForm{Mistakes: wrong(map[string]string{"email": "is required"})})},
+		{"resent", templates.Message(templates.Resent(email))},
 		{"cancel", templates.Cancel(templates.CancelView{Email: email, Token: token})},
-		{"verified", templates.Message(templates.Verified(templates.VerifiedView{Email: email, SignInURL: "/auth/login"}))},
-		{"verified-password", templates.Message(templates.Verified(templates.VerifiedView{Email: email, SetPasswordURL: "https://id.example.com/"}))},
-		{"verified-password-mailed", templates.Message(templates.Verified(templates.VerifiedView{Email: email, PasswordMailed: true}))},
-		{"verified-already", templates.Message(templates.Verified(templates.VerifiedView{Email: email, Already: true, SignInURL: "/auth/login"}))},
+		{"cancel-invitation", templates.Cancel(templates.CancelView{Email: email, Token: token, Invited: true})},
+		{"cancelled", templates.Message(templates.Cancelled())},
+		{"verified", templates.Message(templates.Verified(email, false))},
+		{"verified-already", templates.Message(templates.Verified(email, true))},
 		{"password-set", templates.Message(templates.PasswordSet())},
 		{"signed-in", templates.Message(templates.SignedIn())},
-		{"resent", templates.Message(templates.Resent(email, false))},
-		{"resent-queued", templates.Message(templates.Resent(email, true))},
-		{"cancelled", templates.Message(templates.Cancelled())},
 	}
+	return append(samples, refusals(id)...)
+}
+
+// refusals are the pages of problems, and those that explain them.
+func refusals(requestID string) (samples []Sample) {
 	for _, problem := range []struct {
 		Slug, Title string
 		Status      int
@@ -70,21 +89,18 @@ func Samples() []Sample {
 			"This registration was cancelled or replaced by a newer one."},
 		{"invalid-token", "Invalid link or token", 400,
 			"This link is not valid. It may be incomplete or belong to a newer mail."},
-		{"invalid-code", "Wrong code", 400, "The e-mail address or the code is wrong."},
 		{"too-many-attempts", "Too many attempts", 429,
 			"The code was entered wrongly too often. The link in the mail still works, or ask for a new mail."},
-		{"resend-too-soon", "Too soon", 429, "A mail was sent a moment ago. Please wait before asking for another."},
 		{"resend-limit", "Too many mails", 429, "No more mails can be sent for this registration or address today."},
-		{"registration-not-found", "No registration", 404, "There is no open registration for this."},
 		{"already-verified", "Already confirmed", 409, "This address is confirmed already. You can sign in."},
-		{"user-exists", "Account exists", 409, "An account with this e-mail address or username exists already."},
 		{"sign-in-incomplete", "Sign-in not completed", 400,
 			"This sign-in is over already. Perhaps the page was loaded twice."},
 		{"account-disabled", "Account disabled", 403, "This account is disabled."},
 		{"account-not-verified", "Account not verified", 403,
 			"The e-mail address of this account is not confirmed yet. Look into your mailbox."},
 		{"account-setup-required", "Account setup required", 403,
-			"This account is not known here yet. Please ask an administrator."},
+			"This account does not fit in here: another one may have its e-mail address or username. " +
+				"Please ask an administrator."},
 		{"invalid-request", "Invalid request", 400,
 			"return_to must be a path of this site or begin with an origin that is allowed."},
 		{"too-many-requests", "Too many requests", 429, "Please wait a moment and try again."},
@@ -96,7 +112,7 @@ func Samples() []Sample {
 	} {
 		p := templates.ProblemView(problem)
 		samples = append(samples,
-			Sample{"refused-" + p.Slug, templates.Message(templates.Refused(p, id, "/account/verify"))},
+			Sample{"refused-" + p.Slug, templates.Message(templates.Refused(p, requestID, "/account/verify"))},
 			Sample{"problem-" + p.Slug, templates.Problem(p)})
 	}
 	return samples
