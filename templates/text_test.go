@@ -56,6 +56,22 @@ func texts(t *testing.T, page templ.Component, language string) (all []string) {
 	return all
 }
 
+// TestPasswordHint compares what the page wants of a password with what Keycloak wants.
+func TestPasswordHint(t *testing.T) {
+	realm, err := os.ReadFile("../keycloak/realm.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	policy := regexp.MustCompile(`"passwordPolicy": *"[^"]*\blength\((\d+)\)`).FindSubmatch(realm)
+	if policy == nil {
+		t.Fatal("realm.json wants no length of passwords")
+	}
+	page := strings.Join(texts(t, templates.Verify(templates.VerifyForm{Token: "token"}), "en"), "\n")
+	if want := "At least " + string(policy[1]) + " characters"; !strings.Contains(page, want) {
+		t.Errorf("the page does not say %q:\n%s", want, page)
+	}
+}
+
 // ofKeycloak begin the sentences of Keycloak's password policies.
 var ofKeycloak = regexp.MustCompile(`^(maximum length|minimum length|must contain at least|must not be equal to) `)
 
