@@ -181,7 +181,7 @@ func TestCrash(t *testing.T) {
 		w.ended("logout", answer{JSON: body{"session_id": l.Code, "refresh_token": l.Token}})
 		w.wants(w.do(loggingOut(l.Token)), 204, "")
 		w.eventually("the loop has done its part", 10*time.Second, func() bool {
-			w.sessionsDue()
+			w.tasksDue()
 			return w.value(`select (due_at is null)::text from sessions where session_id = $1`, l.Code) == "true"
 		})
 	}

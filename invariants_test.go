@@ -149,7 +149,7 @@ func (w *env) userViolations(ctx context.Context, inKeycloak []seenUser) (wrong 
 		}
 		switch {
 		case u.Internal && u.IsActive && !there, there && u.Internal && u.IsVerified && !ku.EmailVerified, // who is deleted here may be gone there
-			there && (u.Internal || u.IsVerified) && ku.Enabled != u.IsActive:
+			there && u.IsVerified && ku.Enabled != u.IsActive:
 			wrong = append(wrong, fmt.Sprintf("in Keycloak: %v %+v: %+v", there, ku, u))
 		case u.Queued, !u.Audited, u.SignedIn && !u.IsActive:
 			wrong = append(wrong, fmt.Sprintf("something is to be done: %+v", u))
