@@ -293,12 +293,15 @@ func undone(at string, before func(*env, string) link, do func(string, link) cal
 // whose id it has as its code.
 func manages(method, path string, in body) func(string, link) call {
 	return func(email string, l link) call {
-		if method == "POST" && in != nil { // somebody new
-			in = changed(in, body{"email": email})
-		} else {
-			path = "/" + l.Code + path
+		by := answer{JSON: body{"access_token": l.Access}}
+		switch {
+		case in == nil:
+			return managing(by, method, "/"+l.Code+path, nil)
+		case method == "POST": // somebody new
+			in := changed(in, body{"email": email})
+			return managing(by, method, path, in)
 		}
-		return managing(answer{JSON: body{"access_token": l.Access}}, method, path, in)
+		return managing(by, method, "/"+l.Code+path, in)
 	}
 }
 

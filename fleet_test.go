@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"io"
 	"maps"
 	"net/http/httptest"
 	"net/http/httputil"
@@ -222,6 +223,25 @@ func (w *env) fleetLocked(admin answer) {
 	w.locksEnd()
 	w.settle()
 	w.agree(id)
+}
+
+// An instance of an older version beside a newer schema changes nothing, and works.
+func TestOlderInstance(t *testing.T) {
+	w := newEnv(t, nil)
+	w.exec(`update schema_version set version = version + 1; drop index users_by_time`)
+	v, _ := w.another(nil)
+	if err := run(t.Context(), []string{"migrate"}, func(name string) string { return w.vars[name] }, io.Discard, w.logs); err != nil {
+		t.Error(err)
+	}
+	if got := w.value(`select concat_ws(' ', version, to_regclass('users_by_time') is null) from schema_version`); got != fmt.Sprint(schemaVersion+1, " t") {
+		t.Errorf("the schema is the older one's again: %s", got)
+	}
+	v.account(newEmail())
+	w.exec(`update schema_version set version = $1`, schemaVersion-1)
+	w.another(nil)
+	if got := w.value(`select concat_ws(' ', version, to_regclass('users_by_time') is null) from schema_version`); got != fmt.Sprint(schemaVersion, " f") {
+		t.Errorf("an older schema was not brought up to date: %s", got)
+	}
 }
 
 // TestFleetRevocations measures how long after its answer a change is known to all three,
