@@ -271,10 +271,12 @@ func (st *store) claimMail(ctx context.Context, c caller, t task, reg registrati
 // requestResend asks the queue for another mail to an address, if it has a registration that
 // may get one now.
 func (st *store) requestResend(ctx context.Context, c caller, email string, cfg config, now time.Time) error {
-	if err := st.peek(ctx, mailsADay(email), now); errors.As(err, new(problem)) {
-		return nil
-	} else if err != nil {
-		return err
+	for _, l := range mailLimits(email, cfg.ResendCooldown) {
+		if err := st.peek(ctx, l, now); errors.As(err, new(problem)) {
+			return nil
+		} else if err != nil {
+			return err
+		}
 	}
 	return st.tx(ctx, func(tx pgx.Tx) error {
 		var id, network string
@@ -282,9 +284,8 @@ func (st *store) requestResend(ctx context.Context, c caller, email string, cfg 
 			update user_registrations set mail_state = 'queued', resend_count = resend_count + 1,
 				expires_at = $2 + case source when 'internal' then $3::interval else $4::interval end
 			where lower(email) = lower($1) and status = 'pending' and expires_at > $2 and mail_state <> 'queued'
-				and resend_count + 1 < $5 and coalesce(mailed_at, 'epoch') <= $6
-			returning registration_id, network_id`, email, now, cfg.InvitationTTL, cfg.VerificationTTL, cfg.ResendLimit,
-			now.Add(-cfg.ResendCooldown)).Scan(&id, &network)
+				and resend_count + 1 < $5
+			returning registration_id, network_id`, email, now, cfg.InvitationTTL, cfg.VerificationTTL, cfg.ResendLimit).Scan(&id, &network)
 		if errors.Is(err, pgx.ErrNoRows) {
 			return nil
 		} else if err != nil {
