@@ -45,7 +45,7 @@ func writeAudit(ctx context.Context, tx pgx.Tx, c caller, now time.Time, e entry
 		return errors.New("an audit entry is written outside store.tx, which would not log it")
 	}
 	row := auditEntry{newAuditID(), now, c.Actor, e.Action, e.Target, cmp.Or(e.Outcome, "ok"), e.Reason, e.Network,
-		c.Address, c.UserAgent, c.RequestID, e.Details}
+		c.Address, c.UserAgent, cmp.Or(c.RequestID, requestID(ctx)), e.Details} // a task may be done in a request
 	if row.Details == nil {
 		row.Details = map[string]any{}
 	}

@@ -215,7 +215,11 @@ type rateLimit struct {
 
 // hit counts one hit, exactly, over all instances. Over the limit it counts
 // nothing and returns the limit's problem with the time until the window ends.
+// A limit without a window limits nothing, whatever was counted before.
 func hit(ctx context.Context, q querier, l rateLimit, now time.Time) error {
+	if l.Window <= 0 {
+		return nil
+	}
 	var hits int
 	var resets time.Time
 	if err := q.QueryRow(ctx, `
@@ -253,7 +257,9 @@ func (st *store) peek(ctx context.Context, l rateLimit, now time.Time) error {
 func refund(ctx context.Context, q querier, limits ...rateLimit) error {
 	keys := []string{}
 	for _, l := range limits {
-		keys = append(keys, l.Key)
+		if l.Window > 0 {
+			keys = append(keys, l.Key)
+		}
 	}
 	_, err := q.Exec(ctx, `update rate_limits set hits = hits - 1 where key = any($1) and hits > 0`, keys)
 	return storeError(err)

@@ -3,114 +3,66 @@ package main
 import (
 	"cmp"
 	"fmt"
-	"html"
-	"net/url"
-	"regexp"
+	"maps"
 	"strings"
 	"testing"
 	"time"
-
-	"auth-service/dev/mail"
 )
 
-var actionLink = regexp.MustCompile(`https?://[^\s"<>]*/login-actions/action-token\?key=[^\s"<>]*`)
+// An invitation is a registration that has role and scope already. Who is invited confirms it
+// and chooses the password; before that nobody can sign in.
 
-// readInvitation is Keycloak's link in an invitation, which is ours and in a language.
-func (w *env) readInvitation(m mail.Message, language string) string {
+// sees asks for a user who is there.
+func (c *testUser) sees(id userID) user {
+	c.Helper()
+	a := c.asks("GET", usersPath+"/"+string(id), nil)
+	c.wants(a, 200, "")
+	return shown(a)
+}
+
+// registrationOf is the id of the registration that a user has come by.
+func (w *env) registrationOf(id userID) string {
 	w.Helper()
-	says := map[string]string{"en": "has been created for you", "de": "ein Konto für Sie angelegt"}[language]
-	link := actionLink.FindString(m.Text)
-	for _, part := range []string{m.Text, m.HTML} {
-		if !strings.Contains(part, says) || !strings.Contains(part, "action-token?key=") || strings.Contains(part, "/account/verify") {
-			w.Errorf("it is no invitation in %q: %s\n%s", language, m.Subject, part)
-		}
-	}
-	if !strings.HasPrefix(link, services.KeycloakURL+"/realms/"+w.realm+"/") || !strings.Contains(m.HTML, `<html lang="`+language+`"`) {
-		w.Fatalf("no link to Keycloak: %s", m.Text)
-	}
-	w.secrets.add(link[strings.Index(link, "key="):])
-	return link
+	return w.value(`select registration_id from user_registrations where user_id = $1`, id)
 }
 
-var infoLink = regexp.MustCompile(`(?s)id="kc-info-message".*?<a href="([^"]+)"`)
-
-// choosesPassword follows an action link through Keycloak's pages to the service's.
-func (p *person) choosesPassword(link string) {
-	p.Helper()
-	a := p.visit(link, call{})
-	for range 8 {
-		if to := a.Header.Get("Location"); to != "" {
-			a = p.visit(to, call{})
-		} else if form := formAction.FindSubmatch(a.Body); form != nil && strings.Contains(string(a.Body), "password-new") {
-			a = p.visit(html.UnescapeString(string(form[1])), call{method: "POST", form: url.Values{"password-new": {password}, "password-confirm": {password}}})
-		} else if on := infoLink.FindSubmatch(a.Body); on != nil {
-			to := html.UnescapeString(string(on[1]))
-			if _, path, ours := strings.Cut(to, "localhost:3000"); ours { // the default of PUBLIC_URL
-				p.wants(p.visit(path, call{}), 200, "")
-				return
-			}
-			a = p.visit(to, call{})
-		} else {
-			break
-		}
-	}
-	p.Fatalf("the link leads to %v", a)
-}
-
-// invitationSettled waits until the loop has done all for a user.
-func (w *env) invitationSettled(id userID) {
-	w.Helper()
-	w.eventually("it is settled", 20*time.Second, func() bool {
-		return w.value(`select (due_at is null and not invitation_due)::text from users where user_id = $1`, id) == "true"
-	})
-}
-
-// Who is invited chooses a password by the mail's link, which proves the address; before
-// that nobody can sign in.
 func TestInvitation(t *testing.T) {
 	w := sharedEnv(t)
 	admin := w.admin()
 	for _, c := range []struct {
 		language, header string
 		in               body
-		lost             bool // the mail
+		says             string
 	}{
-		{"en", "", body{"role": "operator", "network_id": "N1", "station_id": "S1", "first_name": "Ada"}, false},
-		{"de", "en", body{"locale": "de-CH"}, true},
-		{"de", "de-AT,en;q=0.5", nil, false},
+		{"en", "", body{"role": "operator", "network_id": "N1", "station_id": "S1", "first_name": "Ada"}, "was prepared for this e-mail address"},
+		{"de", "en", body{"locale": "de-CH"}, "Für diese E-Mail-Adresse wurde ein Konto bei"},
+		{"de", "de-AT,en;q=0.5", nil, "Für diese E-Mail-Adresse wurde ein Konto bei"},
 	} {
-		in := changed(body{"email": newEmail()}, c.in)
-		a := w.do(call{method: "POST", path: usersPath, json: in, auth: []string{"Bearer " + admin.signIn.text("access_token")}, header: map[string]string{"Accept-Language": c.header}})
+		a := w.do(call{method: "POST", path: usersPath, json: changed(body{"email": newEmail()}, c.in), header: map[string]string{"Accept-Language": c.header},
+			auth: []string{"Bearer " + admin.signIn.text("access_token")}})
 		w.wants(a, 201, "")
 		u := shown(a)
 		m := w.receive(u.Email, 1)
-		link := w.readInvitation(m, c.language)
+		for _, part := range []string{m.Text, m.HTML} {
+			if !strings.Contains(part, c.says) || strings.Contains(part, "Ada") || strings.Contains(part, "/login-actions/") {
+				t.Errorf("it is no invitation in %q: %s\n%s", c.language, m.Subject, part)
+			}
+		}
 		sameLinks(t, m)
-		w.wants(w.login(u.Email, password), 401, "invalid-credentials") // there is none
-		w.keycloakAdmin("PUT", "/users/"+u.KeycloakID+"/reset-password", body{"type": "password", "value": password, "temporary": false}, nil)
-		w.wants(w.login(u.Email, password), 403, "account-setup-required") // not even with one
-		w.wants(w.post(resendPath, body{"email": u.Email}), 404, "registration-not-found")
-		if c.lost {
-			w.minuteLater(u.Email)
-			if a := w.do(forgetting(strings.ToUpper(u.Email))); a.Status != 202 {
-				t.Error(a)
-			}
-			if again := w.readInvitation(w.receive(u.Email, 2), c.language); again == link {
-				t.Error("it has the same link")
-			} else {
-				link = again
-			}
-			w.eventually("it is on record", 10*time.Second, func() bool {
-				return w.value(`select count(*)::text from audit_log where action = 'password.forgot' and target = $1 and outcome = 'ok'`, u.ID) == "1"
-			})
+		l := w.readLink(m)
+		w.wants(w.login(u.Email, password), 403, "account-not-verified")
+		if u.IsVerified || !u.IsActive || u.Source != "internal" || admin.sees(u.ID) != u || w.keycloakUsers()[w.registrationOf(u.ID)].Enabled {
+			t.Errorf("not confirmed: %+v\nread: %+v", u, admin.sees(u.ID))
 		}
-		if got := shown(admin.asks("GET", usersPath+"/"+string(u.ID), nil)); got.IsVerified || got.LastLoginAt != nil {
-			t.Errorf("verified before the link is followed: %+v", got)
+		status := w.get("/api/v1/registrations/" + w.registrationOf(u.ID))
+		if expires, err := time.Parse(time.RFC3339, status.text("expires_at")); err != nil || time.Until(expires) < 167*time.Hour || time.Until(expires) > 168*time.Hour {
+			t.Errorf("it expires: %v", status)
 		}
-		p := w.person()
-		p.choosesPassword(link)
+		if !strings.HasPrefix(string(u.ID), "USR-") || w.confirms(l).text("user_id") != string(u.ID) {
+			t.Errorf("another user than %s has confirmed", u.ID)
+		}
 		it := w.testUser(u.Email)
-		if !it.IsVerified || it.LastLoginAt == nil || it.Role != u.Role || it.NetworkID != u.NetworkID || it.Source != "internal" {
+		if !it.IsVerified || it.LastLoginAt == nil || it.Role != u.Role || it.NetworkID != u.NetworkID || it.Source != "internal" || it.FirstName != u.FirstName {
 			t.Errorf("signed in: %+v", it.user)
 		}
 		claims := unpacked(it.signIn.text("access_token"), 1)
@@ -118,104 +70,237 @@ func TestInvitation(t *testing.T) {
 			cmp.Or(u.NetworkID, noScope), cmp.Or(u.StationID, noScope)) {
 			t.Errorf("claims: %s", got)
 		}
-		a = w.person().visit(link, call{})
-		if a.Status != 400 || strings.Contains(string(a.Body), "password-new") {
-			t.Errorf("the link works twice: %v", a)
-		}
-		if got := w.value(`select string_agg(concat_ws(' ', actor, action, outcome), ', ' order by at, ctid) from audit_log where target = $1 and action like 'user.%'`, u.ID); !regexp.MustCompile(
-			fmt.Sprintf(`^%s user.create ok, %[1]s user.invite ok, (anonymous user.verified|system:sync user.sync) ok$`, admin.ID)).MatchString(got) { // whoever comes first
-			t.Errorf("on record is %s", got)
-		}
-		w.minuteLater(u.Email)
-		w.exec(`update rate_limits set resets_at = now() where key = $1`, "reset:"+tokenHash(u.Email))
-		n := len(w.mail.To(u.Email))
-		w.do(forgetting(u.Email)) // from now on it is a forgotten password
-		if m := w.receive(u.Email, n+1); strings.Contains(m.Text, "created for you") || strings.Contains(m.Text, "für Sie angelegt") || !actionLink.MatchString(m.Text) {
-			t.Errorf("%s\n%s", m.Subject, m.Text)
+		if got := w.value(`select string_agg(concat_ws(' ', actor, action, outcome), ', ' order by at, ctid) from audit_log where target in ($1, $2) and action not like 'login%'`,
+			u.ID, w.registrationOf(u.ID)); got != fmt.Sprintf("%s registration.begin ok, %[1]s user.create ok, %[1]s registration.mail ok, anonymous login refused, anonymous registration.verified ok", admin.ID) &&
+			got != fmt.Sprintf("%s registration.begin ok, %[1]s user.create ok, %[1]s registration.mail ok, anonymous registration.verified ok", admin.ID) {
+			t.Errorf("audited are %s", got)
 		}
 	}
 }
 
-// Without a mail server, or without Keycloak, the invitation waits and goes out once.
+// An invitation is spent with the confirmation: whoever finds its mail later sets no password,
+// and as long as it is open nobody chooses one by another way (S12).
+func TestInvitationIsSpent(t *testing.T) {
+	w := sharedEnv(t)
+	u := w.admin().invites(nil)
+	old := w.readMail(u.Email, 1)
+	asked := w.kc.count("find_user")
+	w.wants(w.do(forgetting(u.Email)), 202, "")
+	w.eventually("Keycloak is asked for it", 10*time.Second, func() bool { return w.kc.count("find_user") > asked })
+	w.confirms(old)
+	const chosen = "another horse battery staple"
+	w.secrets.add(chosen)
+	w.keycloakAdmin("PUT", "/users/"+u.KeycloakID+"/reset-password", body{"type": "password", "value": chosen, "temporary": false}, nil)
+	for _, r := range []call{verifying(old), typing(u.Email, old.Code)} {
+		a := w.do(r)
+		if w.wants(a, 200, ""); a.JSON["already_verified"] != true || a.JSON["set_password_mailed"] != false {
+			t.Error(a)
+		}
+		w.wants(w.login(u.Email, password), 401, "invalid-credentials")
+		w.wants(w.login(u.Email, chosen), 200, "")
+	}
+	if n := len(w.mail.To(u.Email)); n != 1 {
+		t.Errorf("%d mails", n)
+	}
+}
+
+// Without a mail server the invitation waits and goes out once. While Keycloak is away nobody
+// is invited, and nothing stays of it.
 func TestInvitationQueued(t *testing.T) {
 	w := newEnv(t, nil)
-	w.another(nil) // two loops
+	w.another(nil) // the workers of two instances
 	admin := w.admin()
-	for _, c := range []struct {
-		name         string
-		away, back   func() error
-		hasKeycloak  bool
-		thenDeletion bool
-	}{
-		{"no mail server", w.mail.Close, w.mail.Restart, true, false},
-		{"no Keycloak", w.kc.close, w.kc.open, false, false},
-		{"no mail server, and deleted meanwhile", w.mail.Close, w.mail.Restart, true, true},
-	} {
-		w.Run(c.name, func() {
-			c.away()
+	for _, deleted := range []bool{false, true} {
+		w.Run(fmt.Sprint("no mail server, deleted meanwhile: ", deleted), func() {
+			w.mail.Close()
 			a := admin.asks("POST", usersPath, body{"email": newEmail(), "role": "operator", "network_id": "N1"})
 			w.wants(a, 201, "")
 			u := shown(a)
-			path := usersPath + "/" + string(u.ID)
-			got := admin.asks("GET", path, nil)
-			w.wants(got, 200, "")
-			if a.text("invitation_email") != "queued" || (u.KeycloakID != "") != c.hasKeycloak || got.text("keycloak_id") != u.KeycloakID {
-				t.Errorf("created: %v\nread: %v", a, got)
+			if a.text("invitation_email") != "queued" || u.KeycloakID == "" || admin.sees(u.ID) != u {
+				t.Errorf("created: %v", a)
 			}
-			if c.thenDeletion {
-				w.wants(admin.asks("DELETE", path, nil), 204, "")
+			if deleted {
+				w.wants(admin.asks("DELETE", usersPath+"/"+string(u.ID), nil), 204, "")
 			}
-			if err := c.back(); err != nil {
+			if err := w.mail.Restart(); err != nil {
 				w.Fatal(err)
 			}
-			if c.thenDeletion {
-				w.usersDue()
-				w.eventually("it is settled", 20*time.Second, func() bool {
-					return w.value(`select (due_at is null)::text from users where user_id = $1`, u.ID) == "true"
-				})
+			w.settle()
+			if deleted {
+				w.wants(admin.asks("GET", usersPath+"/"+string(u.ID), nil), 404, "user-not-found")
 				if n := len(w.mail.To(u.Email)); n != 0 {
 					t.Errorf("%d mails to who is deleted", n)
 				}
-				w.wants(admin.asks("POST", path+"/restore", nil), 200, "")
+				return
 			}
-			w.usersDue()
-			w.invitationSettled(u.ID)
-			link := w.readInvitation(w.receive(u.Email, 1), "en")
-			w.check()
-			if n := len(w.mail.To(u.Email)); n != 1 {
-				t.Errorf("%d mails", n)
-			}
-			w.person().choosesPassword(link)
-			if it := w.testUser(u.Email); it.Role != "operator" || it.KeycloakID == "" {
-				t.Errorf("signed in: %+v", it.user)
+			w.confirms(w.readMail(u.Email, 1))
+			if it := w.testUser(u.Email); it.Role != "operator" || len(w.mail.To(u.Email)) != 1 {
+				t.Errorf("signed in: %+v; %d mails", it.user, len(w.mail.To(u.Email)))
 			}
 		})
 	}
+	w.Run("no Keycloak", func() {
+		email := newEmail()
+		w.kc.close()
+		w.wants(admin.asks("POST", usersPath, body{"email": email}), 503, "unavailable")
+		if err := w.kc.open(); err != nil {
+			w.Fatal(err)
+		}
+		if n := w.value(`select (select count(*) from users where email = $1) + (select count(*) from user_registrations where email = $1)`+"||''", email); n != "0" {
+			t.Errorf("%s rows are left", n)
+		}
+		w.check()
+		admin.invites(body{"email": email})
+		w.readMail(email, 1)
+	})
 }
 
-// An address gets ten mails a day, whatever for. Who is refused here uses none up.
+// A stranger registers the address of who is to be invited: the invitation takes the
+// registration over, and nothing of what the stranger typed stays. An administrator may end it,
+// too (S9).
+func TestInvitationOfARegistration(t *testing.T) {
+	w := sharedEnv(t)
+	admin, email := w.admin(), newEmail()
+	a := w.post(registerPath, body{"email": email, "username": "evil-" + email[:8], "first_name": "Evil", "last_name": "Stranger", "phone": "+4930123456"})
+	w.wants(a, 201, "")
+	id, stranger := a.text("registration_id"), w.readMail(email, 1)
+	a = admin.asks("POST", usersPath, body{"email": strings.ToUpper(email), "first_name": "Ada", "role": "operator", "network_id": "N1", "station_id": "S1"})
+	w.wants(a, 201, "") // within the cooldown
+	u := shown(a)
+	if w.registrationOf(u.ID) != id || a.text("invitation_email") != "sent" || u.Source != "internal" || u.Role != "operator" || u.FirstName != "Ada" || u.LastName != "" || u.Phone != "" {
+		t.Errorf("invited: %v", a)
+	}
+	if got := w.value(`select concat_ws(' ', source, role, network_id, station_id, created_by, expires_at > now() + interval '167 hours', username like 'evil%') from user_registrations where registration_id = $1`, id); got != fmt.Sprintf("internal operator N1 S1 %s t f", admin.ID) {
+		t.Errorf("the registration is %s", got)
+	}
+	m := w.receive(email, 2)
+	if l := w.readLink(m); !strings.Contains(m.Text, "was prepared for this e-mail address") || l.Token != stranger.Token || l.Code == stranger.Code {
+		t.Errorf("the mail has %v, the first had %v:\n%s", l, stranger, m.Text)
+	}
+	if again := w.do(registering(email)); again.text("registration_id") != id { // it changes nothing any more
+		t.Error(again)
+	}
+	w.confirms(w.lastMail(email))
+	it := w.testUser(email)
+	if it.ID != u.ID || it.Role != "operator" || it.FirstName != "Ada" || it.LastName != "" || strings.HasPrefix(it.Username, "evil") {
+		t.Errorf("signed in: %+v", it.user)
+	}
+	w.wants(admin.asks("POST", usersPath, body{"email": email}), 409, "user-exists") // by now
+
+	other := newEmail()
+	id = w.register(other).text("registration_id")
+	l := w.readMail(other, 1)
+	pending := usersPath + "/" + w.idOf(other)
+	w.wants(it.asks("DELETE", pending, nil), 404, "user-not-found") // whom it does not see
+	a = admin.asks("DELETE", pending, nil)
+	w.wants(a, 204, "")
+	w.wants(w.do(verifying(l)), 410, "verification-cancelled")
+	if _, there := w.keycloakUsers()[id]; there {
+		t.Error("Keycloak has it still")
+	}
+	if got := w.value(`select string_agg(concat_ws(' ', actor, action, outcome, nullif(reason, '')), ', ' order by at, ctid) from audit_log where request_id = $1`,
+		a.Header.Get("X-Request-Id")); got != fmt.Sprintf("%s user.remove ok, %[1]s registration.cancelled ok deleted", admin.ID) {
+		t.Errorf("audited are %s", got)
+	}
+	w.wants(admin.asks("DELETE", pending, nil), 404, "user-not-found")
+	admin.invites(body{"email": other})
+}
+
+// Who is invited once more is mailed at once, and the new role and scope count. Whose
+// invitation the caller may not manage is not touched.
+func TestInvitationAgain(t *testing.T) {
+	w := sharedEnv(t)
+	admin, email := w.admin(), newEmail()
+	one, two := admin.invited("partner", "N-1-"+email[:8], ""), admin.invited("partner", "N-2-"+email[:8], "")
+	u := one.invites(body{"email": email, "role": "user", "network_id": one.NetworkID})
+	first := w.readMail(email, 1)
+	for _, c := range []struct {
+		by     *testUser
+		in     body
+		status int
+		slug   string
+	}{
+		{two, body{"role": "user", "network_id": two.NetworkID}, 409, "user-exists"},
+		{one, body{"role": "operator", "network_id": one.NetworkID, "station_id": "S1"}, 201, ""},
+		{one, body{"role": "partner", "network_id": one.NetworkID}, 403, "forbidden"},
+		{admin, body{"role": "partner", "network_id": two.NetworkID, "last_name": "Hopper"}, 201, ""},
+		{one, body{"role": "user", "network_id": one.NetworkID}, 409, "user-exists"}, // by now
+		{two, body{"role": "user", "network_id": two.NetworkID}, 409, "user-exists"}, // it may not manage partners
+	} {
+		before := admin.sees(u.ID)
+		a := c.by.asks("POST", usersPath, changed(c.in, body{"email": email}))
+		w.wants(a, c.status, c.slug)
+		after := admin.sees(u.ID)
+		want := before
+		if c.status == 201 {
+			want = after
+			want.Role, want.NetworkID = c.in["role"].(string), c.in["network_id"].(string)
+			if got := w.value(`select concat_ws(' ', actor, action, target, outcome, details->>'role') from audit_log where request_id = $1 and action like 'user.%'`,
+				a.Header.Get("X-Request-Id")); got != fmt.Sprintf("%s user.invite %s ok %s", c.by.ID, u.ID, want.Role) || shown(a) != after {
+				t.Errorf("audited is %s, answered %v", got, a)
+			}
+		}
+		if after != want {
+			t.Errorf("%v by %s: it is %+v\nwant %+v", c.in, c.by.NetworkID, after, want)
+		}
+	}
+	if n := len(w.mail.To(email)); n != 3 {
+		t.Errorf("%d mails", n)
+	}
+	w.check() // Keycloak has role and scope already
+	last := w.readMail(email, 3)
+	w.wants(w.do(typing(email, first.Code)), 400, "invalid-code") // the newest counts
+	w.wants(w.do(typing(email, last.Code)), 200, "")
+	if it := w.testUser(email); it.Role != "partner" || it.NetworkID != two.NetworkID || it.LastName != "Hopper" {
+		t.Errorf("signed in: %+v", it.user)
+	}
+}
+
+// A username is reserved, and looked at by Keycloak, with the confirmation: whoever confirms
+// may choose another.
+func TestInvitedUsername(t *testing.T) {
+	w := sharedEnv(t)
+	admin := w.admin()
+	wished := "wished-" + newEmail()[:8]
+	one, two := admin.invites(body{"username": wished}), admin.invites(body{"username": wished})
+	w.confirms(w.readMail(one.Email, 1))
+	taken := verifying(w.readMail(two.Email, 1))
+	w.wants(w.do(taken), 409, "user-exists")
+	foreign := maps.Clone(taken.json.(map[string]any))
+	foreign["username"] = "\u0430dmin-x" // not a Latin a
+	w.names(w.post(verifyPath, foreign), "username")
+	w.wants(w.login(two.Email, password), 403, "account-not-verified") // nothing has changed
+	foreign["username"] = wished + "-2"
+	w.wants(w.post(verifyPath, foreign), 200, "")
+	for _, c := range []struct{ user, username string }{{one.Email, wished}, {two.Email, wished + "-2"}} {
+		if it := w.testUser(c.user); it.Username != c.username {
+			t.Errorf("it is %q, not %q", it.Username, c.username)
+		}
+	}
+}
+
+// An address gets ten mails a day, whatever for. Who is refused uses none up, and changes nothing.
 func TestInvitationLimit(t *testing.T) {
 	w := sharedEnv(t)
 	admin := w.admin()
 	u := admin.invites(nil)
 	day := mailsADay(u.Email).Key
-	for range 3 {
-		w.wants(admin.asks("POST", usersPath, body{"email": u.Email}), 409, "user-exists")
-	}
-	if hits := w.value(`select hits::text from rate_limits where key = $1`, day); hits != "1" {
-		t.Errorf("%s mails were counted", hits)
-	}
-	email := newEmail()
-	w.exec(`insert into rate_limits (key, hits, resets_at) values ($1, $2 - 1, now() + interval '1 hour')`, mailsADay(email).Key, mailsPerDay)
-	tenth := admin.invites(body{"email": email})
-	w.wants(admin.asks("DELETE", usersPath+"/"+string(tenth.ID), nil), 204, "")
-	w.keycloakAdmin("PUT", "/users/"+tenth.KeycloakID, body{"email": newEmail()}, nil) // so that the address is free
-	a := admin.asks("POST", usersPath, body{"email": strings.ToUpper(email), "username": "x-" + email[:8]})
+	again := body{"email": strings.ToUpper(u.Email), "role": "operator"}
+	w.exec(`update rate_limits set hits = $2 - 1 where key = $1`, day, mailsPerDay)
+	w.wants(admin.asks("POST", usersPath, again), 201, "")
+	again["role"] = "admin"
+	a := admin.asks("POST", usersPath, again)
 	w.wants(a, 429, "resend-limit")
 	if got := w.value(`select concat_ws(' ', actor, action, outcome, reason) from audit_log where request_id = $1`, a.text("request_id")); got != string(admin.ID)+" createUser refused resend-limit" {
-		t.Errorf("on record is %s", got)
+		t.Errorf("audited is %s", got)
 	}
-	if n := w.value(`select count(*)::text from users where lower(email) = lower($1)`, email); n != "1" {
+	if got := w.value(`select concat(role, ' ', (select hits from rate_limits where key = $2)) from users where user_id = $1`, u.ID, day); got != "operator 10" || len(w.mail.To(u.Email)) != 2 {
+		t.Errorf("role, hits: %s; %d mails", got, len(w.mail.To(u.Email)))
+	}
+	email := newEmail()
+	w.exec(`insert into rate_limits (key, hits, resets_at) values ($1, $2, now() + interval '1 hour')`, mailsADay(email).Key, mailsPerDay)
+	w.wants(admin.asks("POST", usersPath, body{"email": email}), 429, "resend-limit")
+	if n := w.value(`select count(*)::text from users where lower(email) = lower($1)`, email); n != "0" {
 		t.Errorf("%s users are left", n)
 	}
 }
