@@ -92,9 +92,9 @@ func (w *env) seenHere() map[string]body {
 	return users
 }
 
-// outOfStep lists the users that the two stores don't agree on, but for those that are due
-// or wait for their confirmation.
-func (w *env) outOfStep() (wrong []string) {
+// outOfSync lists the users that the two stores don't agree on, but for those that wait for
+// their confirmation.
+func (w *env) outOfSync() (wrong []string) {
 	w.Helper()
 	here, there := w.seenHere(), w.seenInKeycloak()
 	text := func(v any) string { s, _ := v.(string); return strings.ToLower(s) }
@@ -105,8 +105,8 @@ func (w *env) outOfStep() (wrong []string) {
 	}
 	for id, u := range here {
 		ku := there[id]
-		switch waits := u["source"] == "web" && u["is_verified"] == false; {
-		case u["due_at"] != nil, waits && ku != nil && ku["enabled"] == false:
+		switch waits := u["is_verified"] == false; {
+		case waits && ku != nil && ku["enabled"] == false:
 			continue
 		case ku == nil:
 			if u["is_active"] == true {
@@ -151,9 +151,13 @@ func (w *env) sync(settings map[string]string, args ...string) (found, repaired 
 	return found, repaired, stdout.String(), err
 }
 
-// command runs another subcommand, which must succeed.
+// command runs another subcommand, which must succeed. For "jobs" it stands in for waiting until
+// the events are read again, and until tasks are tried again.
 func (w *env) command(args ...string) {
 	w.Helper()
+	if args[0] == "jobs" {
+		w.exec(`update tasks set due_at = now() where locked_by is null and (task_id = 'job:events' or task_id like 'kc:%')`)
+	}
 	if err := run(w.Context(), args, func(name string) string { return w.vars[name] }, new(bytes.Buffer), w.logs); err != nil {
 		w.Fatalf("%v: %v", args, err)
 	}
@@ -212,11 +216,6 @@ func TestSync(t *testing.T) {
 		}, nil, []difference{diffProfile, diffDisabled, diffRole}},
 		{"an address that the next one has given up", 1, func(ku body, n int) { ku["email"] = fmt.Sprintf("zz%04d@seed.test", n+1) }, nil, []difference{diffConflict}},
 		{"the next one", 1, func(ku body, n int) { ku["email"] = fmt.Sprintf("new%d@seed.test", n) }, nil, []difference{diffProfile}},
-		{"role due", 2, none, here(`role = 'admin', due_at = 'infinity'`), []difference{diffRole}},
-		{"names due", 2, none, here(`first_name = 'Due', names_due = true, due_at = 'infinity'`), nil},
-		{"restored, and that is due", 2, set("enabled", false), here(`enable_due = true, due_at = 'infinity'`), nil},
-		{"due, and disabled there", 2, set("enabled", false), here(`due_at = 'infinity'`), []difference{diffDisabled}},
-		{"due, and deleted there", 2, gone, here(`due_at = 'infinity'`), []difference{diffMissing}},
 		{"without an address there, with the next one's", 1, set("email", nil),
 			func(n int) string {
 				return fmt.Sprintf(`update users set email = 'zz%04d@seed.test' where user_id = $1`, n+1)
@@ -250,15 +249,15 @@ func TestSync(t *testing.T) {
 	for i := range sql {
 		w.exec(sql[len(sql)-1-i], whose[len(sql)-1-i]) // those first whose address the one before takes
 	}
-	pendingOne, between, ended := newEmail(), newEmail(), newEmail() // these are in the hands of the repair loop
+	pendingOne, between, ended := newEmail(), newEmail(), newEmail() // these are their registrations' alone
 	for _, email := range []string{pendingOne, between, ended} {
 		registered(w, email)
 	}
 	w.keycloakAdmin("PUT", "/users/"+w.value(`select keycloak_id from users where email = $1`, between), body{"enabled": true, "emailVerified": true}, nil) // V3
-	w.exec(`with e as (update user_registrations set status = 'expired', due_at = now() where email = $1 returning registration_id) -- E1
+	w.exec(`with e as (update user_registrations set status = 'expired', ended_at = now(), user_id = null, email = '', username = '', phone = null,
+			first_name = null, last_name = null, ip_address = null, user_agent = null where email = $1 returning registration_id, keycloak_id), -- E1
+		u as (delete from users where email = $1)
 		insert into audit_log (audit_id, at, actor, action, target, outcome) select 'AUD-expired', now(), 'system:expiry', 'registration.expired', registration_id, 'ok' from e`, ended)
-	found[diffVerified]++
-	drifted[w.value(`select keycloak_id from users where email = $1`, between)] = "between"
 	audited := func() string {
 		return w.value(`select count(*)::text from audit_log where action not like 'sync.%'`)
 	}
@@ -300,7 +299,7 @@ func TestSync(t *testing.T) {
 				continue // wanted above
 			}
 			for _, name := range strings.Fields(line[1]) {
-				if !slices.Contains(all, name) && class != diffVerified {
+				if !slices.Contains(all, name) {
 					w.Errorf("%s is no example of %s", name, class)
 				}
 			}
@@ -332,9 +331,9 @@ func TestSync(t *testing.T) {
 			}
 			return ids
 		}())
-		wants("entries about users in step", "0", untouched)
+		wants("entries about users in sync", "0", untouched)
 		twice := w.value(`select coalesce(string_agg(target || ' ' || action, ', '), '') from (
-			select target, action from audit_log where action in ('user.sync', 'user.take_over', 'user.assert') group by 1, 2 having count(*) > 1) x`)
+			select target, action from audit_log where action in ('user.sync', 'user.import', 'user.overwrite') group by 1, 2 having count(*) > 1) x`)
 		wants("entries for the same", "", twice)
 	})
 	w.Run("what became of them", func() {
@@ -372,22 +371,22 @@ func TestSync(t *testing.T) {
 			w.Errorf("it ends with %v: %s", err, out)
 		}
 		wants("found", map[difference]int{diffConflict: 5}, got)
-		if wrong := w.outOfStep(); len(wrong) != 5 {
-			w.Errorf("%d are not in step: %s", len(wrong), strings.Join(wrong, "\n"))
+		if wrong := w.outOfSync(); len(wrong) != 5 {
+			w.Errorf("%d are out of sync: %s", len(wrong), strings.Join(wrong, "\n"))
 		}
 	})
-	w.Run("when nothing is due or in conflict any more", func() {
+	w.Run("when nothing is in conflict any more", func() {
 		for id, name := range drifted {
 			if strings.Contains(name, "without an address") {
 				w.keycloakAdmin("PUT", "/users/"+id, body{"email": newEmail()}, nil)
 			}
 		}
-		w.exec(`update users set due_at = now() where due_at is not null`)
+		w.exec(`update tasks set due_at = now() where task_id like 'REG-%'`)
 		w.command("jobs")
 		if _, _, out, err := w.sync(nil); err != nil {
 			w.Errorf("it ends with %v: %s", err, out)
 		}
-		if wrong := w.outOfStep(); len(wrong) > 0 {
+		if wrong := w.outOfSync(); len(wrong) > 0 {
 			w.Error(strings.Join(wrong, "\n"))
 		}
 		if got, _, _, err := w.sync(nil, "-dry-run"); err != nil || len(got) > 0 {
@@ -458,13 +457,13 @@ func TestSyncEvents(t *testing.T) {
 		created := newEmail()
 		w.keycloakAdmin("POST", "/users", body{"username": created, "email": created, "enabled": true, "emailVerified": true,
 			"attributes": body{attrRoles: []string{roleAdmin}}}, nil)
-		arrives("taken over", `select case when exists (select from users where email = $1 and role = 'user' and due_at is null) then 't' else 'f' end`, created)
+		arrives("imported", `select case when exists (select from users where email = $1 and role = 'user') then 't' else 'f' end`, created)
 		id := w.keycloakID(created)
-		if wrong := w.outOfStep(); len(wrong) > 0 {
+		if wrong := w.outOfSync(); len(wrong) > 0 {
 			w.Error(strings.Join(wrong, "\n"))
 		}
 		w.keycloakAdmin("DELETE", "/users/"+id, nil, nil)
-		arrives("deleted here, and nothing due", `select case when not is_active and due_at is null then 't' else 'f' end from users where keycloak_id = $1`, id)
+		arrives("deleted in PostgreSQL", `select case when not is_active then 't' else 'f' end from users where keycloak_id = $1`, id)
 		admin := w.signsIn(w.administrator())
 		w.wants(w.as(admin, "POST", "/api/v1/users/"+w.value(`select user_id from users where keycloak_id = $1`, id)+"/restore"), 409, "user-gone")
 		w.wants(w.do(managing(admin, "POST", "", body{"email": created})), 201, "") // anew
@@ -498,16 +497,6 @@ func TestSyncEvents(t *testing.T) {
 			form: url.Values{"username": {email}, "email": {email}, "firstName": {"Grace"}, "lastName": {"Hopper"}}})
 		arrives("the names", `select case when first_name = 'Grace' and last_name = 'Hopper' then 't' else 'f' end from users where keycloak_id = $1`, id)
 		w.straysDie()
-	})
-	w.Run("names, while a change here is due", func() {
-		email := newEmail()
-		w.account(email)
-		id := w.keycloakID(email)
-		w.noEvents()
-		w.keycloakAdmin("PUT", "/users/"+id, body{"firstName": "Grace"}, nil)
-		w.command("grant-admin", email)
-		w.exec(`update sync_place set until = now()`)
-		arrives("the name", `select case when first_name = 'Grace' and role = 'admin' then 't' else 'f' end from users where keycloak_id = $1`, id)
 	})
 }
 
@@ -550,18 +539,16 @@ func TestSyncEventsOnce(t *testing.T) {
 		time.Sleep(time.Duration(rand.IntN(1500)) * time.Millisecond)
 		w.end(p, syscall.SIGKILL)
 		w.end(q, syscall.SIGKILL)
-		w.exec(`update sync_place set until = now()`)
-		w.exec(`update users set due_at = now() where due_at is not null`)
-		w.exec(`update sync_runs set status = 'failed', ended_at = now() where status = 'running'`)
+		w.exec(`update tasks set locked_until = now() where locked_until is not null`) // the locks of the dead have ended
 	}
 	v, _ := w.another(map[string]string{"JOB_INTERVAL": "50ms"})
 	w.another(map[string]string{"JOB_INTERVAL": "50ms"})
 	v.eventually("all are here", 60*time.Second, func() bool {
-		return w.value(`select count(*)::text from users where due_at is null and keycloak_id like $1 || '%'`, string(s)) == fmt.Sprint(n)
+		return w.value(`select count(*)::text from users where keycloak_id like $1 || '%'`, string(s)) == fmt.Sprint(n)
 	})
-	v.eventually("all are in step", 20*time.Second, func() bool { return len(w.outOfStep()) == 0 })
+	v.eventually("all are in sync", 20*time.Second, func() bool { return len(w.outOfSync()) == 0 })
 	if got := w.value(`select coalesce(string_agg(n || ' ' || action, ', '), '') from (
-		select target, action, count(*) n from audit_log where action in ('user.take_over', 'user.sync', 'user.assert') group by 1, 2 having count(*) > 1) x`); got != "" {
+		select target, action, count(*) n from audit_log where action in ('user.import', 'user.sync', 'user.overwrite') group by 1, 2 having count(*) > 1) x`); got != "" {
 		w.Errorf("done twice: %s", got)
 	}
 }
@@ -843,7 +830,7 @@ func TestSyncRuns(t *testing.T) {
 			break
 		}
 		w.command("jobs") // what was due
-		if wrong := w.outOfStep(); len(wrong) > 0 {
+		if wrong := w.outOfSync(); len(wrong) > 0 {
 			w.Errorf("after %d kills: %s", kills, strings.Join(wrong, "\n"))
 		}
 		if got := w.value(`select count(*)::text || ' ' || count(distinct target) from audit_log where action = 'user.sync'`); got != "60 60" {
@@ -886,7 +873,7 @@ func TestSyncRuns(t *testing.T) {
 		w.exec(`update users set is_active = false, deleted_at = now() where keycloak_id like $1 || '%' and keycloak_id > $2`, string(s), s.keycloakID(n-80))
 		before := w.seenHere()
 		_, _, out, err := w.sync(nil)
-		if err == nil || errors.Is(err, errDiffer) || !strings.Contains(out, "stopped At least 61 users would be disabled or taken over, and SYNC_MAX_SHARE allows 60.") {
+		if err == nil || errors.Is(err, errDiffer) || !strings.Contains(out, "aborted At least 61 users would be disabled or imported, and SYNC_MAX_SHARE allows 60.") {
 			w.Errorf("%v: %s", err, out)
 		}
 		if diff := cmp.Diff(before, w.seenHere()); diff != "" {
@@ -900,7 +887,7 @@ func TestSyncRuns(t *testing.T) {
 		empty := newEnv(w.TB, map[string]string{"JOB_INTERVAL": "0"})
 		looked := empty.kc.count("get_user")
 		_, _, out, err := w.sync(map[string]string{"KEYCLOAK_REALM": empty.realm, "KEYCLOAK_URL": empty.kc.url()})
-		if err == nil || !strings.Contains(out, "stopped") {
+		if err == nil || !strings.Contains(out, "aborted") {
 			w.Errorf("%v: %s", err, out)
 		}
 		if n := empty.kc.count("get_user") - looked; n > 70 {
@@ -967,7 +954,7 @@ func TestSyncRestored(t *testing.T) {
 	if found, _, out, err := w.sync(nil); err != nil || len(found) > 0 {
 		t.Errorf("the second finds %s %v", out, err)
 	}
-	if wrong := w.outOfStep(); len(wrong) > 0 {
+	if wrong := w.outOfSync(); len(wrong) > 0 {
 		t.Error(strings.Join(wrong, "\n"))
 	}
 	w.wants(w.do(refreshing(session.text("refresh_token"))), 401, "invalid-token")
@@ -985,7 +972,7 @@ func TestSyncRestored(t *testing.T) {
 		w.value(`select role from users where email = $1`, accounts["demoted"]); got != "user admin" {
 		t.Errorf("the roles are not those of the copy: %s", got)
 	}
-	if got := w.value(`select details->>'keycloak' from audit_log where action = 'user.assert' and target = $1`, id("promoted")); !strings.Contains(got, roleOperator) || !strings.Contains(got, "NET-1") {
+	if got := w.value(`select details->>'keycloak' from audit_log where action = 'user.overwrite' and target = $1`, id("promoted")); !strings.Contains(got, roleOperator) || !strings.Contains(got, "NET-1") {
 		t.Errorf("what Keycloak had is on record as %s", got)
 	}
 	if !strings.Contains(out, descriptions[diffRole]) || !strings.Contains(out, descriptions[diffDeleted]) {
@@ -1068,7 +1055,7 @@ func TestSyncRules(t *testing.T) {
 	stopped := func() {
 		w.Helper()
 		before := w.seenHere()
-		if _, _, out, err := w.sync(nil); err == nil || !strings.Contains(out, "stopped") {
+		if _, _, out, err := w.sync(nil); err == nil || !strings.Contains(out, "aborted") {
 			w.Errorf("%v: %s", err, out)
 		}
 		if diff := cmp.Diff(before, w.seenHere()); diff != "" {
@@ -1289,7 +1276,7 @@ func TestSyncRules(t *testing.T) {
 				w.Errorf("sign-in %d: %v", i, a)
 			}
 		}
-		if n := w.value(`select count(*)::text from audit_log where action = 'user.assert' and target = $1`, w.userOf(email)); n != "1" {
+		if n := w.value(`select count(*)::text from audit_log where action = 'user.overwrite' and target = $1`, w.userOf(email)); n != "1" {
 			w.Errorf("%s times", n)
 		}
 	})
