@@ -162,7 +162,7 @@ func (b *browser) openTab(chrome context.Context) {
 	b.Cleanup(closeTab)
 	b.must(chromedp.Do(tab))
 	var cancel context.CancelFunc
-	b.ctx, cancel = context.WithTimeout(tab, 2*time.Minute)
+	b.ctx, cancel = context.WithTimeout(tab, 5*time.Minute) // the samples are many
 	b.Cleanup(cancel)
 	_, err := chromedp.Call(b.ctx, cdpnetwork.SetExtraHTTPHeaders, cdpnetwork.SetExtraHTTPHeadersParams{
 		Headers: cdpnetwork.Headers{"Accept-Language": b.language, "X-Forwarded-For": newAddress()}})

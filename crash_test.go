@@ -1,16 +1,16 @@
 package main
 
 import (
+	"cmp"
 	"io"
 	"maps"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
-
-	"github.com/jackc/pgx/v5"
 )
 
 // process is the real binary, to be killed.
@@ -38,7 +38,7 @@ func (w *env) spawn(binary string, settings map[string]string) *process {
 	go func() { p.ended <- p.Wait() }()
 	w.Cleanup(func() { p.Process.Kill() }) // has ended, unless the test has failed
 	p.url = w.listening(logs)
-	if err := logs.waitFor(30*time.Second, func(text string) bool { return strings.Contains(text, "the revocations are read") }); err != nil {
+	if err := logs.waitFor(30*time.Second, func(text string) bool { return strings.Contains(text, "revocations: read") }); err != nil {
 		w.Fatal(err)
 	}
 	return p
@@ -58,41 +58,47 @@ func (w *env) end(p *process, signal syscall.Signal) {
 	}
 }
 
-// leasesEnd stands in for the time after which a dead process's lease ends.
-func (w *env) leasesEnd() {
+// locksEnd stands in for the time after which the locks of a dead process end.
+func (w *env) locksEnd() {
 	w.Helper()
-	w.exec(`update user_registrations set due_at = now() where lease_owner is not null`)
-	w.exec(`update refresh_tokens set leased_until = now() where leased_until is not null`)
-	w.exec(`update users set due_at = now() where due_at is not null`)
+	w.exec(`update tasks set locked_until = now() where locked_until > now() and task_id not like 'job:%'`)
 }
 
-// latest is the id and state of an address's latest registration.
-func (w *env) latest(email string) (id, status string) {
+// withoutSync keeps events and full passes from repairing what a task must repair.
+func (w *env) withoutSync() {
 	w.Helper()
-	if err := w.pool.QueryRow(w.Context(), `select registration_id, status from user_registrations
-		where lower(email) = lower($1) order by created_at desc limit 1`, email).Scan(&id, &status); err != nil {
-		w.Fatal(err)
-	}
-	return id, status
+	w.exec(`update tasks set locked_by = 'another', locked_until = 'infinity' where task_id in ('job:events', 'job:sync')`)
 }
 
-// repairs are what the repair loop has put on record for an address.
-func (w *env) repairs(email string) []string {
+// registrationOf is the id of an address's pending or verified registration, or "".
+func (w *env) registrationOf(email string) string {
 	w.Helper()
-	rows, _ := w.pool.Query(w.Context(), `
-		select trim(action || ' ' || reason) from audit_log where actor = 'system:repair' and (target in
-			(select registration_id from user_registrations where lower(email) = lower($1)) or details->>'registration_id' in
-			(select registration_id from user_registrations where lower(email) = lower($1)))
-			or actor = 'system:users' and target in (select user_id from users where lower(email) = lower($1)) order by at, audit_id`, email)
-	actions, err := pgx.CollectRows(rows, pgx.RowTo[string])
-	if err != nil {
-		w.Fatal(err)
-	}
-	return actions
+	return w.value(`select coalesce(max(registration_id), '') from user_registrations where lower(email) = lower($1)`, email)
+}
+
+// repairs are what the queue has audited for a registration and a user.
+func (w *env) repairs(registration, user string) string {
+	w.Helper()
+	return w.value(`select coalesce(string_agg(trim(action || ' ' || reason), ', ' order by at, action), '') from audit_log
+		where actor in ('system:registrations', 'system:sync') and (target in ($1, $2) or details->>'registration_id' = $1)`, registration, user)
+}
+
+// crash is a window between two writes in which the process dies: registration.go, user.go
+// and session.go name them.
+type crash struct {
+	window  string
+	before  func(w *env, email string) link
+	do      func(email string, l link) call // the process dies in it; nil: in a worker of the queue
+	at      string                          // the call to Keycloak at which it dies: before it, or …
+	after   bool                            // … after it
+	lock    string                          // or rather when it next wants this table
+	event   bool                            // Keycloak's event makes the task
+	repairs string                          // audited, by the queue
+	ends    func(w *env, email string, l link)
 }
 
 // TestCrash kills the process in every window between two writes, and starts a new
-// one, which brings both stores together again: registration.go names the windows.
+// one, which brings both stores together again.
 func TestCrash(t *testing.T) {
 	t.Parallel() // processes that die, one after the other
 	if testing.Short() {
@@ -104,213 +110,269 @@ func TestCrash(t *testing.T) {
 	}
 	// The instance in this process runs no jobs: it answers what is asked besides.
 	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0", "RESEND_COOLDOWN": "1ms"})
+	w.withoutSync()
+	admin := w.administrator()
+	for _, c := range slices.Concat(registrationCrashes(), endCrashes(), sessionCrashes(), invitationCrashes(admin), userCrashes(admin)) {
+		t.Run(c.window, func(t *testing.T) {
+			w := *w
+			w.TB = t
+			w.die(binary, c)
+		})
+	}
+}
 
-	verified := func(w *env, email string) link { w.account(email); return link{} }
-	register := func(email string, _ link) call { return registering(email) }
-	verify := func(_ string, l link) call { return verifying(l) }
-	cancel := func(_ string, l link) call { return cancelling(l) }
-	resend := func(email string, _ link) call { return resending(email) }
+// die lets the process die in a window, and checks what a new one makes of it.
+func (w *env) die(binary string, c crash) {
+	w.Helper()
+	email, l := newEmail(), link{}
+	if c.before != nil {
+		l = c.before(w, email)
+	}
+	registration := w.registrationOf(email)
+	var r call
+	if c.do != nil {
+		r = c.do(email, l)
+	} else {
+		w.due(registration)
+		w.tasksDue()
+	}
+	w.dieAt(binary, c.at, c.after, c.lock, r)
+	registration = cmp.Or(registration, w.registrationOf(email))
+	w.locksEnd()
+	w.straysDie()
+	if c.event {
+		w.exec(`insert into tasks (task_id, due_at) select 'kc:' || keycloak_id, now() from users where user_id = $1 on conflict do nothing`, l.Code)
+	}
+	repairer := w.spawn(binary, map[string]string{"JOB_INTERVAL": "50ms"})
+	w.settle()
+	if got := w.repairs(registration, l.Code); got != c.repairs {
+		w.Errorf("the queue has audited %q, not %q", got, c.repairs)
+	}
+	c.ends(w, email, l)
+	w.end(repairer, syscall.SIGTERM)
+}
 
-	session := func(w *env, email string) link { return w.session(email) }
-	refresh := func(_ string, l link) call { return refreshing(l.Token) }
-	logout := func(_ string, l link) call { return loggingOut(l.Token) }
-	leaving := func(w *env, email string) link { // while Keycloak is away
-		l := w.session(email)
-		w.kc.on("^end_session ", lost)
-		defer w.kc.on("^end_session ", 0)
-		w.wants(w.do(loggingOut(l.Token)), 204, "")
+// confirmable: the newest mail's code opens the account.
+func confirmable(w *env, email string, _ link) {
+	w.Helper()
+	l := w.lastMail(email)
+	w.wants(w.do(typing(email, l.Code)), 200, "")
+	if a := w.do(verifying(l)); a.Status != 200 || a.JSON["already_verified"] != true {
+		w.Errorf("the link says %v", a)
+	}
+	w.wants(w.do(signingIn(email, password)), 200, "")
+}
+
+// confirmed: the registration is verified, and a second confirmation changes nothing.
+func confirmed(w *env, email string, l link) {
+	w.Helper()
+	for _, r := range []call{verifying(l), typing(email, l.Code)} {
+		if a := w.do(r); a.Status != 200 || a.JSON["already_verified"] != true {
+			w.Errorf("not verified already: %v", a)
+		}
+	}
+	w.wants(w.do(signingIn(email, password)), 200, "")
+}
+
+// over: the registration has ended unverified, and its address is free.
+func over(slug string) func(w *env, email string, l link) {
+	return func(w *env, email string, l link) {
+		w.Helper()
+		w.wants(w.do(verifying(l)), 410, slug)
+		w.register(email)
+	}
+}
+
+func register(email string, _ link) call { return registering(email) }
+func verify(_ string, l link) call       { return verifying(l) }
+func cancel(_ string, l link) call       { return cancelling(l) }
+
+// resendable is registered, with the registration's id as the code.
+func resendable(w *env, email string) link {
+	w.Helper()
+	l := registered(w, email)
+	l.Code = w.registrationOf(email)
+	return l
+}
+
+func resend(_ string, l link) call { return resending(l.Code) }
+
+func registrationCrashes() []crash {
+	const created, mailed, verified = "user.create, registration.mail", "registration.mail", "registration.verified"
+	return []crash{
+		{window: "R1", do: register, at: "create_user", repairs: created, ends: confirmable},
+		{window: "R2", do: register, at: "create_user", after: true, repairs: created, ends: confirmable},
+		{window: "R2, at our row", do: register, at: "create_user", after: true, lock: "users", repairs: created, ends: confirmable},
+		{window: "R3", do: register, at: "create_user", after: true, lock: "rate_limits", repairs: mailed, ends: confirmable},
+		{window: "R4, enabled or not", do: register, at: "enable_user", repairs: mailed, ends: confirmable},
+		{window: "R4, enabled, no mail", do: register, at: "send_mail", repairs: mailed, ends: confirmable},
+		{window: "R4, mailed", do: register, at: "send_mail", after: true, repairs: mailed, ends: confirmable},
+		{window: "R4, mailed, enabled", do: register, at: "disable_user", repairs: mailed, ends: confirmable},
+		{window: "R5", do: register, at: "disable_user", after: true, repairs: mailed, ends: confirmable},
+		{window: "R5, at the audit log", do: register, at: "disable_user", after: true, lock: "audit_log", repairs: mailed, ends: confirmable},
+		{window: "R4, again, before the code", before: resendable, do: resend, at: "prepare_mail", repairs: mailed, ends: confirmable},
+		{window: "R4, again, no mail", before: resendable, do: resend, at: "send_mail", repairs: mailed, ends: confirmable},
+		{window: "R4, again, enabled", before: resendable, do: resend, at: "disable_user", repairs: mailed, ends: confirmable},
+		{window: "R5, again", before: resendable, do: resend, at: "disable_user", after: true, repairs: mailed, ends: confirmable},
+		{window: "V1", before: registered, do: verify, at: "get_user", ends: confirmable},
+		{window: "V2", before: registered, do: verify, at: "activate_user", ends: confirmable},
+		{window: "V3", before: registered, do: verify, at: "activate_user", after: true, repairs: verified, ends: confirmed},
+		{window: "V3, at the audit log", before: registered, do: verify, at: "activate_user", after: true, lock: "audit_log",
+			repairs: verified, ends: confirmed},
+	}
+}
+
+// endCrashes are those of registrations that end unverified.
+func endCrashes() []crash {
+	const ended = "registration.expired expired, user.remove"
+	expiring := func(w *env, email string) link {
+		l := registered(w, email)
+		w.expire(email)
 		return l
 	}
+	cancelled, expired := over("verification-cancelled"), over("verification-expired")
+	return []crash{
+		{window: "E1, cancelled", before: registered, do: cancel, at: "delete_user", ends: cancelled},
+		{window: "E2, cancelled", before: registered, do: cancel, at: "delete_user", after: true, ends: cancelled},
+		{window: "E2, cancelled, at our row", before: registered, do: cancel, at: "delete_user", after: true, lock: "user_registrations", ends: cancelled},
+		{window: "E1, expired", before: expiring, do: verify, at: "delete_user", ends: expired},
+		{window: "E2, expired", before: expiring, do: verify, at: "delete_user", after: true, ends: expired},
+		{window: "E1, in the queue", before: expiring, at: "delete_user", repairs: ended, ends: expired},
+		{window: "E2, in the queue", before: expiring, at: "delete_user", after: true, repairs: ended, ends: expired},
+	}
+}
 
-	admin := w.administrator()
-	manager := func(w *env, _ string) link { return link{Access: w.signsIn(admin).text("access_token")} }
-	managed := func(method string, in any) func(string, link) call {
-		return func(email string, l link) call {
-			if method == "POST" {
-				return managing(answer{JSON: body{"access_token": l.Access}}, method, "", body{"email": email, "role": "operator", "network_id": "N1"})
-			}
-			return managing(answer{JSON: body{"access_token": l.Access}}, method, "/"+l.Code, in)
-		}
-	}
-	invite, assign, remove := managed("POST", nil), managed("PATCH", body{"role": "partner", "network_id": "N2"}), managed("DELETE", nil)
-	invited := func(w *env, email string) link {
-		admin := w.signsIn(admin)
-		return link{Access: admin.text("access_token"), Code: w.invited(admin, email)}
-	}
-	joined := func(w *env, email string) link {
-		admin := w.signsIn(admin)
-		a := w.joined(admin, email)
-		return link{Access: admin.text("access_token"), Code: w.userOf(email), Token: a.text("refresh_token"), URL: a.text("session_id")}
-	}
-	undone := func(at string, before func(*env, string) link, do func(string, link) call) func(*env, string) link {
-		return func(w *env, email string) link { // while Keycloak is away
-			l := before(w, email)
-			w.kc.on("^"+at+" ", lost)
-			defer w.kc.on("^"+at+" ", 0)
-			if a := w.do(do(email, l)); a.Status/100 != 2 {
-				w.Fatal(a)
-			}
-			return l
-		}
-	}
-
-	// What must have become of it.
-	isInvited := func(mails int) func(*env, string, link) {
-		return func(w *env, email string, _ link) {
-			w.agree(w.userOf(email))
-			w.invitations(email, mails)
-		}
-	}
-	isPartner := func(w *env, email string, l link) {
-		w.agree(l.Code)
-		if got := w.value(`select role || network_id from users where user_id = $1`, l.Code); got != "partnerN2" {
-			w.Errorf("it is a %s", got)
-		}
-	}
-	isGone := func(w *env, email string, l link) {
-		w.agree(l.Code)
-		w.ended("user deleted", answer{JSON: body{"session_id": l.URL, "refresh_token": l.Token}})
-		w.wants(w.do(signingIn(email, password)), 403, "account-disabled")
-	}
+func sessionCrashes() []crash {
+	account := func(w *env, email string) link { w.account(email); return link{} }
+	session := func(w *env, email string) link { return w.session(email) }
+	signIn := func(email string, _ link) call { return signingIn(email, password) }
+	refresh := func(_ string, l link) call { return refreshing(l.Token) }
+	logout := func(_ string, l link) call { return loggingOut(l.Token) }
+	all := func(_ string, l link) call { return authorized(l.Access, "DELETE", sessionsPath) }
+	signsIn := func(w *env, email string, _ link) { w.wants(w.do(signingIn(email, password)), 200, "") }
 	goesOn := func(w *env, _ string, l link) {
 		a := w.do(refreshing(l.Token)) // the client tries again
 		w.wants(a, 200, "")
 		w.refreshed(a)
 	}
-	isOver := func(w *env, _ string, l link) {
-		w.ended("logout", answer{JSON: body{"session_id": l.Code, "refresh_token": l.Token}})
-		w.wants(w.do(loggingOut(l.Token)), 204, "")
-		w.eventually("the loop has done its part", 10*time.Second, func() bool {
-			w.tasksDue()
-			return w.value(`select (due_at is null)::text from sessions where session_id = $1`, l.Code) == "true"
-		})
-	}
-	opens := func(w *env, email string, _ link) {
-		l := w.lastMail(email)
-		w.wants(w.do(typing(email, l.Code)), 200, "") // the newest mail's
-		w.wants(w.do(verifying(l)), 200, "")
-		if password != "" {
-			w.wants(w.do(signingIn(email, password)), 200, "")
+	isOver := func(reason string) func(w *env, _ string, l link) {
+		return func(w *env, _ string, l link) {
+			w.ended(reason, answer{JSON: body{"session_id": l.Code, "refresh_token": l.Token}})
+			w.wants(w.do(loggingOut(l.Token)), 204, "")
 		}
 	}
-	is := func(status string) func(*env, string, link) {
-		return func(w *env, email string, l link) {
-			if id, got := w.latest(email); got != status {
-				w.Fatalf("%s is %s, not %s", id, got, status)
-			}
-			switch status {
-			case "verified":
-				a := w.do(verifying(l))
-				w.wants(a, 200, "")
-				if a.JSON["already_verified"] != true {
-					w.Errorf("not verified already: %v", a)
-				}
-				w.wants(w.do(signingIn(email, password)), 200, "")
-			case "expired":
-				w.wants(w.do(verifying(l)), 410, "verification-expired")
-				w.register(email) // the address is free
-			case "cancelled":
-				if l.Token != "" {
-					w.wants(w.do(verifying(l)), 410, "verification-cancelled")
-				}
-				w.register(email)
+	return []crash{
+		{window: "L1", before: account, do: signIn, at: "token", after: true, ends: signsIn},
+		{window: "F1", before: session, do: refresh, at: "refresh", ends: goesOn},
+		{window: "F2", before: session, do: refresh, at: "refresh", after: true, ends: goesOn},
+		{window: "F2, at our row", before: session, do: refresh, at: "refresh", after: true, lock: "refresh_tokens", ends: goesOn},
+		{window: "S1", before: session, do: logout, at: "end_session", ends: isOver("logout")},
+		{window: "S2", before: session, do: logout, at: "end_session", after: true, ends: isOver("logout")},
+		{window: "S1, all", before: session, do: all, at: "end_sessions", ends: isOver("own")},
+		{window: "S2, all", before: session, do: all, at: "end_sessions", after: true, ends: isOver("own")},
+		{window: "S1, in the queue", before: undone("end_session", session, logout), at: "end_session", ends: isOver("logout")},
+		{window: "S2, in the queue", before: undone("end_session", session, logout), at: "end_session", after: true, ends: isOver("logout")},
+	}
+}
+
+// undone does something while a call to Keycloak is lost: the rest of it is left to the queue.
+func undone(at string, before func(*env, string) link, do func(string, link) call) func(*env, string) link {
+	return func(w *env, email string) link {
+		w.Helper()
+		l := before(w, email)
+		w.kc.on("^"+at+" ", lost)
+		defer w.kc.on("^"+at+" ", 0)
+		if a := w.do(do(email, l)); a.Status/100 != 2 {
+			w.Fatal(a)
+		}
+		return l
+	}
+}
+
+// manages is a request of the administrator whose access token the link has, about the user
+// whose id it has as its code.
+func manages(method, path string, in body) func(string, link) call {
+	return func(email string, l link) call {
+		by := answer{JSON: body{"access_token": l.Access}}
+		switch {
+		case in == nil:
+			return managing(by, method, "/"+l.Code+path, nil)
+		case method == "POST": // somebody new
+			in := changed(in, body{"email": email})
+			return managing(by, method, path, in)
+		}
+		return managing(by, method, "/"+l.Code+path, in)
+	}
+}
+
+func invitationCrashes(admin string) []crash {
+	manager := func(w *env, _ string) link { return link{Access: w.signsIn(admin).text("access_token")} }
+	stranger := func(w *env, email string) link { registered(w, email); return manager(w, email) }
+	invite := manages("POST", "", body{"role": "operator", "network_id": "N1"})
+	invited := func(w *env, email string, l link) {
+		w.agree(w.userOf(email))
+		confirmable(w, email, l)
+		if got := w.value(`select concat_ws(' ', role, network_id, source) from users where email = $1`, email); got != "operator N1 internal" {
+			w.Errorf("it is a %s", got)
+		}
+	}
+	const created, mailed = "user.create, registration.mail", "registration.mail"
+	return []crash{
+		{window: "R1, invited", before: manager, do: invite, at: "create_user", repairs: created, ends: invited},
+		{window: "R2, invited", before: manager, do: invite, at: "create_user", after: true, repairs: created, ends: invited},
+		{window: "R3, invited", before: manager, do: invite, at: "create_user", after: true, lock: "rate_limits", repairs: mailed, ends: invited},
+		{window: "R4, invited", before: manager, do: invite, at: "send_mail", repairs: mailed, ends: invited},
+		{window: "R5, invited", before: manager, do: invite, at: "disable_user", after: true, repairs: mailed, ends: invited},
+		{window: "R4, invited after a registration", before: stranger, do: invite, at: "prepare_mail", repairs: mailed, ends: invited},
+		{window: "R4, in the queue", before: undone("send_mail", manager, invite), at: "send_mail", repairs: mailed, ends: invited},
+		{window: "R5, in the queue", before: undone("send_mail", manager, invite), at: "disable_user", after: true, repairs: mailed, ends: invited},
+	}
+}
+
+func userCrashes(admin string) []crash {
+	joined := func(w *env, email string) link {
+		by := w.signsIn(admin)
+		a := w.joined(by, email)
+		return link{Access: by.text("access_token"), Code: w.userOf(email), Token: a.text("refresh_token"), URL: a.text("session_id")}
+	}
+	assign, rename := manages("PATCH", "", body{"role": "partner", "network_id": "N2"}), manages("PATCH", "", body{"first_name": "Grace"})
+	remove, restore := manages("DELETE", "", nil), manages("POST", "/restore", nil)
+	removed := func(w *env, email string) link {
+		l := joined(w, email)
+		w.wants(w.do(remove(email, l)), 204, "")
+		return l
+	}
+	is := func(want string) func(w *env, _ string, l link) {
+		return func(w *env, _ string, l link) {
+			w.agree(l.Code)
+			if got := w.value(`select concat_ws(' ', role, network_id, first_name) from users where user_id = $1`, l.Code); got != want {
+				w.Errorf("it is %q, not %q", got, want)
 			}
 		}
 	}
-	for _, c := range []struct {
-		window  string
-		before  func(w *env, email string) link
-		do      func(email string, l link) call // the process dies in it; nil: in the repair loop
-		at      string                          // the call to Keycloak at which it dies: before it, or …
-		after   bool                            // … after it
-		lock    string                          // or rather when it next wants this table
-		repairs string                          // on record, by the loop
-		ends    func(w *env, email string, l link)
-	}{
-		{"R1, password gone", nil, register, "create_user", false, "", "registration.cancelled no_keycloak_user", is("cancelled")},
-		{"R1, no password", nil, register, "create_user", false, "", "user.create, registration.mail", opens},
-		{"R2", nil, register, "create_user", true, "", "user.create, registration.mail", opens},
-		{"R2, no password", nil, register, "create_user", true, "", "user.create, registration.mail", opens},
-		{"R3", nil, register, "create_user", true, "rate_limits", "registration.mail", opens},
-		{"R4, enabled or not", nil, register, "enable_user", false, "", "registration.mail", opens},
-		{"R4, enabled, no mail", nil, register, "send_mail", false, "", "registration.mail", opens},
-		{"R4, mailed, enabled", nil, register, "disable_user", false, "", "registration.mail", opens},
-		{"R4, mailed, enabled, no password", nil, register, "disable_user", false, "", "registration.mail", opens},
-		{"R5", nil, register, "disable_user", true, "", "registration.mail", opens},
-		{"R5, at the audit trail", nil, register, "disable_user", true, "audit_log", "registration.mail", opens},
-		{"C1, replaced, no password", registered, register, "delete_user", false, "", "user.remove, user.create, registration.mail", opens},
-		{"C1, replaced, password gone", registered, register, "delete_user", false, "",
-			"user.remove, registration.cancelled no_keycloak_user", is("cancelled")},
-		{"C2, replaced, no password", registered, register, "delete_user", true, "",
-			"user.remove, user.create, registration.mail", opens},
-		{"C1, cancelled", registered, cancel, "delete_user", false, "", "user.remove", is("cancelled")},
-		{"C2, cancelled", registered, cancel, "delete_user", true, "", "user.remove", is("cancelled")},
-		{"V2", registered, verify, "activate_user", false, "", "", opens},
-		{"V3", registered, verify, "activate_user", true, "", "registration.verified", is("verified")},
-		{"V3, at the audit trail", registered, verify, "activate_user", true, "audit_log", "registration.verified", is("verified")},
-		{"E1", expiring(registered), verify, "delete_user", false, "", "user.remove", is("expired")},
-		{"E2", expiring(registered), verify, "delete_user", true, "", "user.remove", is("expired")},
-		{"E1, in the loop", expiring(registered), nil, "delete_user", false, "",
-			"registration.expired expired, user.remove", is("expired")},
-		{"M1", registered, resend, "set_code", false, "", "registration.mail", opens},
-		{"M2", registered, resend, "send_mail", false, "", "registration.mail", opens},
-		{"M3", registered, resend, "disable_user", false, "", "registration.mail", opens},
-		{"M3, disabled", registered, resend, "disable_user", true, "", "registration.mail", opens},
-		{"L1", verified, func(email string, _ link) call { return signingIn(email, password) }, "token", true, "", "",
-			func(w *env, email string, _ link) { w.wants(w.do(signingIn(email, password)), 200, "") }},
-		{"F1", session, refresh, "refresh", false, "", "", goesOn},
-		{"F2", session, refresh, "refresh", true, "", "", goesOn},
-		{"S1", session, logout, "end_session", false, "", "", isOver},
-		{"S2", session, logout, "end_session", true, "", "", isOver},
-		{"S1, in the loop", leaving, nil, "end_session", false, "", "", isOver},
-		{"S2, in the loop", leaving, nil, "end_session", true, "", "", isOver},
-		{"I1", manager, invite, "create_user", false, "", "user.invite", isInvited(1)},
-		{"I1, looked for", manager, invite, "create_user", false, "", "user.invite", isInvited(1)},
-		{"I2", manager, invite, "create_user", true, "", "user.invite", isInvited(1)},
-		{"I2, at our row", manager, invite, "create_user", true, "users", "user.invite", isInvited(1)},
-		{"I3", manager, invite, "send_mail", false, "", "user.invite", isInvited(1)},
-		{"I4", manager, invite, "send_mail", true, "", "user.invite", isInvited(2)}, // nobody can know that it was sent
-		{"I4, at the audit trail", manager, invite, "send_mail", true, "audit_log", "user.invite", isInvited(2)},
-		{"I3, in the loop", undone("send_mail", manager, invite), nil, "send_mail", false, "", "user.invite", isInvited(1)},
-		{"I4, in the loop", undone("send_mail", manager, invite), nil, "send_mail", true, "", "user.invite", isInvited(2)},
-		{"U1", invited, assign, "get_user", false, "", "", isPartner},
-		{"U2", invited, assign, "assign_user", false, "", "", isPartner},
-		{"U3", invited, assign, "assign_user", true, "", "", isPartner},
-		{"U3, at our row", invited, assign, "assign_user", true, "users", "", isPartner},
-		{"U2, in the loop", undone("assign_user", invited, assign), nil, "assign_user", false, "", "", isPartner},
-		{"U1, deleted", joined, remove, "end_session", false, "", "", isGone},
-		{"U1, deleted, signed out", joined, remove, "end_session", true, "", "", isGone},
-		{"U2, deleted", joined, remove, "assign_user", false, "", "", isGone},
-		{"U3, deleted", joined, remove, "assign_user", true, "", "", isGone},
-	} {
-		t.Run(c.window, func(t *testing.T) {
-			w := *w
-			w.TB = t
-			email, l := newEmail(), link{}
-			if c.before != nil {
-				l = c.before(&w, email)
-			}
-			w.dieAt(binary, c.at, c.after, c.lock, func() call {
-				if c.do == nil {
-					return call{}
-				}
-				return c.do(email, l)
-			}())
-			w.leasesEnd()
-			w.straysDie()
-			repairer := w.spawn(binary, map[string]string{"JOB_INTERVAL": "50ms"})
-			w.settle()
-			if got := strings.Join(w.repairs(email), ", "); got != c.repairs {
-				t.Errorf("the loop's record is %q, not %q", got, c.repairs)
-			}
-			c.ends(&w, email, l)
-			w.end(repairer, syscall.SIGTERM)
-		})
+	gone := func(w *env, email string, l link) {
+		w.agree(l.Code)
+		w.ended("user deleted", answer{JSON: body{"session_id": l.URL, "refresh_token": l.Token}})
+		w.wants(w.do(signingIn(email, password)), 403, "account-disabled")
+	}
+	const overwritten = "user.overwrite"
+	return []crash{
+		{window: "U1", before: joined, do: assign, at: "get_user", repairs: overwritten, ends: is("partner N2")},
+		{window: "U1, at the push", before: joined, do: assign, at: "push_user", repairs: overwritten, ends: is("partner N2")},
+		{window: "U2", before: joined, do: assign, at: "push_user", after: true, ends: is("partner N2")},
+		{window: "U1, in the queue", before: undone("push_user", joined, assign), at: "push_user", ends: is("partner N2")},
+		{window: "U1, names", before: joined, do: rename, at: "push_user", ends: is("user ")},
+		{window: "U2, names", before: joined, do: rename, at: "push_user", after: true, event: true, repairs: "user.sync", ends: is("user  Grace")},
+		{window: "U1, deleted", before: joined, do: remove, at: "end_sessions", repairs: overwritten, ends: gone},
+		{window: "U1, deleted, signed out", before: joined, do: remove, at: "end_sessions", after: true, repairs: overwritten, ends: gone},
+		{window: "U1, deleted, at the push", before: joined, do: remove, at: "push_user", repairs: overwritten, ends: gone},
+		{window: "U2, deleted", before: joined, do: remove, at: "push_user", after: true, ends: gone},
+		{window: "U1, restored", before: removed, do: restore, at: "enable_user", after: true, event: true, repairs: overwritten, ends: gone},
 	}
 }
 
 // dieAt sends a request to a process of its own and kills that at a point between
-// two writes. Without a request it dies in its repair loop.
+// two writes. Without a request it dies in a worker.
 func (w *env) dieAt(binary, at string, after bool, lock string, r call) {
 	w.Helper()
 	there, release := w.kc.holdAt("^"+at+" ", after)
@@ -318,8 +380,6 @@ func (w *env) dieAt(binary, at string, after bool, lock string, r call) {
 	interval := "0"
 	if r.path == "" {
 		interval = "50ms"
-		w.exec(`update user_registrations set due_at = expires_at where status = 'pending'`)
-		w.usersDue()
 	}
 	p := w.spawn(binary, map[string]string{"JOB_INTERVAL": interval})
 	answered := make(chan answer, 1)
@@ -349,13 +409,4 @@ func (w *env) dieAt(binary, at string, after bool, lock string, r call) {
 		})
 	}
 	w.end(p, syscall.SIGKILL)
-}
-
-// expiring lets the time of a registration run out.
-func expiring(before func(*env, string) link) func(*env, string) link {
-	return func(w *env, email string) link {
-		l := before(w, email)
-		w.expire(email)
-		return l
-	}
 }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"io"
 	"maps"
 	"net/http/httptest"
 	"net/http/httputil"
@@ -45,133 +46,202 @@ func (w *env) userOf(email string) string {
 	return w.value(`select user_id from users where lower(email) = lower($1)`, email)
 }
 
-// usersDue stands in for waiting until the loop tries again what is owed to Keycloak.
-func (w *env) usersDue() {
-	w.Helper()
-	w.exec(`update users set due_at = now() where due_at > now() and lease_owner is null`)
-}
+// usersDue makes the tasks of users due.
+func (w *env) usersDue() { w.tasksDue() }
 
 // TestFleet has three instances behind a load balancer: they keep one set of limits, do
-// each job once, and never fall behind each other.
+// each task once, and never fall behind each other.
 func TestFleet(t *testing.T) {
 	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0"})
-	w.restarted(map[string]string{"JOB_INTERVAL": "50ms"}, func() {
-		w.exec(`insert into sync_runs (sync_id, dry_run, status, started_at, seen_at) values ('SYN-today', false, 'done', now(), now())`) // so none is on record
-	})
+	w.withoutSync() // which would reconcile what a task must
+	w.restarted(map[string]string{"JOB_INTERVAL": "50ms"}, func() {})
 	instances := w.fleet()
-
-	w.Run("two hundred sign-ins of an account", func() {
-		email, _ := w.signedIn()
-		w.exec(`delete from rate_limits where key = $1`, loginLimit(email).Key)
-		asked := w.kc.count("token")
-		got := tally(w.at([]string{w.url}, slices.Repeat([]call{signingIn(email, password)}, 200)...))
-		if asked = w.kc.count("token") - asked; asked != 20 || got["429 too-many-requests"] != 180 || got["200"]+got["503 unavailable"] != 20 {
-			w.Errorf("%d have reached Keycloak: %v", asked, got)
-		}
-		w.straysDie()
-	})
-
-	w.Run("two hundred requests from an address", func() {
-		var calls []call
-		for i, prefix := range slices.Repeat([]string{strings.TrimSuffix(newAddress(), ":1")}, 200) {
-			calls = append(calls, forgetting("nobody"))
-			calls[i].from = fmt.Sprintf("%s:%x", prefix, i+1)
-		}
-		if got := tally(w.at([]string{w.url}, calls...)); got["400 invalid-request"] != onForgot.N || got["429 too-many-requests"] != 200-onForgot.N {
-			w.Errorf("%v", got)
-		}
-	})
-
-	w.Run("each registration expires once", func() {
-		var emails []string
-		for range 12 {
-			emails = append(emails, newEmail())
-			registered(w, emails[len(emails)-1])
-		}
-		deleted := w.kc.count("delete_user")
-		w.exec(`update user_registrations set expires_at = now(), due_at = now() where email = any($1)`, emails)
-		w.settle()
-		if got := w.value(`select concat_ws(' ', count(*) filter (where action = 'registration.expired'), count(*) filter (where action = 'user.remove'), count(distinct target))
-			from audit_log where action in ('registration.expired', 'user.remove') and outcome = 'ok'`); got != "12 12 24" {
-			w.Errorf("on record: %s", got)
-		}
-		if deleted = w.kc.count("delete_user") - deleted; deleted != 12 {
-			w.Errorf("%d users were deleted in Keycloak", deleted)
-		}
-	})
-
+	w.Run("two hundred sign-ins of an account", func() { w.fleetSignIns() })
+	w.Run("two hundred requests from an address", func() { w.fleetRequests() })
+	w.Run("mails of an address", func() { w.fleetMails() })
+	w.Run("each registration expires once", func() { w.fleetExpiry() })
 	admin := w.signsIn(w.administrator())
-	w.Run("each invitation is mailed once, and each change made once", func() {
-		w.mail.Close()
-		var emails []string
-		for range 12 {
-			email := newEmail()
-			emails = append(emails, email)
-			a := w.do(managing(admin, "POST", "", body{"email": email, "first_name": "Ada"}))
-			if w.wants(a, 201, ""); a.text("invitation_email") != "queued" {
-				w.Errorf("not queued: %v", a)
-			}
-		}
-		if err := w.mail.Restart(); err != nil {
-			w.Fatal(err)
-		}
-		w.settle()
-		w.kc.on("^assign_user ", lost)
-		for _, email := range emails {
-			w.wants(w.do(managing(admin, "PATCH", "/"+w.userOf(email), body{"network_id": "N1"})), 200, "")
-		}
-		w.kc.on("^assign_user ", 0)
-		assigned := w.kc.count("assign_user")
-		w.settle()
-		if assigned = w.kc.count("assign_user") - assigned; assigned != 12 {
-			w.Errorf("%d changes have reached Keycloak", assigned)
-		}
-		for _, email := range emails {
-			w.agree(w.userOf(email))
-			if n := len(w.mail.To(email)); n != 1 {
-				w.Errorf("%s got %d mails", email, n)
-			}
-		}
-		if got := w.value(`select concat_ws(' ', count(*), count(distinct target)) from audit_log where action = 'user.invite' and outcome = 'ok'`); got != "12 12" {
-			w.Errorf("on record: %s", got)
-		}
-	})
+	w.Run("each invitation is mailed once, and each change made once", func() { w.fleetInvitations(admin) })
+	w.Run("two changes of a user", func() { w.fleetChanges(admin, instances) })
+	w.Run("a change of a user whose lock another holds", func() { w.fleetLocked(admin) })
+}
 
-	// The older state never overtakes the newer one, however slow Keycloak is.
-	w.Run("two changes of a user", func() {
-		for _, after := range []bool{false, true} {
-			id := w.invited(admin, newEmail())
-			there, release := w.kc.holdAt("^assign_user ", after)
-			answers := make([]answer, 2)
-			var all sync.WaitGroup
-			change := func(i int, in body) {
-				all.Go(func() {
-					var err error
-					if answers[i], err = w.send(instances[i].url, managing(admin, "PATCH", "/"+id, in)); err != nil {
-						w.Error(err)
-					}
-				})
-			}
-			change(0, body{"role": "operator", "network_id": "N1", "station_id": "S1", "first_name": "Grace"})
-			<-there
-			change(1, body{"role": "partner", "station_id": "", "last_name": "Hopper"})
-			w.eventually("the second one is ours", 10*time.Second, func() bool { return w.value(`select role from users where user_id = $1`, id) == "partner" })
-			release()
-			start := time.Now()
-			all.Wait()
-			if took := time.Since(start); took > 3*time.Second {
-				w.Errorf("they wait for each other: %v", took)
-			}
-			for _, a := range answers {
-				w.wants(a, 200, "")
-			}
-			w.settle()
-			w.agree(id)
-			if got := w.value(`select concat_ws(' ', role, network_id, station_id, first_name, last_name) from users where user_id = $1`, id); got != "partner N1  Grace Hopper" {
-				w.Error(got)
-			}
+func (w *env) fleetSignIns() {
+	email, _ := w.signedIn()
+	w.exec(`delete from rate_limits where key = $1`, loginLimit(email).Key)
+	asked := w.kc.count("token")
+	got := tally(w.at([]string{w.url}, slices.Repeat([]call{signingIn(email, password)}, 200)...))
+	if asked = w.kc.count("token") - asked; asked != 20 || got["429 too-many-requests"] != 180 || got["200"]+got["503 unavailable"] != 20 {
+		w.Errorf("%d have reached Keycloak: %v", asked, got)
+	}
+	w.straysDie()
+}
+
+func (w *env) fleetRequests() {
+	var calls []call
+	for i, prefix := range slices.Repeat([]string{strings.TrimSuffix(newAddress(), ":1")}, 200) {
+		calls = append(calls, forgetting("nobody"))
+		calls[i].from = fmt.Sprintf("%s:%x", prefix, i+1)
+	}
+	if got := tally(w.at([]string{w.url}, calls...)); got["400 invalid-request"] != onForgot.N || got["429 too-many-requests"] != 200-onForgot.N {
+		w.Errorf("%v", got)
+	}
+}
+
+// fleetMails asks for mails to an address as often as the limits allow, and more often.
+func (w *env) fleetMails() {
+	email := newEmail()
+	id := w.register(email).text("registration_id")
+	got := tally(w.at([]string{w.url}, slices.Repeat([]call{resending(id)}, 20)...))
+	if got["429 resend-too-soon"]+got["503 unavailable"] != 20 {
+		w.Errorf("within the cooldown: %v", got)
+	}
+	w.minuteLater(email)
+	got = tally(w.at([]string{w.url}, slices.Repeat([]call{resending(id)}, 20)...))
+	if got["200"] != 1 || got["429 resend-too-soon"]+got["503 unavailable"] != 19 {
+		w.Errorf("after it: %v", got)
+	}
+	for n := len(w.mail.To(email)); n < 5; n++ { // RESEND_LIMIT: with the first one
+		w.minuteLater(email)
+		w.wants(w.do(resending(id)), 200, "")
+	}
+	w.minuteLater(email)
+	w.wants(w.do(resending(id)), 429, "resend-limit")
+	if n := len(w.mail.To(email)); n != 5 {
+		w.Errorf("%d mails", n)
+	}
+	w.wants(w.do(verifying(w.lastMail(email))), 200, "")
+}
+
+func (w *env) fleetExpiry() {
+	var ids []string
+	for range 12 {
+		email := newEmail()
+		registered(w, email)
+		ids = append(ids, w.registrationOf(email))
+	}
+	deleted := w.kc.count("delete_user")
+	w.exec(`update user_registrations set expires_at = now() where registration_id = any($1)`, ids)
+	w.exec(`update tasks set due_at = now() where task_id = any($1)`, ids)
+	w.settle()
+	if got := w.value(`select concat_ws(' ', count(*) filter (where action = 'registration.expired'), count(*) filter (where action = 'user.remove'), count(distinct target))
+		from audit_log where action in ('registration.expired', 'user.remove') and outcome = 'ok'`); got != "12 12 24" {
+		w.Errorf("audited: %s", got)
+	}
+	if deleted = w.kc.count("delete_user") - deleted; deleted != 12 {
+		w.Errorf("%d users were deleted in Keycloak", deleted)
+	}
+}
+
+func (w *env) fleetInvitations(admin answer) {
+	w.mail.Close()
+	var emails []string
+	for range 12 {
+		email := newEmail()
+		emails = append(emails, email)
+		a := w.do(managing(admin, "POST", "", body{"email": email, "first_name": "Ada"}))
+		if w.wants(a, 201, ""); a.text("invitation_email") != "queued" {
+			w.Errorf("not queued: %v", a)
 		}
-	})
+	}
+	if err := w.mail.Restart(); err != nil {
+		w.Fatal(err)
+	}
+	w.settle()
+	for _, email := range emails {
+		w.invitations(email, 1)
+		w.confirms(w.lastMail(email))
+	}
+	w.kc.on("^push_user ", lost)
+	for _, email := range emails {
+		w.wants(w.do(managing(admin, "PATCH", "/"+w.userOf(email), body{"network_id": "N1"})), 200, "")
+	}
+	w.kc.on("^push_user ", 0)
+	pushed := w.kc.count("push_user")
+	w.settle()
+	if pushed = w.kc.count("push_user") - pushed; pushed != 12 {
+		w.Errorf("%d changes have reached Keycloak", pushed)
+	}
+	for _, email := range emails {
+		w.agree(w.userOf(email))
+	}
+}
+
+// fleetChanges: the older state never overtakes the newer one, however slow Keycloak is.
+func (w *env) fleetChanges(admin answer, instances []*env) {
+	for _, after := range []bool{false, true} {
+		email := newEmail()
+		w.joined(admin, email)
+		id := w.userOf(email)
+		there, release := w.kc.holdAt("^push_user ", after)
+		answers := make([]answer, 2)
+		var all sync.WaitGroup
+		change := func(i int, in body) {
+			all.Go(func() {
+				var err error
+				if answers[i], err = w.send(instances[i].url, managing(admin, "PATCH", "/"+id, in)); err != nil {
+					w.Error(err)
+				}
+			})
+		}
+		change(0, body{"role": "operator", "network_id": "N1", "station_id": "S1"})
+		<-there
+		change(1, body{"role": "partner", "station_id": ""})
+		w.eventually("the second one is in PostgreSQL", 10*time.Second, func() bool { return w.value(`select role from users where user_id = $1`, id) == "partner" })
+		release()
+		start := time.Now()
+		all.Wait()
+		if took := time.Since(start); took > 3*time.Second {
+			w.Errorf("they wait for each other: %v", took)
+		}
+		for _, a := range answers {
+			w.wants(a, 200, "")
+		}
+		w.settle()
+		w.agree(id)
+		if got := w.value(`select concat_ws(' ', role, network_id, station_id) from users where user_id = $1`, id); got != "partner N1 " {
+			w.Error(got)
+		}
+	}
+}
+
+// fleetLocked changes a user whose lock an instance has taken into its grave: the answer comes
+// within about a second, and the task pushes the change when the lock has ended.
+func (w *env) fleetLocked(admin answer) {
+	email := newEmail()
+	w.joined(admin, email)
+	id := w.userOf(email)
+	w.settle()
+	w.exec(`insert into tasks (task_id, due_at, locked_by, locked_until) select 'kc:' || keycloak_id, now(), 'dead', now() + interval '1 minute'
+		from users where user_id = $1`, id)
+	pushed := w.kc.count("push_user")
+	a := w.within(lockWait+time.Second, managing(admin, "PATCH", "/"+id, body{"role": "operator", "network_id": "N1", "station_id": "S1"}))[0]
+	w.wants(a, 200, "")
+	if a.text("role") != "operator" || w.kc.count("push_user") != pushed {
+		w.Errorf("%v, and Keycloak has it although another holds the lock", a)
+	}
+	w.locksEnd()
+	w.settle()
+	w.agree(id)
+}
+
+// An instance of an older version beside a newer schema changes nothing, and works.
+func TestOlderInstance(t *testing.T) {
+	w := newEnv(t, nil)
+	w.exec(`update schema_version set version = version + 1; drop index users_by_time`)
+	v, _ := w.another(nil)
+	if err := run(t.Context(), []string{"migrate"}, func(name string) string { return w.vars[name] }, io.Discard, w.logs); err != nil {
+		t.Error(err)
+	}
+	if got := w.value(`select concat_ws(' ', version, to_regclass('users_by_time') is null) from schema_version`); got != fmt.Sprint(schemaVersion+1, " t") {
+		t.Errorf("the schema is the older one's again: %s", got)
+	}
+	v.account(newEmail())
+	w.exec(`update schema_version set version = $1`, schemaVersion-1)
+	w.another(nil)
+	if got := w.value(`select concat_ws(' ', version, to_regclass('users_by_time') is null) from schema_version`); got != fmt.Sprint(schemaVersion, " f") {
+		t.Errorf("an older schema was not brought up to date: %s", got)
+	}
 }
 
 // TestFleetRevocations measures how long after its answer a change is known to all three,
@@ -265,19 +335,10 @@ func TestFleetRevocations(t *testing.T) {
 			}
 		}
 	}
-	channelsUp := func() {
-		for _, v := range instances {
-			w.eventually("the channel is up", 15*time.Second, func() bool {
-				a, err := w.send("http://"+v.management, call{path: "/metrics"})
-				return err == nil && strings.Contains(string(a.Body), "\nwithdrawal_channel_up 1\n")
-			})
-		}
-	}
 	for range 2 {
 		round("as usual", func() {})
 	}
 	for range 2 {
-		channelsUp()
 		round("connections cut", func() {
 			for _, v := range instances { // so that there are many, and none has been idle
 				w.at([]string{v.url}, slices.Repeat([]call{authorized(admin.text("access_token"), "GET", mePath)}, 32)...)
@@ -290,7 +351,7 @@ func TestFleetRevocations(t *testing.T) {
 	}
 }
 
-// invited is the id of a user that an administrator has just created.
+// invited is the id of a user whom an administrator has just invited.
 func (w *env) invited(admin answer, email string) (id string) {
 	w.Helper()
 	a := w.do(managing(admin, "POST", "", body{"email": email}))
@@ -300,40 +361,36 @@ func (w *env) invited(admin answer, email string) (id string) {
 	return a.text("user_id")
 }
 
-// joined is the sign-in of a user whom an administrator has created, with an e-mail
-// address that was confirmed and a password as if by the invitation's link.
+// joined is the sign-in of somebody who was invited and has confirmed.
 func (w *env) joined(admin answer, email string) answer {
 	w.Helper()
-	id := w.invited(admin, email)
-	w.keycloakAdmin("PUT", "/users/"+w.value(`select keycloak_id from users where user_id = $1`, id), body{"emailVerified": true, "requiredActions": []string{},
-		"credentials": []body{{"type": "password", "value": password}}}, nil)
+	w.invited(admin, email)
+	w.confirms(w.lastMail(email))
 	return w.signsIn(email)
 }
 
-// invitations fails unless a user was invited once, by as many mails.
+// invitations fails unless an address got as many mails, all of them the service's.
 func (w *env) invitations(email string, mails ...int) {
 	w.Helper()
-	n := len(w.mail.To(email))
-	if !slices.Contains(mails, n) {
-		w.Errorf("%s got %d mails, not %v", email, n, mails)
+	list := w.mail.To(email)
+	if !slices.Contains(mails, len(list)) {
+		w.Errorf("%s got %d mails, not %v", email, len(list), mails)
 	}
-	for _, m := range w.mail.To(email) {
-		if !strings.Contains(m.Text, "/login-actions/action-token?key=") {
-			w.Errorf("no invitation:\n%s", m.Text)
-		}
+	for _, m := range list {
+		w.readLink(m)
 	}
-	if got := w.value(`select concat_ws(' ', count(*), (select invitation_due from users where user_id = $1)) from audit_log
-		where target = $1 and action = 'user.invite' and outcome = 'ok'`, w.userOf(email)); n > 0 && got != "1 f" {
-		w.Errorf("%s: invitations on record, and still due: %s", email, got)
+	if got := w.value(`select count(*)::text from audit_log join user_registrations on target = registration_id
+		where lower(email) = lower($1) and action = 'registration.mail' and outcome = 'ok'`, email); len(list) > 0 && got == "0" {
+		w.Errorf("%s: no mail is audited", email)
 	}
 }
 
-// agree fails unless Keycloak's user is as ours: role, scope, names, and whether it may
+// agree fails unless Keycloak's user is as PostgreSQL's: role, scope, names, and whether it may
 // sign in; and there is no second one.
 func (w *env) agree(id string) {
 	w.Helper()
-	ours := w.value(`select concat_ws('|', keycloak_id, lower(username), role, coalesce(nullif(network_id, ''), 'X'), coalesce(nullif(station_id, ''), 'X'),
-		coalesce(first_name, ''), coalesce(last_name, ''), is_active::text, (due_at is null)::text) from users where user_id = $1`, id)
+	local := w.value(`select concat_ws('|', keycloak_id, lower(username), role, coalesce(nullif(network_id, ''), 'X'), coalesce(nullif(station_id, ''), 'X'),
+		coalesce(first_name, ''), coalesce(last_name, ''), (is_active and is_verified)::text) from users where user_id = $1`, id)
 	var list []struct {
 		ID, Username, FirstName, LastName string
 		Enabled                           bool
@@ -344,12 +401,12 @@ func (w *env) agree(id string) {
 		w.Fatalf("Keycloak has %d users %s", len(list), id)
 	}
 	u := list[0]
-	theirs := []string{u.ID, u.Username}
+	remote := []string{u.ID, u.Username}
 	for _, name := range []string{attrRoles, attrNetworkID, attrStationID} {
-		theirs = append(theirs, strings.Join(u.Attributes[name], ","))
+		remote = append(remote, strings.Join(u.Attributes[name], ","))
 	}
-	theirs = append(theirs, u.FirstName, u.LastName, fmt.Sprint(u.Enabled), "true")
-	if got := strings.Join(theirs, "|"); got != ours {
-		w.Errorf("%s: Keycloak has %s\nand we %s", id, got, ours)
+	remote = append(remote, u.FirstName, u.LastName, fmt.Sprint(u.Enabled))
+	if got := strings.Join(remote, "|"); got != local {
+		w.Errorf("%s: Keycloak has %s\nand PostgreSQL %s", id, got, local)
 	}
 }

@@ -50,13 +50,14 @@ func (w *env) violations() (wrong []string) {
 		select r.registration_id, r.status, coalesce(r.keycloak_id, '') as keycloak_id, coalesce(r.user_id, '') as user_id,
 			coalesce(u.user_id, '') as known_user, coalesce(u.is_verified, false) as is_verified, coalesce(u.is_active, false) as is_active,
 			coalesce(u.keycloak_id, '') as user_keycloak_id, exists (select from tasks where task_id = r.registration_id and locked_by is not null) as locked,
+			r.email || r.username <> '' or coalesce(r.first_name, r.last_name, r.phone, r.ip_address, r.user_agent) is not null as personal,
 			array(select action from audit_log where target in (r.registration_id, r.user_id) and outcome = 'ok') as actions
 		from user_registrations r left join users u on u.user_id = r.user_id`)
 	type row struct {
 		RegistrationID, Status, KeycloakID, UserID, KnownUser string
 		IsVerified, IsActive                                  bool
 		UserKeycloakID                                        string
-		Locked                                                bool
+		Locked, Personal                                      bool
 		Actions                                               []string
 	}
 	regs, err := pgx.CollectRows(rows, pgx.RowToStructByName[row])
@@ -101,7 +102,7 @@ func (w *env) violations() (wrong []string) {
 			audited(r, "registration.verified")
 			audited(r, "user.create")
 		default:
-			if there || r.KeycloakID != "" || r.KnownUser != "" {
+			if there || r.KeycloakID != "" || r.KnownUser != "" || r.UserID != "" || r.Personal {
 				report("%s is %s, but something is left: %+v, in Keycloak: %v", r.RegistrationID, r.Status, r, there)
 			}
 			audited(r, "registration."+r.Status)
@@ -121,14 +122,15 @@ func (w *env) violations() (wrong []string) {
 // userViolations lists what Keycloak has otherwise than the users table.
 func (w *env) userViolations(ctx context.Context, inKeycloak []seenUser) (wrong []string) {
 	rows, _ := w.pool.Query(ctx, `
-		select user_id, keycloak_id, role, network_id, station_id, source = 'internal' as internal, is_verified, is_active,
+		select user_id, keycloak_id, role, network_id, station_id, is_verified, is_active,
+			not is_verified and exists (select from user_registrations r where r.user_id = u.user_id and r.status = 'pending') as open,
 			exists (select from tasks where task_id = 'kc:' || u.keycloak_id) as queued,
 			exists (select from audit_log where target = u.user_id and action in ('user.create', 'user.import') and outcome = 'ok') as audited,
 			exists (select from sessions s where s.user_id = u.user_id and ended_at is null) as signed_in
 		from users u`)
 	type row struct {
 		UserID, KeycloakID, Role, NetworkID, StationID string
-		Internal, IsVerified, IsActive                 bool
+		IsVerified, IsActive, Open                     bool
 		Queued, Audited, SignedIn                      bool
 	}
 	users, err := pgx.CollectRows(rows, pgx.RowToStructByName[row])
@@ -148,8 +150,8 @@ func (w *env) userViolations(ctx context.Context, inKeycloak []seenUser) (wrong 
 			}
 		}
 		switch {
-		case u.Internal && u.IsActive && !there, there && u.Internal && u.IsVerified && !ku.EmailVerified, // who is deleted here may be gone there
-			there && u.IsVerified && ku.Enabled != u.IsActive:
+		case u.IsActive && !there, there && u.IsVerified && !ku.EmailVerified, // who is deleted in PostgreSQL may be gone in Keycloak
+			there && ku.Enabled != (u.IsActive && !u.Open):
 			wrong = append(wrong, fmt.Sprintf("in Keycloak: %v %+v: %+v", there, ku, u))
 		case u.Queued, !u.Audited, u.SignedIn && !u.IsActive:
 			wrong = append(wrong, fmt.Sprintf("something is to be done: %+v", u))
@@ -158,7 +160,7 @@ func (w *env) userViolations(ctx context.Context, inKeycloak []seenUser) (wrong 
 	return wrong
 }
 
-// sessionViolations lists what is wrong with the sessions, here and in Keycloak.
+// sessionViolations lists what is wrong with the sessions, in PostgreSQL and in Keycloak.
 func (w *env) sessionViolations(ctx context.Context) (wrong []string) {
 	w.Helper()
 	report := func(format string, args ...any) { wrong = append(wrong, fmt.Sprintf(format, args...)) }
@@ -195,7 +197,7 @@ func (w *env) sessionViolations(ctx context.Context) (wrong []string) {
 	}
 	for _, sid := range inKeycloak {
 		if !live[sid] {
-			report("Keycloak has a session %s that does not live here", sid)
+			report("Keycloak has a session %s that has ended in PostgreSQL", sid)
 		}
 	}
 	return wrong

@@ -373,7 +373,8 @@ func (w *env) expire(email string) {
 }
 
 // settle waits until the queue has done everything, also the mails. It stands in for waiting
-// until tasks are due, not for the end of a lock.
+// until tasks are due, not for the end of a lock. A registration that has ended and is not in
+// Keycloak is looked for there for some minutes more: that is not waited for.
 func (w *env) settle() {
 	w.Helper()
 	var wrong []string
@@ -381,7 +382,8 @@ func (w *env) settle() {
 		wrong = w.violations()
 		queued := w.value(`select count(*)::text from user_registrations where status = 'pending' and mail_state = 'queued'`)
 		open := w.value(`select coalesce(string_agg(concat_ws(' ', task_id, attempts, last_error), ', '), '') from tasks
-			where task_id not like 'job:%' and (locked_until > now() or due_at < now() + interval '1 hour')`)
+			where task_id not like 'job:%' and (locked_until > now() or due_at < now() + interval '1 hour')
+				and not exists (select from user_registrations r where r.registration_id = task_id and status <> 'pending' and keycloak_id is null)`)
 		if len(wrong) == 0 && queued == "0" && open == "" {
 			return
 		}

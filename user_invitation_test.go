@@ -20,8 +20,8 @@ func (c *testUser) sees(id userID) user {
 	return shown(a)
 }
 
-// registrationOf is the id of the registration that a user has come by.
-func (w *env) registrationOf(id userID) string {
+// registrationOfUser is the id of the registration that a user has come by.
+func (w *env) registrationOfUser(id userID) string {
 	w.Helper()
 	return w.value(`select registration_id from user_registrations where user_id = $1`, id)
 }
@@ -51,10 +51,10 @@ func TestInvitation(t *testing.T) {
 		sameLinks(t, m)
 		l := w.readLink(m)
 		w.wants(w.login(u.Email, password), 403, "account-not-verified")
-		if u.IsVerified || !u.IsActive || u.Source != "internal" || admin.sees(u.ID) != u || w.keycloakUsers()[w.registrationOf(u.ID)].Enabled {
+		if u.IsVerified || !u.IsActive || u.Source != "internal" || admin.sees(u.ID) != u || w.keycloakUsers()[w.registrationOfUser(u.ID)].Enabled {
 			t.Errorf("not confirmed: %+v\nread: %+v", u, admin.sees(u.ID))
 		}
-		status := w.get("/api/v1/registrations/" + w.registrationOf(u.ID))
+		status := w.get("/api/v1/registrations/" + w.registrationOfUser(u.ID))
 		if expires, err := time.Parse(time.RFC3339, status.text("expires_at")); err != nil || time.Until(expires) < 167*time.Hour || time.Until(expires) > 168*time.Hour {
 			t.Errorf("it expires: %v", status)
 		}
@@ -71,7 +71,7 @@ func TestInvitation(t *testing.T) {
 			t.Errorf("claims: %s", got)
 		}
 		if got := w.value(`select string_agg(concat_ws(' ', actor, action, outcome), ', ' order by at, ctid) from audit_log where target in ($1, $2) and action not like 'login%'`,
-			u.ID, w.registrationOf(u.ID)); got != fmt.Sprintf("%s registration.begin ok, %[1]s user.create ok, %[1]s registration.mail ok, anonymous login refused, anonymous registration.verified ok", admin.ID) &&
+			u.ID, w.registrationOfUser(u.ID)); got != fmt.Sprintf("%s registration.begin ok, %[1]s user.create ok, %[1]s registration.mail ok, anonymous login refused, anonymous registration.verified ok", admin.ID) &&
 			got != fmt.Sprintf("%s registration.begin ok, %[1]s user.create ok, %[1]s registration.mail ok, anonymous registration.verified ok", admin.ID) {
 			t.Errorf("audited are %s", got)
 		}
@@ -167,7 +167,7 @@ func TestInvitationOfARegistration(t *testing.T) {
 	a = admin.asks("POST", usersPath, body{"email": strings.ToUpper(email), "first_name": "Ada", "role": "operator", "network_id": "N1", "station_id": "S1"})
 	w.wants(a, 201, "") // within the cooldown
 	u := shown(a)
-	if w.registrationOf(u.ID) != id || a.text("invitation_email") != "sent" || u.Source != "internal" || u.Role != "operator" || u.FirstName != "Ada" || u.LastName != "" || u.Phone != "" {
+	if w.registrationOfUser(u.ID) != id || a.text("invitation_email") != "sent" || u.Source != "internal" || u.Role != "operator" || u.FirstName != "Ada" || u.LastName != "" || u.Phone != "" {
 		t.Errorf("invited: %v", a)
 	}
 	if got := w.value(`select concat_ws(' ', source, role, network_id, station_id, created_by, expires_at > now() + interval '167 hours', username like 'evil%') from user_registrations where registration_id = $1`, id); got != fmt.Sprintf("internal operator N1 S1 %s t f", admin.ID) {

@@ -48,7 +48,8 @@ type Catcher struct {
 	server *smtp.Server
 
 	mu       sync.Mutex
-	last     int // ID of the newest message
+	refused  []string // addresses
+	last     int      // ID of the newest message
 	messages []Message
 	arrived  chan struct{} // closed and replaced at each arrival
 }
@@ -122,6 +123,27 @@ func (c *Catcher) WaitFor(ctx context.Context, to string, n int) (Message, error
 			return Message{}, fmt.Errorf("%d mails to %s arrived, not %d: %w", len(found), to, n, context.Cause(ctx))
 		}
 	}
+}
+
+// Refuse makes the server answer that it has no such mailbox, until Accept.
+func (c *Catcher) Refuse(address string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.refused = append(c.refused, address)
+}
+
+// Accept ends Refuse.
+func (c *Catcher) Accept(address string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.refused = slices.DeleteFunc(c.refused, func(a string) bool { return strings.EqualFold(a, address) })
+}
+
+// refuses says whether mail to an address is refused.
+func (c *Catcher) refuses(address string) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return slices.ContainsFunc(c.refused, func(a string) bool { return strings.EqualFold(a, address) })
 }
 
 // add keeps a message and wakes those who wait.
@@ -213,7 +235,7 @@ func (m *Message) parse() error {
 	}
 }
 
-// session is one SMTP connection; it takes whatever it is given.
+// session is one SMTP connection; it takes whatever it is given, unless that is refused.
 type session struct {
 	catcher *Catcher
 	from    string
@@ -229,6 +251,9 @@ func (s *session) Mail(from string, _ *smtp.MailOptions) error {
 }
 
 func (s *session) Rcpt(to string, _ *smtp.RcptOptions) error {
+	if s.catcher.refuses(to) {
+		return &smtp.SMTPError{Code: 550, EnhancedCode: smtp.EnhancedCode{5, 1, 1}, Message: "no such mailbox"}
+	}
 	s.to = append(s.to, to)
 	return nil
 }

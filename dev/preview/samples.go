@@ -86,7 +86,7 @@ func refusals(requestID string) (samples []Sample) {
 		{"verification-expired", "Verification expired", 410,
 			"The time to confirm this registration is over. Please register again."},
 		{"verification-cancelled", "Registration cancelled", 410,
-			"This registration was cancelled or replaced by a newer one."},
+			"This registration was cancelled."},
 		{"invalid-token", "Invalid link or token", 400,
 			"This link is not valid. It may be incomplete or belong to a newer mail."},
 		{"too-many-attempts", "Too many attempts", 429,
