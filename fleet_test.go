@@ -46,9 +46,6 @@ func (w *env) userOf(email string) string {
 	return w.value(`select user_id from users where lower(email) = lower($1)`, email)
 }
 
-// usersDue makes the tasks of users due.
-func (w *env) usersDue() { w.tasksDue() }
-
 // TestFleet has three instances behind a load balancer: they keep one set of limits, do
 // each task once, and never fall behind each other.
 func TestFleet(t *testing.T) {
