@@ -400,7 +400,7 @@ func TestCodeFlowOutages(t *testing.T) {
 				w.Errorf("sessions here and in Keycloak: %s, want %s", got, c.sessions)
 			}
 			if audit := w.value(`select count(*)::text from audit_log where request_id = $1`, a.Header.Get("X-Request-Id")); audit != "0" {
-				w.Error("an outage is on record as a refusal")
+				w.Error("an outage is audited as a refusal")
 			}
 			w.eventually("the way on is open", 20*time.Second, func() bool { a = p.visit(next, call{}); return a.Status == 303 })
 			if !c.reload {

@@ -96,8 +96,8 @@ func (w *env) lockEnds(a answer) {
 	w.exec(`update tasks set locked_until = now() where task_id = $1`, "token:"+tokenHash(a.text("refresh_token")))
 }
 
-// ended fails unless a session has ended for this reason in both stores, which is on
-// record, and its tokens are dead.
+// ended fails unless a session has ended for this reason in both stores, which is
+// audited, and its tokens are dead.
 func (w *env) ended(reason string, list ...answer) {
 	w.Helper()
 	id := list[0].text("session_id")
@@ -252,7 +252,7 @@ func TestRefreshRefused(t *testing.T) {
 			}
 			if recorded := w.value(`select count(*)::text from audit_log where request_id = $1 and action = $2 and outcome = 'refused' and reason = $3`,
 				a.text("request_id"), path[len("/api/v1/auth/"):], c.slug); recorded != map[bool]string{true: "0", false: "1"}[c.status == 400] {
-				t.Errorf("%s: %s refusals are on record", c.name, recorded)
+				t.Errorf("%s: %s refusals are audited", c.name, recorded)
 			}
 		}
 	}
@@ -857,7 +857,7 @@ func TestForgotPassword(t *testing.T) {
 		if page, err := w.send(found, call{}); err != nil || page.Status != 200 || !strings.Contains(string(page.Body), "kc-info-message") {
 			t.Errorf("Keycloak's page: %v %v", page, err)
 		}
-		w.eventually("it is on record", 10*time.Second, func() bool {
+		w.eventually("it is audited", 10*time.Second, func() bool {
 			return w.value(`select count(*)::text from audit_log where action = 'password.forgot' and outcome = 'ok' and target = (select user_id from users where email = lower($1))`,
 				email) == fmt.Sprint(n-1)
 		})
@@ -895,7 +895,7 @@ func TestForgotPassword(t *testing.T) {
 	}
 	if n := w.value(`select count(*)::text from audit_log where action = 'password.forgot' and target in (select user_id from users where email = any($1))`,
 		[]string{pending, disabled}); n != "0" {
-		t.Errorf("%s mails that nobody got are on record", n)
+		t.Errorf("%s mails that nobody got are audited", n)
 	}
 	for _, bad := range []string{"", "ada", "ada@", "a@b\u0000.cd", "Ada <a@b.cd>", strings.Repeat("a", 250) + "@b.cd"} {
 		w.names(w.do(forgetting(bad)), "email")

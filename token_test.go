@@ -493,11 +493,11 @@ func TestValidate(t *testing.T) {
 		{"?role=user&network_id=N2&station_id=S2", "both"},
 		{"?role=partner&network_id=N2", ""},
 		// What can't be understood is 400, with the fields, and met by nobody.
-		{"?role=admin ?role=Admin ?role= ?role=admin,user ?role=admin&role=admin", "!role"},
+		{"?role=chief ?role=Admin ?role= ?role=admin,user ?role=admin&role=chief", "!role"},
 		{"?rolle=admin", "!rolle"},
 		{"?Role=admin", "!Role"},
 		{"?role=user&network=N1", "!network"},
-		{"?role=admin&network=N1", "!network role"},
+		{"?role=chief&network=N1", "!network role"},
 		{"?role=user;network_id=N9 ?role=user&network_id=%zz ?%", "!query"},
 	}
 	decide := func(query string, p person, passes string) {

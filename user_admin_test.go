@@ -54,7 +54,7 @@ func TestGrantAdmin(t *testing.T) {
 		t.Errorf("%v, and it says %q", err, out)
 	}
 	if got := w.value(`select concat_ws(' ', actor, outcome, details) from audit_log where action = 'user.grant_admin' and target = $1`, string(c.ID)); got != `cli:grace ok {"role": {"after": "admin", "before": "operator"}}` {
-		t.Errorf("on record is %s", got)
+		t.Errorf("audited is %s", got)
 	}
 	w.eventually("the old token is dead", time.Second, func() bool { return c.asks("GET", usersPath+"/me", nil).Status == 401 })
 	c = w.testUser(c.Email)
@@ -111,7 +111,7 @@ func TestLastAdmin(t *testing.T) {
 				}
 			case a.slug() == "last-admin":
 				if got := w.value(`select concat_ws(' ', outcome, reason, target) from audit_log where request_id = $1`, a.text("request_id")); !strings.HasPrefix(got, "refused last-admin USR-") {
-					t.Errorf("on record is %q", got)
+					t.Errorf("audited is %q", got)
 				}
 			case wait, a.slug() != "unauthorized" && a.slug() != "forbidden": // not too late for its token
 				t.Errorf("round %d: %v", round, a)

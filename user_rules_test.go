@@ -110,7 +110,7 @@ func TestMay(t *testing.T) {
 }
 
 // TestDecisions walks through the table over HTTP: real people of every role, towards
-// users of every role in every scope. Each refusal is on record.
+// users of every role in every scope. Each refusal is audited.
 func TestDecisions(t *testing.T) {
 	table := readDecisions(t)
 	w := newEnv(t, nil)
@@ -185,7 +185,7 @@ func TestDecisions(t *testing.T) {
 	t.Logf("%d requests, %d refused", requests, len(refusals))
 	for request, want := range refusals {
 		if got := w.value(`select coalesce(string_agg(concat_ws(' ', actor, action, target, outcome, reason), ', '), '') from audit_log where request_id = $1`, request); got != want {
-			t.Errorf("on record is %q, not %q", got, want)
+			t.Errorf("audited is %q, not %q", got, want)
 		}
 	}
 

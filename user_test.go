@@ -111,7 +111,7 @@ func ids(list []user) (all []string) {
 }
 
 // What follows from a change: the old access tokens are dead in a second, at every
-// instance, the next ones carry it, and it is on record.
+// instance, the next ones carry it, and it is audited.
 func TestChangeOfRole(t *testing.T) {
 	w := sharedEnv(t)
 	v, _ := w.another(nil)
@@ -147,7 +147,7 @@ func TestChangeOfRole(t *testing.T) {
 	recorded := func(a answer, want string) {
 		t.Helper()
 		if got := w.value(`select concat_ws(' ', actor, action, target, outcome, network_id, details) from audit_log where request_id = $1`, a.Header.Get("X-Request-Id")); got != want {
-			t.Errorf("on record is\n%s, not\n%s", got, want)
+			t.Errorf("audited is\n%s, not\n%s", got, want)
 		}
 	}
 	recorded(a, fmt.Sprintf(`%s user.update %s ok N1 {"role": {"after": "operator", "before": "user"}, "last_name": "changed", `+
@@ -230,7 +230,7 @@ func TestDeleteAndRestore(t *testing.T) {
 	} {
 		if got := w.value(`select coalesce(string_agg(concat_ws(' ', actor, action, target, outcome, nullif(reason, ''), case action when 'session.end' then null else details end), ', ' order by action), '')
 			from audit_log where request_id = $1`, one.Header.Get("X-Request-Id")); got != one.want {
-			t.Errorf("on record is\n%s, not\n%s", got, one.want)
+			t.Errorf("audited is\n%s, not\n%s", got, one.want)
 		}
 	}
 }
@@ -382,34 +382,7 @@ func TestUserRequests(t *testing.T) {
 		{"create: where nothing is", "PUT", usersPath, create(nil), 405, "method-not-allowed"},
 	} {
 		w.Run(r.name, func() {
-			a := admin.asks(r.method, r.path, r.in)
-			if r.status != 400 {
-				w.wants(a, r.status, r.slug)
-			} else {
-				w.wants(a, 400, "invalid-request")
-				var fields []string
-				for _, e := range a.JSON["errors"].([]any) {
-					fields = append(fields, e.(body)["field"].(string))
-				}
-				slices.Sort(fields)
-				if got := strings.Join(fields, " "); got != r.slug {
-					t.Errorf("named are %s: %v", got, a)
-				}
-				return
-			}
-			in, _ := r.in.(body)
-			for name, value := range in {
-				if name == "username" && r.status == 201 {
-					continue // it is reserved by the confirmation
-				}
-				if got, has := a.JSON[name]; r.status < 300 && value != nil && has && got != value {
-					t.Errorf("%s is %v, not %v", name, got, value)
-				}
-			}
-			if id := a.text("user_id"); r.status == 201 && (a.Header.Get("Location") != usersPath+"/"+id || a.text("invitation_email") != "sent" || a.text("source") != "internal" ||
-				a.JSON["is_verified"] != false || a.text("keycloak_id") == "" || a.text("role") == "") {
-				t.Errorf("created: %v %v", a.Header, a)
-			}
+			w.answered(admin.asks(r.method, r.path, r.in), r.in, r.status, r.slug)
 		})
 	}
 	w.wants(w.get(usersPath), 401, "unauthorized")
@@ -418,6 +391,38 @@ func TestUserRequests(t *testing.T) {
 		w.wants(w.do(r), 415, "unsupported-media-type")
 	}
 	w.wants(admin.asks("PATCH", one, body{"first_name": strings.Repeat("x", maxBody)}), 413, "payload-too-large")
+}
+
+// answered fails unless a request about users is answered by this status and problem (of
+// invalid-request: its fields), and a change as it was asked for.
+func (w *env) answered(a answer, asked any, status int, slug string) {
+	w.Helper()
+	if status == 400 {
+		w.wants(a, 400, "invalid-request")
+		var fields []string
+		for _, e := range a.JSON["errors"].([]any) {
+			fields = append(fields, e.(body)["field"].(string))
+		}
+		slices.Sort(fields)
+		if got := strings.Join(fields, " "); got != slug {
+			w.Errorf("named are %s: %v", got, a)
+		}
+		return
+	}
+	w.wants(a, status, slug)
+	in, _ := asked.(body)
+	for name, value := range in {
+		if name == "username" && status == 201 {
+			continue // it is reserved by the confirmation
+		}
+		if got, has := a.JSON[name]; status < 300 && value != nil && has && got != value {
+			w.Errorf("%s is %v, not %v", name, got, value)
+		}
+	}
+	if id := a.text("user_id"); status == 201 && (a.Header.Get("Location") != usersPath+"/"+id || a.text("invitation_email") != "sent" ||
+		a.text("source") != "internal" || a.JSON["is_verified"] != false || a.text("keycloak_id") == "" || a.text("role") == "") {
+		w.Errorf("created: %v %v", a.Header, a)
+	}
 }
 
 // TestUserList filters, searches and pages.
@@ -483,7 +488,7 @@ func TestRestoreTaken(t *testing.T) {
 	a := admin.asks("POST", path+"/restore", nil)
 	w.wants(a, 409, "user-exists")
 	if got := w.value(`select concat_ws(' ', actor, action, target, outcome, reason) from audit_log where request_id = $1`, a.text("request_id")); got != fmt.Sprintf("%s restoreUser %s refused user-exists", admin.ID, gone.ID) {
-		t.Errorf("on record is %s", got)
+		t.Errorf("audited is %s", got)
 	}
 	if u := shown(admin.asks("GET", path, nil)); u.IsActive {
 		t.Errorf("it is back: %+v", u)
