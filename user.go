@@ -155,8 +155,7 @@ func (s *server) patchUser(ctx context.Context, c caller, in patchUserIn) (user,
 		}
 		after, err := in.apply(c, before)
 		if err == nil && (after.FirstName != before.FirstName || after.LastName != before.LastName) {
-			// Dying after this leaves Keycloak with the new names: its event brings them here.
-			err = s.kc.rename(ctx, before.KeycloakID, after.FirstName, after.LastName)
+			err = s.rename(ctx, before.KeycloakID, after.FirstName, after.LastName)
 		}
 		if errors.Is(err, errNotFound) {
 			err = problemUserGone
@@ -166,6 +165,18 @@ func (s *server) patchUser(ctx context.Context, c caller, in patchUserIn) (user,
 		}
 	}
 	return s.changeUser(ctx, c, in.ID, "user.update", func(u user) (user, error) { return in.apply(c, u) })
+}
+
+// rename gives Keycloak's user other names, while nobody else writes it. Dying after this leaves
+// Keycloak with the new names: its event brings them to PostgreSQL.
+func (s *server) rename(ctx context.Context, keycloakID, first, last string) error {
+	t, err := s.store.lock(ctx, kcTask(keycloakID), lockTime, s.now)
+	if err != nil {
+		return err
+	}
+	err = s.kc.rename(ctx, keycloakID, first, last)
+	s.unlock(ctx, t, err) // the task stays: it may have a change to push
+	return err
 }
 
 // targeted names the user that a refusal is about, for the audit log.
