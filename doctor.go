@@ -8,271 +8,269 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"regexp"
 	"slices"
 	"strings"
 	"time"
 
-	"github.com/go-jose/go-jose/v4"
 	"github.com/jackc/pgx/v5/pgconn"
 )
 
-// The doctor looks at a deployment and says what is wrong with it and how to mend it. It
-// changes nothing. Some settings of the realm are shown to an administrator of Keycloak
-// only; without one they could not be checked, which is not the same as fine.
+// The doctor checks a deployment: variables, PostgreSQL, Keycloak, and the realm against
+// keycloak/realm.json. Only -fix changes something, and only settings of the realm.
 
 // finding is one line of the doctor's report.
 type finding struct {
-	Name   string `json:"name"`
-	Status string `json:"status"`           // ok, wrong, advice, unknown
+	Name   string `json:"name"`             // of a setting of the realm: its path in keycloak/realm.json
+	Status string `json:"status"`           // ok, wrong, warn, unknown; with -fix fixed, with -dry-run planned
+	Is     string `json:"is,omitempty"`     // a setting's value in Keycloak
+	Must   string `json:"must,omitempty"`   // the value that it must have
 	Detail string `json:"detail,omitempty"` // what is wrong, or why it could not be checked
-	Mend   string `json:"mend,omitempty"`
+	Fix    string `json:"fix,omitempty"`    // what to do
 }
 
-const mostSkew = 10 * time.Second // between two clocks
+const maxSkew = 10 * time.Second // between two clocks
 
-// errUnwell ends the program with status 1, after the report has said everything.
-var errUnwell = errors.New("something is wrong with this deployment")
+// errUnhealthy ends the program with status 1, after the report.
+var errUnhealthy = errors.New("something is wrong with this deployment")
 
 // doctor checks a deployment.
 type doctor struct {
-	s        *server
-	findings []finding
+	s                        *server
+	json, fix, dryRun        bool
+	adminUser, adminPassword string // "": check as the service account
+	findings                 []finding
 }
 
-// see reports one thing: fine, or what is wrong with it.
-func (d *doctor) see(name string, fine bool, detail, mend string) bool {
-	if fine {
-		d.findings = append(d.findings, finding{Name: name, Status: "ok"})
-	} else {
-		d.findings = append(d.findings, finding{name, "wrong", detail, mend})
+// check reports one condition.
+func (d *doctor) check(name string, ok bool, detail, fix string) bool {
+	f := finding{Name: name, Status: "ok"}
+	if !ok {
+		f = finding{Name: name, Status: "wrong", Detail: detail, Fix: fix}
 	}
-	return fine
+	d.findings = append(d.findings, f)
+	return ok
 }
 
-// advise reports what works and could be better.
-func (d *doctor) advise(name string, fine bool, detail, mend string) {
-	if !d.see(name, fine, detail, mend) {
-		d.findings[len(d.findings)-1].Status = "advice"
+// warn reports a condition without which the service works, but less safely.
+func (d *doctor) warn(name string, ok bool, detail, fix string) {
+	if !d.check(name, ok, detail, fix) {
+		d.findings[len(d.findings)-1].Status = "warn"
 	}
 }
 
 // unknown reports what could not be checked, and why.
-func (d *doctor) unknown(why, mend string, names ...string) {
+func (d *doctor) unknown(why, fix string, names ...string) {
 	for _, name := range names {
-		d.findings = append(d.findings, finding{name, "unknown", "could not check: " + why, mend})
+		d.findings = append(d.findings, finding{Name: name, Status: "unknown", Detail: "could not check: " + why, Fix: fix})
 	}
 }
 
-// runDoctor reads the arguments, checks, and reports.
+// runDoctor is the command. It returns errUnhealthy if something is wrong or planned.
 func runDoctor(ctx context.Context, args []string, getenv func(string) string, out io.Writer) error {
-	flags := flag.NewFlagSet("auth-service doctor", flag.ContinueOnError)
-	flags.SetOutput(out)
-	asJSON := flags.Bool("json", false, "report in JSON")
-	adminUser := flags.String("admin-user", "", "the `name` of an administrator of Keycloak's realm master")
-	passwordFile := flags.String("admin-password-file", "", "the `file` with the administrator's password")
-	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
+	d := &doctor{}
+	if err := d.parse(args, out); errors.Is(err, flag.ErrHelp) {
 		return nil
 	} else if err != nil {
 		return err
 	}
-	if flags.NArg() > 0 || (*adminUser == "") != (*passwordFile == "") {
-		return errors.New("doctor takes -json, and -admin-user together with -admin-password-file")
-	}
-	adminPassword, err := secretValue("-admin-password", "", *passwordFile)
+	cfg, err := loadConfig(getenv)
 	if err != nil {
+		for mistake := range strings.SplitSeq(err.Error(), "\n") {
+			d.check("variables", false, mistake, "README.md lists all variables.")
+		}
+		return d.report(out)
+	}
+	d.check("variables", true, "", "")
+	if d.s, err = newServer(ctx, cfg, newLogger(io.Discard, cfg)); err != nil {
 		return err
 	}
-	d := &doctor{}
-	cfg, err := loadConfig(getenv)
-	if err == nil {
-		d.see("variables", true, "", "")
-		if d.s, err = newServer(ctx, cfg, newLogger(io.Discard, cfg)); err != nil {
-			return err
-		}
-		defer d.s.store.pool.Close()
-		d.check(ctx, *adminUser, adminPassword)
-	} else {
-		for mistake := range strings.SplitSeq(err.Error(), "\n") {
-			d.see("variables", false, mistake, "README.md lists all variables.")
-		}
-	}
-	return d.report(*asJSON, out)
+	defer d.s.store.pool.Close()
+	d.checkAll(ctx)
+	return d.report(out)
 }
 
-func (d *doctor) check(ctx context.Context, adminUser, adminPassword string) {
-	d.advise("PUBLIC_URL", d.s.cfg.https(), "it is not https: links, passwords and tokens can be read on the way",
+// parse returns flag.ErrHelp after it has printed the manual.
+func (d *doctor) parse(args []string, out io.Writer) error {
+	flags := flag.NewFlagSet("auth-service doctor", flag.ContinueOnError)
+	flags.SetOutput(out)
+	flags.BoolVar(&d.json, "json", false, "report in JSON")
+	flags.BoolVar(&d.fix, "fix", false, "set the realm's settings as keycloak/realm.json has them; needs an administrator")
+	flags.BoolVar(&d.dryRun, "dry-run", false, "with -fix: only show what it would set")
+	flags.StringVar(&d.adminUser, "admin-user", "", "the `name` of an administrator of Keycloak's realm master")
+	file := flags.String("admin-password-file", "", "the `file` with the administrator's password")
+	if err := flags.Parse(args); err != nil {
+		return err
+	}
+	if flags.NArg() > 0 || (d.adminUser == "") != (*file == "") || d.fix && *file == "" || d.dryRun && !d.fix {
+		return errors.New("usage: doctor [-json] [-admin-user NAME -admin-password-file FILE [-fix [-dry-run]]]")
+	}
+	var err error
+	d.adminPassword, err = secretValue("-admin-password", "", *file)
+	return err
+}
+
+func (d *doctor) checkAll(ctx context.Context) {
+	d.warn("PUBLIC_URL", d.s.cfg.https(), "it is not https: links, passwords and tokens can be read on the way",
 		"Put TLS in front of the service, or set TLS_CERT_FILE and TLS_KEY_FILE.")
 	d.checkPostgreSQL(ctx)
 	if d.checkKeycloak(ctx) {
-		d.checkRealm(ctx, adminUser, adminPassword)
-	} else {
-		for _, part := range realmParts {
-			d.unknown("Keycloak does not answer", "", part.names()...)
-		}
+		d.checkRealm(ctx)
+		d.checkServiceAccount(ctx) // last: -fix may have created it
 	}
 }
 
-// report writes all findings. To people, what could not be checked for one reason is one line.
-func (d *doctor) report(asJSON bool, out io.Writer) error {
-	var text strings.Builder
-	encoder := json.NewEncoder(&text)
-	encoder.SetIndent("", "  ")
-	if asJSON {
+// report writes all findings.
+func (d *doctor) report(out io.Writer) error {
+	var report strings.Builder
+	if d.json {
+		encoder := json.NewEncoder(&report)
+		encoder.SetEscapeHTML(false)
+		encoder.SetIndent("", "  ")
 		if err := encoder.Encode(d.findings); err != nil {
 			return err
 		}
 	}
-	for rest := d.findings; len(rest) > 0 && !asJSON; {
-		f, n := rest[0], 1
-		for f.Status == "unknown" && n < len(rest) && rest[n].Detail == f.Detail {
-			n++
+	for i, f := range d.findings {
+		if d.json {
+			break
 		}
-		if n > 1 {
-			f.Name = fmt.Sprintf("%d settings, from %q to %q", n, f.Name, rest[n-1].Name)
+		fmt.Fprintf(&report, "%-8s %s", f.Status, f.Name)
+		switch {
+		case f.Detail != "":
+			fmt.Fprintf(&report, ": %s", f.Detail)
+		case f.Status == "wrong":
+			fmt.Fprintf(&report, ": is %s, must be %s", f.Is, f.Must)
+		case f.Is != "":
+			fmt.Fprintf(&report, ": %s → %s", f.Is, f.Must)
 		}
-		rest = rest[n:]
-		fmt.Fprintf(&text, "%-8s %s", f.Status, f.Name)
-		if f.Detail != "" {
-			fmt.Fprintf(&text, ": %s", f.Detail)
+		if f.Fix != "" && (i+1 == len(d.findings) || d.findings[i+1].Fix != f.Fix) { // once for all in a row
+			fmt.Fprintf(&report, "\n         → %s", f.Fix)
 		}
-		fmt.Fprintln(&text)
-		if f.Mend != "" {
-			fmt.Fprintf(&text, "         → %s\n", f.Mend)
-		}
+		fmt.Fprintln(&report)
 	}
-	if _, err := io.WriteString(out, text.String()); err != nil {
+	if _, err := io.WriteString(out, report.String()); err != nil {
 		return err
 	}
-	if slices.ContainsFunc(d.findings, func(f finding) bool { return f.Status == "wrong" }) {
-		return errUnwell
+	if slices.ContainsFunc(d.findings, func(f finding) bool { return f.Status == "wrong" || f.Status == "planned" }) {
+		return errUnhealthy
 	}
 	return nil
 }
 
-// rights are what the service's role must be allowed to do.
-var rights = map[string]string{
-	"schema_version": "select", "users": "select, insert, update, delete",
-	"user_registrations": "select, insert, update, delete",
-	"sessions":           "select, insert, update, delete", "refresh_tokens": "select, insert, update, delete",
-	"revocations": "select, insert, delete", "rate_limits": "select, insert, update, delete",
-	"audit_log": "select, insert", "sync_cursor": "select, insert, update", "tasks": "select, insert, update, delete",
-	"sync_runs": "select, insert, update",
-}
-
-// roleAdvice is how the service gets a role with these rights and no others.
-const roleAdvice = "As the owner of the tables: create role auth_service login password '…', then run " +
-	"\"auth-service migrate\", which gives it its rights; that role goes into the service's DATABASE_URL."
+// roleFix is how the service gets a role with the privileges that it needs, and no others.
+const roleFix = "As the owner of the tables: create role auth_service login password '…', then run " +
+	"\"auth-service migrate\", which grants the privileges. Use that role in the service's DATABASE_URL."
 
 func (d *doctor) checkPostgreSQL(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
-	pool := d.s.store.pool
 	var version int
 	var now time.Time
-	err := pool.QueryRow(ctx, `
+	err := d.s.store.pool.QueryRow(ctx, `
 		select current_setting('server_version_num')::int, clock_timestamp()`).Scan(&version, &now)
-	if !d.see("PostgreSQL: reachable", err == nil, fmt.Sprint(storeError(err)),
+	if !d.check("PostgreSQL: reachable", err == nil, fmt.Sprint(storeError(err)),
 		"Check DATABASE_URL, the network, and the role's password.") {
 		d.unknown("PostgreSQL does not answer", "", "PostgreSQL: version", "PostgreSQL: clock", "PostgreSQL: schema",
-			"PostgreSQL: rights", "PostgreSQL: record")
+			"PostgreSQL: privileges", "PostgreSQL: audit log")
 		return
 	}
-	d.see("PostgreSQL: version", version >= 150000, fmt.Sprintf("it is %d", version/10000), "Use 15 or newer.")
+	d.check("PostgreSQL: version", version >= 150000, fmt.Sprintf("it is %d", version/10000), "Use 15 or newer.")
 	d.checkClock("PostgreSQL: clock", d.s.now().Sub(now))
 
 	var have int
 	var pg *pgconn.PgError
-	err = pool.QueryRow(ctx, `select version from schema_version`).Scan(&have)
+	err = d.s.store.pool.QueryRow(ctx, `select version from schema_version`).Scan(&have)
 	if errors.As(err, &pg) && pg.Code == "42501" { // insufficient_privilege
-		d.unknown("the role may not read schema_version", roleAdvice, "PostgreSQL: schema")
-	} else if !d.see("PostgreSQL: schema", err == nil && have == schemaVersion, "it is not this version's",
+		d.unknown("the role may not read schema_version", roleFix, "PostgreSQL: schema")
+	} else if !d.check("PostgreSQL: schema", err == nil && have == schemaVersion, "it is not this version's",
 		"Run \"auth-service migrate\" as the owner of the tables. (A service that owns them does so when it starts.)") {
-		d.unknown("the schema is not this version's", "", "PostgreSQL: rights", "PostgreSQL: record")
+		d.unknown("the schema is not this version's", "", "PostgreSQL: privileges", "PostgreSQL: audit log")
 		return
 	}
-	var lacks string
+	var missing string
 	var mayAlter bool
-	if err := pool.QueryRow(ctx, `
-		select coalesce(string_agg(lack, ', ' order by lack), ''),
+	if err := d.s.store.pool.QueryRow(ctx, `
+		select coalesce(string_agg(privilege, ', ' order by privilege), ''),
 			(select pg_has_role(relowner, 'usage') or has_table_privilege(oid, 'update, delete, truncate')
 			from pg_class where oid = 'audit_log'::regclass)
-		from (
-			select action || ' on ' || name as lack
-			from jsonb_each_text($1) as needed (name, actions), regexp_split_to_table(actions, ', ') as action
-			where not case action when 'delete' then has_table_privilege(name, action) else has_any_column_privilege(name, action) end
-		) as lacks`, rights).Scan(&lacks, &mayAlter); err != nil {
-		d.unknown(storeError(err).Error(), "", "PostgreSQL: rights", "PostgreSQL: record")
+		from unnest($1::text[]) as privilege,
+			split_part(privilege, ' on ', 1) as action, split_part(privilege, ' on ', 2) as name
+		where not case action
+			when 'usage' then has_sequence_privilege(name, action)
+			when 'delete' then has_table_privilege(name, action)
+			else has_any_column_privilege(name, action) end`, neededPrivileges()).Scan(&missing, &mayAlter); err != nil {
+		d.unknown(storeError(err).Error(), "", "PostgreSQL: privileges", "PostgreSQL: audit log")
 		return
 	}
-	d.see("PostgreSQL: rights", lacks == "", "the role lacks "+lacks, roleAdvice)
-	d.advise("PostgreSQL: record", !mayAlter, "the service's role could change or delete what is on record", roleAdvice)
+	d.check("PostgreSQL: privileges", missing == "", "the role lacks "+missing, roleFix)
+	d.warn("PostgreSQL: audit log", !mayAlter, "the service's role could change or delete entries", roleFix)
+}
+
+// neededPrivileges are those that schema.sql grants to auth_service, each as "select on users".
+func neededPrivileges() (needed []string) {
+	grant := regexp.MustCompile(`grant ([^;]+?) on (?:sequence )?([^;]+?) to auth_service;`)
+	columns := regexp.MustCompile(`\([^)]*\)`)
+	for _, m := range grant.FindAllStringSubmatch(schemaSQL, -1) {
+		for action := range strings.SplitSeq(columns.ReplaceAllString(m[1], ""), ",") {
+			for name := range strings.SplitSeq(m[2], ",") {
+				needed = append(needed, strings.TrimSpace(action)+" on "+strings.TrimSpace(name))
+			}
+		}
+	}
+	return needed
 }
 
 func (d *doctor) checkClock(name string, skew time.Duration) {
 	skew = skew.Abs().Round(time.Second)
-	d.see(name, skew < mostSkew, fmt.Sprintf("it differs from this machine's by %v", skew), "Run NTP on both machines.")
+	d.check(name, skew < maxSkew, fmt.Sprintf("it differs from this machine's by %v", skew), "Run NTP on both machines.")
 }
 
-// checkKeycloak says whether Keycloak and the realm answer.
+// checkKeycloak says whether the realm answers.
 func (d *doctor) checkKeycloak(ctx context.Context) bool {
-	kc, cfg := d.s.kc, d.s.cfg
 	var discovery struct{ Issuer string }
-	err := kc.getJSON(ctx, "discovery", keycloakTimeout, ".well-known/openid-configuration", &discovery)
-	ofToken := []string{"Keycloak: algorithm", "Keycloak: clock", "Keycloak: service account's roles"}
-	if !d.see("Keycloak: reachable", err == nil, fmt.Sprint(err),
+	err := d.s.kc.getJSON(ctx, "discovery", keycloakTimeout, ".well-known/openid-configuration", &discovery)
+	if !d.check("Keycloak: reachable", err == nil, fmt.Sprint(err),
 		"Check KEYCLOAK_URL, KEYCLOAK_REALM and the network.") {
-		d.unknown("Keycloak does not answer", "", "Keycloak: issuer", "Keycloak: service account")
-		d.unknown("Keycloak does not answer", "", ofToken...)
+		d.unknown("Keycloak does not answer", "", "Keycloak: issuer", "Keycloak: email theme", "realm",
+			"Keycloak: service account", "Keycloak: clock")
 		return false
 	}
-	d.see("Keycloak: issuer", discovery.Issuer == cfg.issuer(),
-		fmt.Sprintf("tokens say %s, expected is %s", discovery.Issuer, cfg.issuer()),
+	issuer := d.s.cfg.issuer()
+	d.check("Keycloak: issuer", discovery.Issuer == issuer,
+		fmt.Sprintf("tokens say %s, expected is %s", discovery.Issuer, issuer),
 		"Set KEYCLOAK_PUBLIC_URL to what Keycloak calls itself, or Keycloak's hostname to that.")
-	token, err := kc.serviceToken(ctx)
-	if !d.see("Keycloak: service account", err == nil, fmt.Sprint(err),
-		"Check KEYCLOAK_BACKEND_CLIENT_ID and KEYCLOAK_BACKEND_CLIENT_SECRET, that the realm and that client are enabled, "+
-			"and its \"Service account roles\" on.") {
-		d.unknown("the service account can't sign in", "", ofToken...)
-		return true
-	}
-	header, claims, err := readServiceToken(token)
-	if err != nil {
-		d.unknown("the service account's token can't be read", "", ofToken...)
-		return true
-	}
-	d.see("Keycloak: algorithm", slices.Contains(tokenAlgorithms, header.Algorithm),
-		"the realm signs tokens with "+string(header.Algorithm),
-		"Realm settings → Tokens: set \"Default Signature Algorithm\" to RS256, PS256, ES256 or EdDSA.")
-	d.checkClock("Keycloak: clock", d.s.now().Sub(time.Unix(claims.IssuedAt, 0))) // Keycloak sends no Date
-
-	needed := []string{"manage-users", "view-events", "view-users"}
-	has := slices.DeleteFunc(claims.Access["realm-management"].Roles, func(role string) bool {
-		return role == "query-groups" || role == "query-users" // they are part of view-users
-	})
-	slices.Sort(has)
-	d.see("Keycloak: service account's roles", slices.Equal(has, needed), "they are "+strings.Join(has, ", "),
-		"Clients → "+cfg.BackendClientID+" → Service account roles: exactly "+strings.Join(needed, ", ")+" of realm-management.")
 	return true
 }
 
-type serviceClaims struct {
-	IssuedAt int64                               `json:"iat"`
-	Access   map[string]struct{ Roles []string } `json:"resource_access"`
+func (d *doctor) checkServiceAccount(ctx context.Context) {
+	token, err := d.s.kc.serviceToken(ctx)
+	if !d.check("Keycloak: service account", err == nil, fmt.Sprint(err), "Check KEYCLOAK_BACKEND_CLIENT_ID and "+
+		"KEYCLOAK_BACKEND_CLIENT_SECRET. The realm, that client and its \"Service account roles\" must be enabled.") {
+		d.unknown("the service account can't sign in", "", "Keycloak: clock")
+		return
+	}
+	if t, err := readServiceToken(token); err != nil {
+		d.unknown(err.Error(), "", "Keycloak: clock")
+	} else { // Keycloak sends no Date
+		d.checkClock("Keycloak: clock", d.s.now().Sub(time.Unix(t.IssuedAt, 0)))
+	}
+}
+
+// serviceToken is what the doctor reads in the service account's token.
+type serviceToken struct {
+	Algorithm string                              `json:"alg"`
+	IssuedAt  int64                               `json:"iat"`
+	Access    map[string]struct{ Roles []string } `json:"resource_access"`
 }
 
 // readServiceToken reads a token whatever its algorithm: it comes from Keycloak itself.
-func readServiceToken(token string) (header struct {
-	Algorithm jose.SignatureAlgorithm `json:"alg"`
-}, claims serviceClaims, err error) {
-	parts := strings.Split(token, ".")
-	if len(parts) != 3 {
-		return header, claims, errors.New("it is no JWT")
-	}
-	for i, into := range []any{&header, &claims} {
-		text, err := base64.RawURLEncoding.DecodeString(parts[i])
-		if err := errors.Join(err, json.Unmarshal(text, into)); err != nil {
-			return header, claims, err
+func readServiceToken(token string) (t serviceToken, err error) {
+	for _, part := range strings.Split(token+".", ".")[:2] {
+		text, err := base64.RawURLEncoding.DecodeString(part)
+		if err := errors.Join(err, json.Unmarshal(text, &t)); err != nil {
+			return t, fmt.Errorf("the service account's token can't be read: %w", err)
 		}
 	}
-	return header, claims, nil
+	return t, nil
 }

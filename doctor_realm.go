@@ -2,363 +2,265 @@ package main
 
 import (
 	"cmp"
-	"context"
+	_ "embed"
+	"encoding/json"
 	"errors"
-	"fmt"
-	"net/url"
+	"maps"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
-	"time"
-
-	"github.com/go-jose/go-jose/v4"
-	"golang.org/x/oauth2"
 )
 
-// realmView is what Keycloak's admin API shows of the realm, as far as the service relies
-// on it. keycloak/realm.json has all of it as it should be.
-type realmView struct {
-	cfg    config
-	Events struct {
-		EventsEnabled, AdminEventsEnabled, AdminEventsDetailsEnabled bool
-		EnabledEventTypes                                            []string
-		EventsExpiration                                             int
+// keycloak/realm.json is the realm as the service needs it. A new realm is imported from it. The
+// doctor compares an existing one leaf by leaf. What realm.json does not mention is left alone.
+//
+//go:embed keycloak/realm.json
+var realmJSON string
+
+// leeways are the leaves of realm.json that may have other values. All others must be as they are
+// there, lists in any order.
+var leeways = []struct {
+	leaves  *regexp.Regexp
+	values  *regexp.Regexp // that will do, too; nil for lists
+	atLeast []any          // elements of a list that may have more; nil for all of realm.json's
+}{
+	// Taste: texts, Keycloak's own pages, how long a session or a link lasts, how soon guessing is
+	// slowed down (that it is, is required). The sign-in of the service account checks its secret.
+	{leaf(`displayName|rememberMe|resetPasswordAllowed|supportedLocales|defaultLocale|eventsListeners`), value(`.*`), nil},
+	{leaf(`ssoSession.*|actionToken.*|failureFactor|.*Seconds|quickLoginCheckMilliSeconds`), value(`.*`), nil},
+	{leaf(`.*\]\.(name|description|displayName|secret|optionalClientScopes|.*length\.min)`), value(`.*`), nil},
+	{leaf(`.*\]\.attributes\.(post\.logout|oauth2\.device|oidc\.ciba)\..*`), value(`.*`), nil},
+	{leaf(`.*\]\.config\.(id|userinfo|introspection)\.token\.claim`), value(`.*`), nil},
+	// Bounds: stricter is fine. stricterPolicy does the same for passwordPolicy.
+	{leaf(`sslRequired`), value(`all`), nil},
+	{leaf(`(e|.*E)ventsExpiration`), value(`0?|\d{6,}`), nil}, // sync needs a day, 86,400 s; 0 is for ever
+	{leaf(`(.*\.)?access(TokenLifespan|\.token\.lifespan)`), // seconds, at most tokenLife
+		value(`[1-9]\d{0,2}|[12]\d{3}|3[0-5]\d\d|3600`), nil},
+	{leaf(`(.*\.)?(defaultSignatureAlgorithm|access\.token\.signed\.response\.alg)`), // tokenAlgorithms
+		value(`[REP]S256|EdDSA`), nil},
+	{leaf(`.*\[(username|firstName|lastName)\]\..*length\.max`), value(`[1-9]\d?|100`), nil}, // what columns hold
+	{leaf(`.*\.use\.refresh\.tokens`), value(``), nil},                                       // Keycloak's default is true
+	// At least: others may have their own use.
+	{leaf(`enabledEventTypes|.*\.(redirectUris|webOrigins)`), nil, nil},
+	{leaf(`.*\.defaultClientScopes`), nil, []any{"basic"}}, // it has the claim sub
+	{leaf(`.*\[(email|firstName|lastName|locale)\]\.permissions\..*`), nil, []any{"admin"}},
+	{leaf(`.*\[username\]\.permissions\.view`), nil, []any{"admin"}},
+}
+
+func leaf(path string) *regexp.Regexp    { return regexp.MustCompile(`^realm\.(` + path + `)$`) }
+func value(values string) *regexp.Regexp { return regexp.MustCompile(`^(` + values + `)$`) }
+
+// unsaid are leaves that realm.json leaves out, because Keycloak's default is right. They must have no value.
+var unsaid = []string{"access.token.lifespan", "access.token.signed.response.alg", "multivalued", "required"}
+
+// operators is in the place of a value that only the operator knows; there must be one.
+const operators = "set by the operator"
+
+// wantedRealm is realm.json for this deployment, without the leaves that are the operator's, and with
+// some for which an import relies on Keycloak's defaults: an existing realm may have other values.
+func wantedRealm(cfg config) (must map[string]any, err error) {
+	quoted := func(s string) string { q, _ := json.Marshal(s); return string(q) }
+	document := []byte(strings.NewReplacer(
+		`"auth-client"`, quoted(cfg.AuthClientID), `"backend-admin"`, quoted(cfg.BackendClientID),
+		`"${KEYCLOAK_BACKEND_CLIENT_SECRET}"`, quoted(string(cfg.BackendClientSecret)),
+		"${PUBLIC_URL:http://localhost:3000}", cfg.PublicURL, "${REALM:myrealm}", cfg.KeycloakRealm).Replace(realmJSON))
+	var types []any
+	var profile map[string]any
+	var parts struct {
+		Users      []struct{ ClientRoles map[string]any }
+		Components map[string][]struct{ Config map[string][]string }
 	}
-	Profile struct{ Attributes []profileAttribute }
-	Server  struct{ Themes map[string][]theme }
-	Realm   struct {
-		ID                                                                    string // "": the rest is not shown either
-		RegistrationAllowed, RegistrationEmailAsUsername, EditUsernameAllowed bool
-		VerifyEmail, LoginWithEmailAllowed, DuplicateEmailsAllowed            bool
-		BruteForceProtected, RevokeRefreshToken, InternationalizationEnabled  bool
-		RefreshTokenMaxReuse, AccessTokenLifespan                             int
-		SSLRequired, EmailTheme                                               string
-		SMTPServer, Attributes                                                map[string]string
+	if err := errors.Join(json.Unmarshal(document, &must), json.Unmarshal(document, &parts)); err != nil {
+		return nil, err
 	}
-	Actions []struct {
-		Alias   string
-		Enabled bool
+	escaped := parts.Components["org.keycloak.userprofile.UserProfileProvider"][0].Config["kc.user.profile.config"][0]
+	err = errors.Join(json.Unmarshal([]byte(escaped), &profile), json.Unmarshal([]byte(text(userEventTypes)), &types))
+	operatorsOwn := func(v any) bool { return strings.Contains(text(v), "${") }
+	for _, client := range objects(must["clients"]) {
+		client["enabled"] = true
+		if attributes, ok := client["attributes"].(map[string]any); ok {
+			attributes["use.refresh.tokens"] = "true"
+		}
+		client["redirectUris"] = slices.DeleteFunc(client["redirectUris"].([]any), operatorsOwn)
+		maps.DeleteFunc(client, func(_ string, v any) bool { return operatorsOwn(v) })
 	}
-	Clients []clientView
-	Client  clientView // that people sign in to, the only one of Clients
+	delete(must, "components")
+	maps.DeleteFunc(must, func(_ string, v any) bool { return operatorsOwn(v) })
+	account := "service-account-" + cfg.BackendClientID
+	maps.Copy(must, map[string]any{
+		"userProfile": profile, "defaultSignatureAlgorithm": "RS256", "enabledEventTypes": types,
+		"smtpServer": map[string]any{"host": operators, "from": operators},
+		"users":      []any{map[string]any{"username": account, "clientRoles": parts.Users[0].ClientRoles}},
+		"requiredActions": []any{ // an import that lists some switches Keycloak's others off
+			map[string]any{"alias": "VERIFY_EMAIL", "enabled": true},      // keeps unconfirmed accounts out
+			map[string]any{"alias": "UPDATE_PASSWORD", "enabled": true}}}) // invitations and forgotten passwords use it
+	return must, err
 }
 
-type theme struct{ Name string }
-
-type clientView struct {
-	Enabled, PublicClient, DirectAccessGrantsEnabled, StandardFlowEnabled bool
-	ImplicitFlowEnabled, FullScopeAllowed                                 bool
-	RootURL                                                               string
-	RedirectURIs, DefaultClientScopes                                     []string
-	Attributes                                                            map[string]string
-	ProtocolMappers                                                       []struct {
-		ProtocolMapper string
-		Config         map[string]string
-	}
-}
-
-type profileAttribute struct {
-	Name        string
-	Multivalued bool
-	Required    *struct{}
-	Permissions struct{ View, Edit []string }
-	Validations map[string]struct{ Options []string }
-}
-
-// realmPart is one answer of the admin API, and the settings in it.
-type realmPart struct {
-	name          string
-	path          string // of the admin API
-	administrator bool   // the service's own rights don't show it
-	into          func(*realmView) any
-	where         string // in Keycloak's admin console
-	rules         []realmRule
-}
-
-// realmRule is a setting that the service relies on.
-type realmRule struct {
-	name string
-	fine func(realmView) bool
-	mend string // in the words of the admin console
-}
-
-// realmParts have all of them.
-var realmParts = []realmPart{
-	{"events", "{realm}/events/config", false, func(v *realmView) any { return &v.Events },
-		"Realm settings → Events → ", []realmRule{
-			{"user events", func(v realmView) bool { return v.Events.EventsEnabled },
-				`User events settings: switch "Save events" on. Sync reads them.`},
-			{"expiration", func(v realmView) bool { return mayExpire(v.Events.EventsExpiration) },
-				`User events settings: set "Expiration" to a day or more. Sync reads what has happened during an outage.`},
-			{"event types", func(v realmView) bool { return !lacks(v.Events.EnabledEventTypes, userEventTypes...) },
-				"User events settings: add the saved types " + strings.Join(userEventTypes, ", ") + "."},
-			{"admin events", func(v realmView) bool { return v.Events.AdminEventsEnabled },
-				`Admin events settings: switch "Save events" on. Sync reads them.`},
-			{"no representations", func(v realmView) bool { return !v.Events.AdminEventsDetailsEnabled },
-				`Admin events settings: switch "Include representation" off. It would keep the secrets of links.`},
-		}},
-	{"user profile", "{realm}/users/profile", false, func(v *realmView) any { return &v.Profile },
-		"Realm settings → User profile: ", []realmRule{
-			ownAttribute(attrUserID), ownAttribute(attrRoles), ownAttribute(attrNetworkID), ownAttribute(attrStationID),
-			ownAttribute(attrRegistrationID), ownAttribute(attrURL), ownAttribute(attrToken), ownAttribute(attrCode),
-			commonAttribute("username"), commonAttribute("email"),
-			commonAttribute("firstName"), commonAttribute("lastName"), commonAttribute(attrLocale),
-			{"known roles only", func(v realmView) bool {
-				a := v.attribute(attrRoles)
-				options := a.Validations["options"].Options
-				return a.Name == "" || !lacks(options, roles...) && !lacks(roles, options...) && len(options) > 0
-			}, `give the attribute roles the validator "options" with ` + strings.Join(roles, ", ") + "."},
-			{"nothing else is required", func(v realmView) bool {
-				return !slices.ContainsFunc(v.Profile.Attributes, func(a profileAttribute) bool {
-					return a.Required != nil && a.Name != "username" && a.Name != "email"
-				})
-			}, `switch "Required field" off, except for the email. Whoever lacks a required one can't sign in.`},
-		}},
-	{"email theme", "serverinfo", false, func(v *realmView) any { return &v.Server }, "", []realmRule{
-		{"installed", func(v realmView) bool {
-			return slices.Contains(v.Server.Themes["email"], theme{"auth-service"})
-		}, "Copy keycloak/themes/auth-service into the directory themes of Keycloak, and restart it."},
-	}},
-	{"realm", "{realm}", true, func(v *realmView) any { return &v.Realm }, "Realm settings → ", []realmRule{
-		{"require SSL", func(v realmView) bool { return !strings.EqualFold(v.Realm.SSLRequired, "none") },
-			`General: set "Require SSL" to External requests.`},
-		{"user registration", func(v realmView) bool { return !v.Realm.RegistrationAllowed },
-			`Login: switch "User registration" off. People register here.`},
-		{"email as username", func(v realmView) bool { return !v.Realm.RegistrationEmailAsUsername },
-			`Login: switch "Email as username" off. Usernames are chosen here.`},
-		{"login with email", func(v realmView) bool { return v.Realm.LoginWithEmailAllowed },
-			`Login: switch "Login with email" on.`},
-		{"duplicate emails", func(v realmView) bool { return !v.Realm.DuplicateEmailsAllowed },
-			`Login: switch "Duplicate emails" off.`},
-		{"verify email", func(v realmView) bool { return v.Realm.VerifyEmail },
-			`Login: switch "Verify email" on. It keeps unconfirmed accounts out.`},
-		{"edit username", func(v realmView) bool { return !v.Realm.EditUsernameAllowed },
-			`Login: switch "Edit username" off. People could take another's address for their name.`},
-		{"SMTP", func(v realmView) bool { return v.Realm.SMTPServer["host"] != "" && v.Realm.SMTPServer["from"] != "" },
-			`Email: set "From" and "Host". All mails go by them.`},
-		{"email theme", func(v realmView) bool { return v.Realm.EmailTheme == "auth-service" },
-			`Themes: set "Email theme" to auth-service.`},
-		{"internationalization", func(v realmView) bool { return v.Realm.InternationalizationEnabled },
-			`Localization: switch "Internationalization" on. Mails are in the person's language.`},
-		{"brute force detection", func(v realmView) bool { return v.Realm.BruteForceProtected },
-			`Security defenses → Brute force detection: set "Brute Force Mode" to Lockout temporarily.`},
-		{"revoke refresh token", func(v realmView) bool { return v.Realm.RevokeRefreshToken },
-			`Tokens: switch "Revoke Refresh Token" on, and set "Refresh Token Max Reuse" to 1.`},
-		{"refresh token max reuse", func(v realmView) bool {
-			return !v.Realm.RevokeRefreshToken || v.Realm.RefreshTokenMaxReuse == 1
-		}, `Tokens: set "Refresh Token Max Reuse" to 1. With 0 one lost answer ends a session.`},
-		{"admin events' expiration", func(v realmView) bool {
-			seconds, err := strconv.Atoi(v.Realm.Attributes["adminEventsExpiration"])
-			return err != nil || mayExpire(seconds)
-		}, `Events → Admin events settings: set "Expiration" to a day or more. Sync reads what has happened during an outage.`},
-		{"access token lifespan", func(v realmView) bool { return mayLive(v.Realm.AccessTokenLifespan) },
-			`Tokens: set "Access Token Lifespan" to 5 minutes. Revocations are kept for one hour.`},
-	}},
-	{"required actions", "{realm}/authentication/required-actions", true, func(v *realmView) any { return &v.Actions },
-		"Authentication → Required actions: ", []realmRule{
-			{"verify email", func(v realmView) bool { return v.enabled("VERIFY_EMAIL") },
-				`enable "Verify Email". It keeps unconfirmed accounts out.`},
-			{"update password", func(v realmView) bool { return v.enabled("UPDATE_PASSWORD") },
-				`enable "Update Password". Invitations use it.`},
-		}},
-	{"client", "{realm}/clients?clientId={client}", true, func(v *realmView) any { return &v.Clients },
-		"Clients → that of KEYCLOAK_AUTH_CLIENT_ID → ", []realmRule{
-			{"enabled", func(v realmView) bool { return v.Client.Enabled }, "enable it."},
-			{"client authentication", func(v realmView) bool { return v.Client.PublicClient },
-				`Settings → Capability config: switch "Client authentication" off. It is a public client.`},
-			{"direct access grants", func(v realmView) bool { return v.Client.DirectAccessGrantsEnabled },
-				`Settings → Capability config: switch "Direct access grants" on. POST /api/v1/auth/login uses them.`},
-			{"standard flow", func(v realmView) bool { return v.Client.StandardFlowEnabled },
-				`Settings → Capability config: switch "Standard flow" on. GET /auth/login uses it.`},
-			{"implicit flow", func(v realmView) bool { return !v.Client.ImplicitFlowEnabled },
-				`Settings → Capability config: switch "Implicit flow" off (RFC 9700 §2.1.2).`},
-			{"PKCE", func(v realmView) bool { return v.Client.Attributes["pkce.code.challenge.method"] == "S256" },
-				`Settings → Capability config: set "PKCE Method" to S256 (RFC 7636).`},
-			redirect("/auth/callback", "/auth/callback"),
-			redirect("/account/ready", "/account/*"),
-			{"claim sub", func(v realmView) bool { return slices.Contains(v.Client.DefaultClientScopes, "basic") },
-				`Client scopes: add the client scope "basic" as Default. It has the claim sub.`},
-			{"full scope", func(v realmView) bool { return !v.Client.FullScopeAllowed },
-				`Client scopes → dedicated → Scope: switch "Full scope allowed" off. Tokens would carry Keycloak's roles.`},
-			{"claim aud", func(v realmView) bool {
-				return v.Client.maps("oidc-audience-mapper", map[string]string{
-					"included.client.audience": v.cfg.AuthClientID, "access.token.claim": "true"})
-			}, `Client scopes → dedicated → Mappers: add an "Audience" of this client, "Add to access token" on.`},
-			ownClaim(attrUserID), ownClaim(attrRoles), ownClaim(attrNetworkID), ownClaim(attrStationID),
-			{"refresh tokens", func(v realmView) bool { return v.Client.Attributes["use.refresh.tokens"] != "false" },
-				`Advanced → OpenID Connect Compatibility Modes: switch "Use refresh tokens" on.`},
-			{"access token lifespan", func(v realmView) bool {
-				seconds, err := strconv.Atoi(v.Client.Attributes["access.token.lifespan"])
-				return err != nil || mayLive(seconds)
-			}, `Advanced → Advanced settings: let "Access Token Lifespan" inherit from the realm.`},
-			{"access token algorithm", func(v realmView) bool {
-				algorithm := v.Client.Attributes["access.token.signed.response.alg"]
-				return algorithm == "" || slices.Contains(tokenAlgorithms, jose.SignatureAlgorithm(algorithm))
-			}, `Advanced → Fine grain OpenID Connect configuration: set "Access token signature algorithm" to RS256.`},
-		}},
-}
-
-// mayExpire says whether events are kept until sync has certainly read them, in seconds; 0 is
-// for ever.
-func mayExpire(seconds int) bool { return seconds == 0 || seconds >= int(syncDaily.Seconds()) }
-
-// ownAttribute is one that Keycloak would drop silently if it were not declared, and that
-// people must neither change nor see.
-func ownAttribute(name string) realmRule {
-	return realmRule{name, func(v realmView) bool {
-		a, admin := v.attribute(name), []string{"admin"}
-		return a.Multivalued == (name == attrRoles) &&
-			slices.Equal(a.Permissions.Edit, admin) && slices.Equal(a.Permissions.View, admin)
-	}, "attribute " + name + `, "Multivalued" for roles only, who can edit and who can view: Admin alone.`}
-}
-
-// commonAttribute is one of Keycloak's own that the service sets.
-func commonAttribute(name string) realmRule {
-	return realmRule{name, func(v realmView) bool { return !lacks(v.attribute(name).Permissions.Edit, "admin") },
-		"attribute " + name + ", who can edit: Admin at least."}
-}
-
-// ownClaim is an attribute in the access token.
-func ownClaim(name string) realmRule {
-	return realmRule{"claim " + name, func(v realmView) bool {
-		return v.Client.maps("oidc-usermodel-attribute-mapper", map[string]string{
-			"user.attribute": name, "claim.name": name, "jsonType.label": "String",
-			"multivalued": strconv.FormatBool(name == attrRoles), "access.token.claim": "true"})
-	}, `Client scopes → dedicated → Mappers: add the "User Attribute" ` + name +
-		` as the claim of that name, a String, "Multivalued" for roles only, "Add to access token" on.`}
-}
-
-// redirect is where Keycloak sends browsers back to.
-func redirect(path, pattern string) realmRule {
-	return realmRule{"redirect to " + path, func(v realmView) bool { return v.Client.mayRedirect(v.cfg.PublicURL + path) },
-		"Settings → Access settings: add PUBLIC_URL" + pattern + ` to the "Valid redirect URIs".`}
-}
-
-// lacks says whether some of the elements are not in a list.
-func lacks(list []string, elements ...string) bool {
-	return slices.ContainsFunc(elements, func(e string) bool { return !slices.Contains(list, e) })
-}
-
-func mayLive(seconds int) bool { return seconds > 0 && time.Duration(seconds)*time.Second <= tokenLife }
-
-// attribute is one of the user profile, empty if it is not declared.
-func (v realmView) attribute(name string) (found profileAttribute) {
-	for _, a := range v.Profile.Attributes {
-		if a.Name == name {
-			found = a
+// merge returns what is with each leaf as it must be, and adds a finding for each that differs. What
+// must does not mention stays.
+func merge(path string, is, must any, found *[]finding) any {
+	switch must := must.(type) {
+	case map[string]any:
+		live, ok := is.(map[string]any)
+		if !ok && (len(must) == 0 || nameOf(must) != "") { // a client, a mapper, an attribute, a validator
+			*found = append(*found, wrongLeaf(path, is, "as in keycloak/realm.json", runFix)) // a client has a secret
+			return must
+		}
+		merged := map[string]any{}
+		maps.Copy(merged, live)
+		for _, key := range slices.Sorted(maps.Keys(must)) {
+			if v := merge(path+"."+key, live[key], must[key], found); v != nil {
+				merged[key] = v
+			}
+		}
+		for _, key := range unsaid {
+			if live[key] != nil && must[key] == nil {
+				merged[key] = merge(path+"."+key, live[key], nil, found)
+			}
+		}
+		return merged
+	case []any:
+		if len(objects(must)) > 0 {
+			return mergeNamed(path, is, must, found)
 		}
 	}
-	return found
+	switch must = allow(path, is, must); {
+	case must == operators && text(is) != "", canonical(is) == canonical(must):
+		return is
+	case must == operators:
+		*found = append(*found, wrongLeaf(path, is, must, byHand))
+		return is
+	}
+	*found = append(*found, wrongLeaf(path, is, must, runFix))
+	return must
 }
 
-func (v realmView) enabled(action string) bool {
-	for _, a := range v.Actions {
-		if a.Alias == action {
-			return a.Enabled
+// mergeNamed is merge for a list of elements with names.
+func mergeNamed(path string, is any, must []any, found *[]finding) []any {
+	live, _ := is.([]any)
+	merged := slices.Clone(live)
+	for _, e := range objects(merged) { // whoever lacks a required attribute can't sign in
+		if e["required"] != nil && indexOf(must, e) < 0 {
+			*found = append(*found, wrongLeaf(path+"["+nameOf(e)+"].required", e["required"], nil, byHand))
 		}
 	}
-	return false
-}
-
-// maps says whether the client has a mapper of a kind with these settings.
-func (c clientView) maps(kind string, settings map[string]string) bool {
-	for _, m := range c.ProtocolMappers {
-		fits := m.ProtocolMapper == kind
-		for name, value := range settings {
-			fits = fits && cmp.Or(m.Config[name], "false") == value
-		}
-		if fits {
-			return true
+	for _, e := range objects(must) {
+		path := path + "[" + nameOf(e) + "]"
+		if i := indexOf(merged, e); i >= 0 {
+			merged[i] = merge(path, merged[i], e, found)
+		} else {
+			merged = append(merged, merge(path, nil, e, found))
 		}
 	}
-	return false
+	return merged
 }
 
-func (c clientView) mayRedirect(target string) bool {
-	return slices.ContainsFunc(c.RedirectURIs, func(pattern string) bool {
-		if strings.HasPrefix(pattern, "/") {
-			pattern = c.RootURL + pattern
-		}
-		prefix, wild := strings.CutSuffix(pattern, "*")
-		return pattern == target || wild && strings.HasPrefix(target, prefix)
+// indexOf returns the index of the mapper that has the same effect, whatever its name, else of the
+// element that has the same name, or -1.
+func indexOf(list []any, element map[string]any) int {
+	effect := func(e map[string]any) string {
+		config, _ := e["config"].(map[string]any)
+		return text(config["claim.name"]) + text(config["included.client.audience"])
+	}
+	i := slices.IndexFunc(objects(list), func(e map[string]any) bool {
+		return e["protocolMapper"] == element["protocolMapper"] && effect(e) != "" && effect(e) == effect(element)
 	})
+	if i < 0 {
+		i = slices.IndexFunc(objects(list), func(e map[string]any) bool { return nameOf(e) == nameOf(element) })
+	}
+	return i
 }
 
-func (p realmPart) names() (names []string) {
-	for _, rule := range p.rules {
-		names = append(names, p.name+": "+rule.name)
-	}
-	return names
-}
-
-// checkRealm checks each setting of the realm, with the service's own eyes and with those
-// of an administrator, if there is one.
-func (d *doctor) checkRealm(ctx context.Context, adminUser, adminPassword string) {
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
-	defer cancel()
-	kc := d.s.kc
-	service, _ := kc.serviceToken(ctx) // if it can't sign in, that has been said
-	admin, mend := "", "Give an administrator of Keycloak: -admin-user NAME -admin-password-file FILE."
-	if adminUser != "" {
-		token, end, err := kc.signInAdmin(ctx, adminUser, adminPassword)
-		if d.see("administrator", err == nil, fmt.Sprint(err),
-			"Give a user of Keycloak's realm master, without a second factor, and the right password.") {
-			defer end()
-			admin = token
-		}
-	}
-	view := realmView{cfg: d.s.cfg}
-	for _, part := range realmParts {
-		token, why := cmp.Or(admin, service), "the service account can't sign in"
-		if part.administrator {
-			token, why = admin, "the service's own rights don't show it"
-		}
-		if token == "" {
-			d.unknown(why, mend, part.names()...)
-			continue
-		}
-		err := kc.adminGet(ctx, token, part.path, part.into(&view))
+// allow returns what a leaf should be: what it is, as far as leeways and stricterPolicy allow.
+func allow(path string, is, must any) any {
+	for _, l := range leeways {
 		switch {
-		case err != nil:
-		case part.name == "realm" && view.Realm.ID == "":
-			err = errors.New("the administrator has not the right to view it")
-		case part.name == "client" && len(view.Clients) == 0:
-			err = errors.New("it is not there")
-			d.see("client", false, "the realm has no client "+d.s.cfg.AuthClientID,
-				"Correct KEYCLOAK_AUTH_CLIENT_ID, or create the client.")
-		case part.name == "client":
-			view.Client = view.Clients[0]
+		case !l.leaves.MatchString(path):
+		case l.values != nil && l.values.MatchString(text(is)):
+			return is
+		case l.values == nil:
+			elements, _ := must.([]any)
+			if l.atLeast != nil {
+				elements = l.atLeast
+			}
+			return including(is, elements)
 		}
-		if err != nil {
-			d.unknown(err.Error(), "", part.names()...)
+	}
+	if path == "realm.passwordPolicy" {
+		return stricterPolicy(text(is), text(must))
+	}
+	return must
+}
+
+// including returns the list with the elements of must that it lacks. A pattern of redirect URIs has
+// those that it matches: https://a/* has https://a/b.
+func including(is any, must []any) any {
+	list, _ := is.([]any)
+	for _, e := range must {
+		if !slices.ContainsFunc(list, func(has any) bool {
+			prefix, wild := strings.CutSuffix(text(has), "*")
+			return has == e || wild && strings.HasPrefix(text(e), prefix)
+		}) {
+			list = append(slices.Clip(list), e)
+		}
+	}
+	return list
+}
+
+// stricterPolicy returns a password policy with the rules of must that it lacks, and as long.
+func stricterPolicy(policy, must string) string {
+	for rule := range strings.SplitSeq(must, " and ") {
+		name, bound, _ := strings.Cut(strings.TrimSuffix(rule, ")"), "(")
+		has := regexp.MustCompile(`\b` + name + `\b(?:\((\w*)\))?`).FindStringSubmatch(policy)
+		if has == nil {
+			policy = strings.TrimPrefix(policy+" and "+rule, " and ")
 			continue
 		}
-		for i, name := range part.names() {
-			d.see(name, part.rules[i].fine(view), "", part.where+part.rules[i].mend)
+		length, _ := strconv.Atoi(has[1])
+		if least, _ := strconv.Atoi(bound); name == "length" && length < least {
+			policy = strings.Replace(policy, has[0], rule, 1)
 		}
 	}
+	return policy
 }
 
-// signInAdmin signs an administrator in to the realm master, until end is called.
-func (k *keycloak) signInAdmin(ctx context.Context, user, password string) (token string, end func(), err error) {
-	master := k.cfg.KeycloakURL + "/realms/master/protocol/openid-connect/"
-	admin := &oauth2.Config{ClientID: "admin-cli",
-		Endpoint: oauth2.Endpoint{TokenURL: master + "token", AuthStyle: oauth2.AuthStyleInParams}}
-	t, err := admin.PasswordCredentialsToken(context.WithValue(ctx, oauth2.HTTPClient, k.client), user, password)
-	if err != nil {
-		return "", nil, keycloakError(err)
-	}
-	return t.AccessToken, func() {
-		form := url.Values{"client_id": {"admin-cli"}, "refresh_token": {t.RefreshToken}}
-		if resp, err := k.client.PostForm(master+"logout", form); err == nil { // else the session times out
-			resp.Body.Close()
+func wrongLeaf(path string, is, must any, fix string) finding {
+	return finding{path, "wrong", cmp.Or(text(is), "nothing"), cmp.Or(text(must), "nothing"), "", fix}
+}
+
+func nameOf(e map[string]any) string {
+	return cmp.Or(text(e["clientId"]), text(e["username"]), text(e["alias"]), text(e["name"]))
+}
+
+func objects(v any) (list []map[string]any) {
+	elements, _ := v.([]any)
+	for _, e := range elements {
+		if object, ok := e.(map[string]any); ok {
+			list = append(list, object)
 		}
-	}, nil
+	}
+	return list
 }
 
-// adminGet reads from the admin API.
-func (k *keycloak) adminGet(ctx context.Context, token, path string, answer any) error {
-	path = strings.NewReplacer("{realm}", "realms/"+url.PathEscape(k.cfg.KeycloakRealm),
-		"{client}", url.QueryEscape(k.cfg.AuthClientID)).Replace(path)
-	return k.read(ctx, "doctor", keycloakTimeout, k.cfg.KeycloakURL+"/admin/"+path, token, answer)
+// text is a string as it is, another value as JSON, and "" for none.
+func text(v any) string {
+	if s, ok := v.(string); ok || v == nil {
+		return s
+	}
+	encoded, _ := json.Marshal(v) // it was decoded from JSON
+	return string(encoded)
+}
+
+// canonical is equal for what means the same to Keycloak: lists in any order, numbers and switches in
+// quotes, and no value for false.
+func canonical(v any) string {
+	if list, ok := v.([]any); ok {
+		v = slices.SortedFunc(slices.Values(list), func(a, b any) int { return strings.Compare(text(a), text(b)) })
+	}
+	if t := text(v); !slices.Contains([]string{"false", "null", "[]"}, t) {
+		return t
+	}
+	return ""
 }

@@ -6,7 +6,7 @@
 //	auth-service migrate      bring the schema to this version, as the owner of the tables
 //	auth-service grant-admin EMAIL    make a user an administrator
 //	auth-service sync [-dry-run]      make both stores agree on all users; exit 3 if they differ then
-//	auth-service doctor               say what is wrong with this deployment; -h for its options
+//	auth-service doctor [-fix]        check this deployment, and fix the realm; exit 1 if something is wrong; see -h
 //	auth-service healthcheck  exit 0 if the service on this machine is alive
 //	auth-service version
 //
