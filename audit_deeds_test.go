@@ -367,7 +367,7 @@ func (d *deeds) sessions() {
 		again,
 	}...)
 	d.keycloakAdmin("DELETE", "/sessions/"+d.sid(d.tokens["ada"]), nil, nil)
-	d.sessionsDue()
+	d.wants(d.env.as(d.tokens["ada"], "GET", sessionsPath), 200, "")
 	session := d.tokens["ada"].text("session_id")
 	d.eventually("ended in Keycloak", 20*time.Second, func() bool { return d.entries(`details->'sessions' ? $1`, session) != "" })
 	d.exactly("ended in Keycloak", `details->'sessions' ? $1`, session, `session.end system:sessions > ada ok keycloak {"sessions": ["SES"]}`)

@@ -22,9 +22,10 @@ import (
 // app is the origin of a frontend that may use the code flow.
 const app = "https://app.example"
 
-// codeFlowEnv is a env for browsers.
+// codeFlowEnv is an env for browsers. It runs no jobs: sync would reconcile what a test
+// changes in one store only.
 func codeFlowEnv(t *testing.T) *env {
-	return newEnv(t, map[string]string{"CORS_ALLOWED_ORIGINS": app + ",https://admin.example:8443", "PUBLIC_URL": "http://localhost:3000"})
+	return newEnv(t, map[string]string{"CORS_ALLOWED_ORIGINS": app + ",https://admin.example:8443", "PUBLIC_URL": "http://localhost:3000", "JOB_INTERVAL": "0"})
 }
 
 // person has a browser that shows nothing. Cookies are carried by hand: Go's jar keeps

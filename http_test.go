@@ -428,7 +428,7 @@ func TestHealth(t *testing.T) {
 	healthy("ok", "ok", "ok", 200, 200)
 	kc.close()
 	healthy("degraded", "ok", "down", 200, 200)
-	unavailable(attempt{"register", registerPath, body{"email": newEmail(), "password": password}, 503, "unavailable"},
+	unavailable(attempt{"register", registerPath, body{"email": newEmail()}, 503, "unavailable"},
 		attempt{"login", loginPath, body{"email": newEmail(), "password": password}, 503, "unavailable"})
 	v.wants(v.get(status), 200, "")
 	if err := kc.open(); err != nil {
@@ -436,7 +436,7 @@ func TestHealth(t *testing.T) {
 	}
 	pg.close()
 	healthy("down", "down", "ok", 503, 503)
-	unavailable(attempt{"register", registerPath, body{"email": newEmail(), "password": password}, 503, "unavailable"},
+	unavailable(attempt{"register", registerPath, body{"email": newEmail()}, 503, "unavailable"},
 		attempt{"login", loginPath, body{"email": newEmail(), "password": password}, 503, "unavailable"},
 		attempt{"verify", verifyPath, body{"token": "unknown"}, 503, "unavailable"})
 	v.wants(v.get(status), 503, "unavailable")
@@ -474,7 +474,7 @@ func TestManagement(t *testing.T) {
 	metrics := string(w.management404("/metrics").Body)
 	for _, want := range []string{`http_request_duration_seconds_count{method="POST",route="POST /api/v1/register",status="2xx"}`,
 		`http_request_duration_seconds_count{method="",route="none",status="4xx"}`, `keycloak_call_duration_seconds_count{operation="create_user",outcome="ok"}`,
-		`problems_total{type="not-found"}`, "panics_total 0", `job_runs_total{job="repair",outcome="ok"}`, `verification_mails_total{outcome="sent"}`,
+		`problems_total{type="not-found"}`, "panics_total 0", `tasks_total{kind="sweep",outcome="ok"}`, "task_oldest_due_seconds ", `verification_mails_total{outcome="sent"}`,
 		"database_connections_in_use", "process_resident_memory_bytes"} {
 		if !strings.Contains(metrics, "\n"+want) {
 			t.Errorf("/metrics lacks %s", want)
@@ -549,7 +549,7 @@ func TestStop(t *testing.T) {
 	there, release := kc.holdAt("create_user", false)
 	answered, ended := make(chan answer, 1), make(chan error, 1)
 	go func() {
-		a, err := v.send(v.url, call{method: "POST", path: registerPath, json: body{"email": newEmail(), "password": password}})
+		a, err := v.send(v.url, registering(newEmail()))
 		if err != nil {
 			t.Error(err)
 		}
@@ -753,9 +753,7 @@ func TestSubcommands(t *testing.T) {
 	if err := w.mail.Restart(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := w.pool.Exec(t.Context(), `update user_registrations set due_at = now()`); err != nil { // stands in for waiting
-		t.Fatal(err)
-	}
+	w.tasksDue()
 	if out, err := command("jobs"); err != nil {
 		t.Errorf("jobs: %v %s", err, out)
 	}

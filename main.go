@@ -235,7 +235,7 @@ func (s *server) handleTask(ctx context.Context, t task) (time.Time, error) {
 	case "events":
 		return s.readEvents(ctx, t)
 	case "sweep":
-		return s.now().Add(s.cfg.JobInterval), s.sweep(ctx)
+		return s.now().Add(max(s.cfg.JobInterval, time.Second)), s.sweep(ctx)
 	}
 	return never, nil // token: whoever exchanged it has died
 }

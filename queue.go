@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"runtime/debug"
 	"strings"
 	"time"
 
@@ -247,6 +248,17 @@ func (s *server) wakeWorker() {
 	}
 }
 
+// perform does the work of a task. A handler that panics has failed, and ends no instance.
+func (s *server) perform(ctx context.Context, t task) (next time.Time, err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			s.metrics.panics.Inc()
+			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
+		}
+	}()
+	return s.handle(ctx, t)
+}
+
 // workOnce handles the next task that is due, and says whether there was one.
 func (s *server) workOnce(ctx context.Context) (bool, error) {
 	t, err := s.store.claim(ctx, s.now())
@@ -255,7 +267,7 @@ func (s *server) workOnce(ctx context.Context) (bool, error) {
 	} else if err != nil {
 		return false, err
 	}
-	next, err := s.handle(ctx, t)
+	next, err := s.perform(ctx, t)
 	s.metrics.tasks.WithLabelValues(t.kind(), outcome(err)).Inc()
 	if err != nil && ctx.Err() == nil {
 		s.log.WarnContext(ctx, "task: failed, will retry", "task", t.ID, "attempts", t.Attempts+1, "error", err)

@@ -121,10 +121,10 @@ func (s *server) register(ctx context.Context, c caller, in registerIn) (registe
 	reg, err := s.newRegistration(c, in.profile, s.cfg.VerificationTTL)
 	for err == nil {
 		var begun registration
-		if begun, err = s.begin(ctx, c, reg); errors.Is(err, errRace) {
-			begun, err = s.registerAgain(ctx, c, in.Email)
+		if begun, err = s.registerAgain(ctx, c, in.Email); errors.Is(err, errRace) {
+			begun, err = s.begin(ctx, c, reg)
 		}
-		if errors.Is(err, errRace) { // it ends at this moment
+		if errors.Is(err, errRace) { // another request was faster
 			err = nil
 			continue
 		}

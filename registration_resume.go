@@ -230,11 +230,16 @@ func (s *server) resumeVerified(ctx context.Context, c caller, t task, reg regis
 		if err = s.store.prepareVerified(ctx, t, reg); err == nil {
 			err = s.kc.activate(ctx, ku, reg, "")
 		}
+		if errors.Is(err, errConflict) { // nobody is there to choose another username
+			reg.Username = defaultUsername(reg.Email, reg.UserID)
+			err = s.kc.activate(ctx, ku, reg, "")
+		}
 		if err != nil {
 			return err
 		}
+		ku.Username = &reg.Username
 	}
-	return s.conclude(ctx, c, t, reg, ku)
+	return s.concludeFound(ctx, c, t, reg, ku)
 }
 
 // deleteFromKeycloak deletes the user of an ended registration (E2; id "": it has none) and

@@ -123,7 +123,7 @@ func (s *server) activate(ctx context.Context, c caller, t task, reg registratio
 		return reg, err
 	}
 	if ku.verified() { // V3 has happened: what remains is our conclusion
-		return reg, s.conclude(ctx, c, t, reg, ku)
+		return reg, s.concludeFound(ctx, c, t, reg, ku)
 	}
 	if err := ownUsername(in.Username, reg.Email); err != nil {
 		return reg, err
@@ -141,13 +141,15 @@ func (s *server) activate(ctx context.Context, c caller, t task, reg registratio
 	}
 	// Dying here (V3) leaves an account in Keycloak that is pending in PostgreSQL: a second
 	// click, a sign-in or the task finds it verified and concludes.
-	if err := s.store.markVerified(ctx, c, t, reg, s.now()); err != nil { // V4
+	if err := s.conclude(ctx, c, t, reg); err != nil { // V4
 		return reg, err
 	}
 	if in.Token == "" {
-		err = refund(ctx, s.store.pool, wrongCodes(c))
+		if err := refund(ctx, s.store.pool, wrongCodes(c)); err != nil {
+			s.log.WarnContext(ctx, "registration: right code counted as a wrong one", "registration", reg.ID, "error", err)
+		}
 	}
-	return reg, err
+	return reg, nil
 }
 
 // provenUser returns Keycloak's user of a locked registration if the token or code is the one
@@ -181,15 +183,22 @@ func (s *server) provenUser(ctx context.Context, c caller, t task, reg registrat
 	return ku, err
 }
 
-// conclude makes a registration verified that Keycloak has verified already (V4), as Keycloak
-// has it. What Keycloak has otherwise is reconciled afterwards.
-func (s *server) conclude(ctx context.Context, c caller, t task, reg registration, ku keycloakUser) error {
-	reg.Username, reg.FirstName, reg.LastName = gocloak.PString(ku.Username), gocloak.PString(ku.FirstName), gocloak.PString(ku.LastName)
+// conclude makes a registration verified in PostgreSQL (V4). Keycloak has accepted the username;
+// if somebody has it in PostgreSQL all the same, the full pass reports the conflict.
+func (s *server) conclude(ctx context.Context, c caller, t task, reg registration) error {
 	err := s.store.markVerified(ctx, c, t, reg, s.now())
-	if errors.Is(err, errConflict) { // somebody here has the username: sync says so
+	if errors.Is(err, errConflict) {
 		reg.Username = string(reg.UserID)
 		err = s.store.markVerified(ctx, c, t, reg, s.now())
 	}
+	return err
+}
+
+// concludeFound is conclude for a registration that Keycloak has verified already, as Keycloak
+// has it. What else differs is reconciled afterwards.
+func (s *server) concludeFound(ctx context.Context, c caller, t task, reg registration, ku keycloakUser) error {
+	reg.Username, reg.FirstName, reg.LastName = gocloak.PString(ku.Username), gocloak.PString(ku.FirstName), gocloak.PString(ku.LastName)
+	err := s.conclude(ctx, c, t, reg)
 	if err == nil {
 		err = s.store.enqueue(ctx, s.now(), kcTask(reg.KeycloakID))
 	}

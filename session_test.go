@@ -90,10 +90,10 @@ func (w *env) sid(a answer) string {
 	return w.value(`select keycloak_session_id from sessions where session_id = $1`, a.text("session_id"))
 }
 
-// sessionsDue stands in for waiting until the loop looks at sessions.
-func (w *env) sessionsDue() {
+// lockEnds stands in for waiting until the lock of an exchange ends by itself.
+func (w *env) lockEnds(a answer) {
 	w.Helper()
-	w.exec(`update sessions set due_at = now() where due_at > now()`)
+	w.exec(`update tasks set locked_until = now() where task_id = $1`, "token:"+tokenHash(a.text("refresh_token")))
 }
 
 // ended fails unless a session has ended for this reason in both stores, which is on
@@ -146,13 +146,16 @@ func TestRefresh(t *testing.T) {
 	}
 	w.wants(w.as(second, "GET", "/api/v1/auth/me"), 200, "")
 	session := first.text("session_id")
-	if got := w.value(`select string_agg(concat_ws(' ', token_hash, used_at is not null, answer is not null, leased_until is not null), ', ' order by used_at)
-		from refresh_tokens where session_id = $1`, session); got != tokenHash(first.text("refresh_token"))+" t t f, "+tokenHash(second.text("refresh_token"))+" f f f" {
+	if got := w.value(`select string_agg(concat_ws(' ', token_hash, used_at is not null, answer is not null), ', ' order by used_at)
+		from refresh_tokens where session_id = $1`, session); got != tokenHash(first.text("refresh_token"))+" t t, "+tokenHash(second.text("refresh_token"))+" f f" {
 		t.Error(got)
 	}
-	if got := w.value(`select concat_ws(' ', last_used_at > created_at, extract(epoch from expires_at - last_used_at) > 86390, due_at = last_used_at + interval '30 minutes')
-		from sessions where session_id = $1`, session); got != "t t t" {
-		t.Errorf("last_used_at, expires_at, due_at: %s", got)
+	if got := w.value(`select concat_ws(' ', last_used_at > created_at, extract(epoch from expires_at - last_used_at) > 86390)
+		from sessions where session_id = $1`, session); got != "t t" {
+		t.Errorf("last_used_at, expires_at: %s", got)
+	}
+	if got := w.value(`select count(*)::text from tasks where task_id in ($1, $2)`, "token:"+tokenHash(first.text("refresh_token")), session); got != "0" {
+		t.Errorf("%s tasks are left of the exchange", got)
 	}
 
 	// The same answer within the grace time, from whichever instance, also of the one before the last.
@@ -203,7 +206,7 @@ func (w *env) reuses() (n int) {
 }
 
 func TestRefreshRefused(t *testing.T) {
-	w := sharedEnv(t)
+	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0"}) // sync would reconcile what is changed in one store only
 	email, first := w.signedIn()
 	token := first.text("refresh_token")
 	typed := func(contentType, body string) call {
@@ -398,50 +401,91 @@ func TestRefreshOvertaken(t *testing.T) {
 	w.wants(during(first, func() { w.wants(w.as(w.signsIn(email), "DELETE", sessionsPath), 204, "") }), 401, "invalid-token")
 	w.ended("own", first)
 
-	// Slower than its lease: both have exchanged the token, and get one answer.
+	// Slower than its lock: both have exchanged the token. The answer of the faster counts.
 	_, first = w.signedIn()
 	var faster answer
-	slower := during(first, func() {
-		w.exec(`update refresh_tokens set leased_until = now() where session_id = $1`, first.text("session_id"))
-		faster = v.refreshed(first)
-	})
-	if w.wants(slower, 200, ""); string(slower.Body) != string(faster.Body) {
-		t.Errorf("%v\n%v", slower, faster)
+	slower := during(first, func() { w.lockEnds(first); faster = v.refreshed(first) })
+	w.wants(slower, 503, "unavailable")
+	if again := w.refreshed(first); string(again.Body) != string(faster.Body) {
+		t.Errorf("%v\n%v", again, faster)
 	}
 	w.refreshed(faster)
 
-	// Keycloak has done it, and PostgreSQL can't be told: the next try, when the lease has ended, gets another.
+	// Keycloak has done it, and PostgreSQL can't be told: the next try, when the lock has ended, gets another.
 	_, first = w.signedIn()
 	w.wants(during(first, func() { w.pg.close() }), 503, "unavailable")
 	if err := w.pg.open(); err != nil {
 		t.Fatal(err)
 	}
-	w.exec(`update refresh_tokens set leased_until = now() where session_id = $1`, first.text("session_id"))
+	w.lockEnds(first)
 	w.eventually("PostgreSQL is back", 20*time.Second, func() bool { return w.get("/health").text("status") == "ok" })
 	w.refreshed(w.refreshed(first))
 }
 
-// What has ended in Keycloak ends here, when its token is shown or when the loop
-// looks; an outage ends nothing.
+// Who shows a token that is being exchanged waits a moment for that answer, and no longer.
+func TestRefreshWaits(t *testing.T) {
+	w := newEnv(t, nil)
+	v, _ := w.another(nil)
+	_, first := w.signedIn()
+	there, release := w.kc.holdAt("^refresh ", true)
+	answers := make(chan answer, 2)
+	show := func(at *env) {
+		a, err := at.send(at.url, refreshing(first.text("refresh_token")))
+		if err != nil {
+			t.Error(err)
+		}
+		answers <- a
+	}
+	go show(w)
+	<-there
+	start := time.Now()
+	for _, a := range v.within(3*time.Second, refreshing(first.text("refresh_token")), refreshing(first.text("refresh_token"))) {
+		w.wants(a, 503, "unavailable")
+	}
+	if took := time.Since(start); took < lockWait {
+		t.Errorf("they have waited for %v only", took)
+	}
+	since := w.value(`select clock_timestamp()::text`)
+	go show(v)
+	w.eventually("another waits", 5*time.Second, func() bool {
+		return w.value(`select count(*)::text from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()
+			and query like '%insert into tasks%locked_by%' and query_start > $1::timestamptz`, since) != "0"
+	})
+	release()
+	one, two := <-answers, <-answers
+	w.wants(one, 200, "")
+	w.wants(two, 200, "")
+	if string(one.Body) != string(two.Body) || w.kc.count("refresh") != 1 {
+		t.Errorf("Keycloak was asked %d times\n%v\n%v", w.kc.count("refresh"), one, two)
+	}
+	w.refreshed(one)
+}
+
+// What has ended in Keycloak ends in PostgreSQL, when its token is shown or when it is listed;
+// an outage ends nothing.
 func TestEndedInKeycloak(t *testing.T) {
 	w := newEnv(t, map[string]string{"JOB_INTERVAL": "200ms"})
 	w.noEvents() // what ends a session here is that Keycloak has it no more
+	admin := w.admin()
 	_, lives := w.signedIn()
 	user := func(email string) string {
 		return "/users/" + w.value(`select keycloak_id from users where email = $1`, email)
 	}
-	state := func(a answer) string {
-		return w.value(`select coalesce(ended_reason, case when due_at > now() + interval '25 minutes' then 'lives' else 'due' end) from sessions where session_id = $1`, a.text("session_id"))
-	}
-	loopEnds := func(reason string, a answer) {
+	listed := func(email string) int {
 		w.Helper()
-		w.eventually("the loop ends it", 20*time.Second, func() bool {
-			if reason == "keycloak" {
-				w.sessionsDue()
-			}
-			return state(a) != "due" && state(a) != "lives"
+		a := admin.asks("GET", usersPath+"/"+w.idOf(email)+"/sessions", nil)
+		w.wants(a, 200, "")
+		return len(a.JSON["items"].([]any))
+	}
+	isListed := func(email string, a answer) { // it has ended, and somebody looks
+		w.Helper()
+		if n := listed(email); n != 0 {
+			w.Errorf("%d sessions are listed that Keycloak has not", n)
+		}
+		w.eventually("its task ends it", 20*time.Second, func() bool {
+			return w.value(`select (ended_at is not null)::text from sessions where session_id = $1`, a.text("session_id")) == "true"
 		})
-		w.ended(reason, a)
+		w.ended("keycloak", a)
 		w.value(`select audit_id from audit_log where actor = 'system:sessions' and details->'sessions' ? $1`, a.text("session_id"))
 	}
 	nothing := func(string, answer) {}
@@ -476,20 +520,23 @@ func TestEndedInKeycloak(t *testing.T) {
 			}
 			email, a = w.signedIn()
 			c.end(email, a)
-			loopEnds("keycloak", a)
+			isListed(email, a)
 			c.after(email, a)
 		})
 	}
 	w.Run("an outage", func() {
 		w.kc.on("^(user_sessions|refresh) ", lost)
-		asked := w.kc.count("user_sessions")
-		w.eventually("the loop asks", 20*time.Second, func() bool { w.sessionsDue(); return w.kc.count("user_sessions") > asked+1 })
+		email := w.value(`select email from users join sessions using (user_id) where session_id = $1`, lives.text("session_id"))
 		for range 2 {
 			w.wants(w.do(refreshing(lives.text("refresh_token"))), 503, "unavailable")
+			if n := listed(email); n != 1 {
+				w.Errorf("%d sessions are listed", n)
+			}
 		}
 		w.kc.on("^(user_sessions|refresh) ", 0)
-		w.sessionsDue()
-		w.eventually("the loop has looked", 20*time.Second, func() bool { return state(lives) == "lives" })
+		if n := listed(email); n != 1 {
+			w.Errorf("%d sessions are listed", n)
+		}
 		w.wants(w.do(loggingOut(w.refreshed(lives).text("refresh_token"))), 204, "")
 	})
 	w.Run("nobody uses it", func() {
@@ -499,9 +546,79 @@ func TestEndedInKeycloak(t *testing.T) {
 		w.eventually("both are too idle", 20*time.Second, func() bool { return len(w.keycloakSessions()) == 0 })
 		w.wants(w.do(refreshing(a.text("refresh_token"))), 401, "invalid-token")
 		w.ended("keycloak", a)
-		loopEnds("keycloak", b)
-		loopEnds("expired", w.signsIn(email)) // which says itself that it has a second
+		isListed(email, b)
 	})
+}
+
+// Nobody asks Keycloak for a session until it is listed or refreshed, however many there are:
+// a list costs one call, and so does the end of all.
+func TestSessionsCostCalls(t *testing.T) {
+	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0"})
+	email := newEmail()
+	w.account(email)
+	var all []answer
+	for range 6 {
+		all = append(all, w.signsIn(email))
+	}
+	calls := func() string {
+		return fmt.Sprint(w.kc.count("user_sessions"), w.kc.count("end_session"), w.kc.count("end_sessions"))
+	}
+	w.exec(`update sessions set created_at = created_at - interval '2 hours', last_used_at = last_used_at - interval '2 hours'`)
+	if out, err := w.operate("jobs"); err != nil {
+		t.Fatal(err, out)
+	}
+	if got := calls(); got != "0 0 0" || w.value(`select count(*)::text from tasks where task_id like 'SES-%'`) != "0" {
+		t.Errorf("live sessions cost calls: %s", got)
+	}
+	if a := w.as(all[0], "GET", sessionsPath); len(a.JSON["items"].([]any)) != len(all) || calls() != "1 0 0" {
+		t.Errorf("the list costs calls: %s; %v", calls(), a)
+	}
+	w.wants(w.as(all[0], "DELETE", sessionsPath+"/"+all[5].text("session_id")), 204, "")
+	if got := calls(); got != "1 1 0" {
+		t.Errorf("the end of one costs calls: %s", got)
+	}
+	w.wants(w.as(all[0], "DELETE", sessionsPath), 204, "")
+	if got := calls(); got != "1 1 1" {
+		t.Errorf("the end of all costs calls: %s", got)
+	}
+	for _, a := range all[:5] {
+		w.ended("own", a)
+	}
+	if got := w.value(`select count(*)::text from tasks where task_id like 'SES-%'`); got != "0" {
+		t.Errorf("%s tasks are left", got)
+	}
+}
+
+// Sessions that have ended or expired go after 30 days, with their tokens. Live ones stay.
+func TestOldSessionsGo(t *testing.T) {
+	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0"})
+	email := newEmail()
+	w.account(email)
+	age := func(set string, days int) answer {
+		a := w.signsIn(email)
+		if strings.Contains(set, "ended_at") {
+			w.wants(w.do(loggingOut(a.text("refresh_token"))), 204, "")
+		}
+		w.exec(`update sessions set `+set+` where session_id = $1`, a.text("session_id"), fmt.Sprint(days, " days"))
+		return a
+	}
+	const past = "expires_at = now() - $2::interval"
+	live := w.signsIn(email)
+	gone := []answer{age(past+", ended_at = now() - $2::interval", 31), age(past, 31)}
+	kept := []answer{age(past+", ended_at = now() - $2::interval", 29), age(past, 29), age("ended_at = now() - $2::interval", 31), live}
+	w.due("job:sweep")
+	if out, err := w.operate("jobs"); err != nil {
+		t.Fatal(err, out)
+	}
+	for left, list := range map[string][]answer{"0": gone, "1": kept} {
+		for i, a := range list {
+			if n := w.value(`select count(*)::text from sessions where session_id = $1`, a.text("session_id")); n != left {
+				t.Errorf("of those of which %s should be left, session %d is there %s times", left, i, n)
+			}
+		}
+	}
+	w.refreshed(live)
+	w.straysDie() // Keycloak has those that only seem to have expired
 }
 
 // A copy of the database opens nothing, and what is kept for the grace time goes.
@@ -577,12 +694,12 @@ func TestLogout(t *testing.T) {
 	tried := w.kc.count("end_session")
 	w.wants(w.do(loggingOut(last.text("refresh_token"))), 204, "")
 	w.wants(w.do(refreshing(last.text("refresh_token"))), 401, "invalid-token")
-	w.eventually("the loop tries", 20*time.Second, func() bool { w.sessionsDue(); return w.kc.count("end_session") > tried+1 })
+	w.eventually("its task tries", 20*time.Second, func() bool { w.tasksDue(); return w.kc.count("end_session") > tried+1 })
 	if !slices.Contains(w.keycloakSessions(), sid) {
 		t.Error("it has ended in Keycloak, which was away")
 	}
 	w.kc.on("^end_session ", 0)
-	w.eventually("the loop ends it", 20*time.Second, func() bool { w.sessionsDue(); return !slices.Contains(w.keycloakSessions(), sid) })
+	w.eventually("its task ends it", 20*time.Second, func() bool { w.tasksDue(); return !slices.Contains(w.keycloakSessions(), sid) })
 	w.ended("logout", last)
 }
 

@@ -330,5 +330,5 @@ func (s *server) readEvents(ctx context.Context, t task) (time.Time, error) {
 	if len(events) > 0 {
 		s.wakeWorker()
 	}
-	return s.now().Add(min(eventsInterval, s.cfg.JobInterval)), nil
+	return s.now().Add(min(eventsInterval, max(s.cfg.JobInterval, time.Second))), nil
 }

@@ -174,6 +174,14 @@ func (st *store) takeEvents(ctx context.Context, t task, next syncCursor, events
 			if !worth {
 				continue
 			}
+			if entry.Outcome == "refused" { // a flood of them at Keycloak is not one here
+				ofOne, _ := refusalLimits(c, entry)
+				if err := hit(ctx, tx, ofOne, now); errors.Is(err, problemTooManyRequests) {
+					continue
+				} else if err != nil {
+					return err
+				}
+			}
 			if err := writeAudit(ctx, tx, c, now, entry); err != nil {
 				return err
 			}

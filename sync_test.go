@@ -1023,8 +1023,7 @@ func (w *env) copyDatabase(from, to string) {
 // noEvents keeps those of Keycloak from being applied.
 func (w *env) noEvents() {
 	w.Helper()
-	w.exec(`insert into sync_place (at, user_at, events, owner, until) values (0, 0, '{}', 'another', 'infinity')
-		on conflict (only_row) do update set owner = 'another', until = 'infinity'`)
+	w.exec(`update tasks set locked_by = 'another', locked_until = 'infinity' where task_id = 'job:events'`)
 }
 
 // What sync must not do, and what it must not forget.

@@ -120,7 +120,7 @@ func TestDecisions(t *testing.T) {
 	var targets []user
 	for _, role := range roles {
 		for _, scope := range [][2]string{{"N1", "S1"}, {"N1", "S2"}, {"N2", "S1"}, {"", ""}} {
-			targets = append(targets, admin.invites(body{"role": role, "network_id": scope[0], "station_id": scope[1]}))
+			targets = append(targets, admin.admits(body{"role": role, "network_id": scope[0], "station_id": scope[1]}))
 		}
 	}
 	w.register(newEmail()) // and somebody who is not confirmed yet
@@ -212,7 +212,7 @@ func TestAssign(t *testing.T) {
 	network, other := "N-"+gonanoid.Must(8), "N-"+gonanoid.Must(8)
 	admin := w.admin()
 	partner, operator := admin.invited("partner", network, ""), admin.invited("operator", network, "S1")
-	u := partner.invites(body{"role": "user", "network_id": network})
+	u := partner.admits(body{"role": "user", "network_id": network})
 	for _, c := range []struct {
 		who    *testUser
 		whom   userID

@@ -182,16 +182,3 @@ func onlyAdmin(ctx context.Context, tx pgx.Tx, id userID) error {
 	}
 	return err
 }
-
-// renewRevocation repeats the revocation of tokens that say something else than what is true
-// of a user, since Keycloak goes on issuing them. The row is locked, as in changeUser: the
-// later revocation counts, and must not be of what was true before.
-func (st *store) renewRevocation(ctx context.Context, id userID) error {
-	return st.tx(ctx, func(tx pgx.Tx) error {
-		u, err := one[user](ctx, tx, `select `+userColumns+` from users where user_id = $1 for update`, id)
-		if err != nil {
-			return err
-		}
-		return revoke(ctx, tx, u.revocation())
-	})
-}
