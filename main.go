@@ -81,6 +81,9 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	if command == "healthcheck" {
 		return healthcheck(ctx, cfg)
 	}
+	if command == "jobs" { // recurring tasks are due again after a while, whatever pause the instances make, or it would never end
+		cfg.JobInterval = max(cfg.JobInterval, 30*time.Second)
+	}
 	s, err := newServer(ctx, cfg, newLogger(stderr, cfg))
 	if err != nil {
 		return err
