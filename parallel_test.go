@@ -83,9 +83,12 @@ func (w *env) manyRefreshes(instances []string) {
 	l := w.session(newEmail())
 	asked := w.kc.count("refresh")
 	answers := w.at(instances[:2], slices.Repeat([]call{refreshing(l.Token)}, 200)...)
-	for _, a := range answers {
-		if w.wants(a, 200, ""); string(a.Body) != string(answers[0].Body) {
-			w.Fatalf("two answers: %v %v", a, answers[0])
+	for i, a := range answers {
+		if a.slug() == "unavailable" { // who has waited for longer than lockWait tries again
+			answers[i] = w.do(refreshing(l.Token))
+		}
+		if w.wants(answers[i], 200, ""); string(answers[i].Body) != string(answers[0].Body) {
+			w.Fatalf("two answers: %v %v", answers[i], answers[0])
 		}
 	}
 	if asked = w.kc.count("refresh") - asked; asked != 1 {

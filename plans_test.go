@@ -8,7 +8,6 @@ import (
 	"go/ast"
 	"go/parser"
 	"go/token"
-	"io"
 	"maps"
 	"net/url"
 	"os"
@@ -46,17 +45,21 @@ var seededTables = []struct{ table, sql string }{
 			lateral (select case when i > 6 and r(i, 6, 10) = 0 then t end as d) deleted`},
 	{"user_registrations", `
 		insert into user_registrations (registration_id, email, username, verification_token, verification_code, status, keycloak_id, user_id,
-			expires_at, verified_at, created_at, mail_state, due_at)
-		select id('REG', i), md5('mail' || i) || '@example.test', md5('name' || i), md5('token' || i), 'a', s,
-			case when s in ('verified', 'pending') then md5('kc' || i) end, case when s in ('verified', 'pending') then id('USR', i) end,
-			now() + interval '1 year', case when s = 'verified' then now() end, now() - (2000000 - i) * interval '10 seconds', 'sent',
-			case when s = 'pending' then now() + interval '1 year' end
-		from generate_series($1::int, $2) i, lateral (select case when r(i, 1, 100) < 80 then 'verified' when r(i, 1, 100) < 95 then 'expired'
-			when r(i, 1, 100) < 98 then 'cancelled' else 'pending' end as s) status`},
+			expires_at, verified_at, created_at, mail_state, mailed_at, ended_at)
+		select id('REG', i), case when ended then '' else md5('mail' || i) || '@example.test' end, case when ended then '' else md5('name' || i) end,
+			md5('token' || i), 'a', s, case when not ended then md5('kc' || i) end, case when not ended then id('USR', i) end,
+			now() + interval '1 year', case when s = 'verified' then now() end, t, 'sent', case when not ended then t end,
+			case when ended then now() - r(i, 2, 20) * interval '1 day' end
+		from generate_series($1::int, $2) i, lateral (select now() - (2000000 - i) * interval '10 seconds' as t) at,
+			lateral (select case when r(i, 1, 100) < 80 then 'verified' when r(i, 1, 100) < 95 then 'expired'
+				when r(i, 1, 100) < 98 then 'cancelled' else 'pending' end as s) status,
+			lateral (select s in ('expired', 'cancelled') as ended) over`},
+	{"tasks", ` -- of registrations that wait for their confirmation
+		insert into tasks (task_id, due_at) select id('REG', i), now() + interval '1 year' from generate_series($1::int, $2) i`},
 	{"sessions", ` -- one in ten is of the same user, a machine that signs in anew for each thing it does
-		insert into sessions (session_id, user_id, keycloak_session_id, ip_address, user_agent, created_at, last_used_at, expires_at, ended_at, ended_reason, due_at)
+		insert into sessions (session_id, user_id, keycloak_session_id, ip_address, user_agent, created_at, last_used_at, expires_at, ended_at, ended_reason)
 		select id('SES', i), id('USR', case when i % 10 = 1 then 1 else i end), md5('sid' || i), '192.0.2.7', 'curl', t, t, t + interval '1 year',
-			case when i % 20 > 0 then t end, case when i % 20 > 0 then 'logout' end, case when i % 20 = 0 then now() + interval '1 year' end
+			case when i % 20 > 0 then t end, case when i % 20 > 0 then 'logout' end
 		from generate_series($1::int, $2) i, lateral (select now() - (2000000 - i) * interval '1 second' as t) at`},
 	{"refresh_tokens", `
 		insert into refresh_tokens (token_hash, session_id, used_at, answer)
@@ -70,7 +73,7 @@ var seededTables = []struct{ table, sql string }{
 	{"audit_log", `
 		insert into audit_log (audit_id, at, actor, action, target, outcome, reason, network_id, ip_address, user_agent, request_id, details)
 		select id('AUD', i), case when i < 4 then now() - interval '150 days' else now() - interval '10 minutes' - n * interval '12 seconds' end,
-			case when r(i, 1, 100) < 60 then id('USR', r(i, 2, 100000)) when r(i, 1, 100) < 90 then 'anonymous' else 'system:repair' end,
+			case when r(i, 1, 100) < 60 then id('USR', r(i, 2, 100000)) when r(i, 1, 100) < 90 then 'anonymous' else 'system:registrations' end,
 			case when i < 4 then 'user.grant_admin' else (array['login', 'login', 'login', 'logout', 'session.end', 'registration.begin', 'registration.mail',
 				'registration.verified', 'user.create', 'user.update'])[1 + r(i, 3, 10)] end, id('USR', r(i, 4, 100000)),
 			case when i < 4 then 'failed' when r(i, 5, 10) = 0 then 'refused' else 'ok' end, '',
@@ -80,8 +83,8 @@ var seededTables = []struct{ table, sql string }{
 		insert into rate_limits (key, hits, resets_at) select 'mail:' || md5('key' || i), 1, now() + r(i, 1, 86400) * interval '1 second' + interval '1 hour'
 		from generate_series($1::int, $2) i`},
 	{"sync_runs", ` -- one a day, and ten dry ones before each
-		insert into sync_runs (sync_id, dry_run, status, started_at, seen_at, ended_at, checked, total)
-		select id('SYN', i), i % 10 > 0, 'done', t, t, t, i, i
+		insert into sync_runs (sync_id, dry_run, status, started_by, started_at, ended_at, checked, total)
+		select id('SYN', i), i % 10 > 0, 'done', 'system:sync', t, t, i, i
 		from generate_series($1::int, $2) i, lateral (select now() - interval '2 days' - (2000000 - i) * interval '1 hour' as t) at`},
 }
 
@@ -187,7 +190,7 @@ type node struct {
 	Plans    []node
 }
 
-var seeded = regexp.MustCompile(`^(users|user_registrations|sessions|refresh_tokens|revocations|audit_log.*|rate_limits|sync_runs)$`)
+var seeded = regexp.MustCompile(`^(users|user_registrations|sessions|refresh_tokens|revocations|audit_log.*|rate_limits|sync_runs|tasks)$`)
 
 // wholePass are statements of a full pass of sync, which goes through all users.
 var wholePass = regexp.MustCompile(`^select (count\(\*\) from users where is_active$|keycloak_id from users where keycloak_id > )`)
@@ -387,72 +390,108 @@ var rareFilters = []struct{ role, path, why string }{
 
 // doEverything has the service do all that it can do.
 func (w *env) doEverything(instances []string) readers {
-	command := func(args ...string) {
-		w.Helper()
-		if err := run(w.Context(), args, func(name string) string { return w.vars[name] }, io.Discard, w.logs); err != nil {
-			w.Fatalf("%v: %v", args, err)
-		}
-	}
-
-	w.exec(`update schema_version set sha256 = ''`)
-	command("migrate")
-
-	// Sync: a full pass, which stops, since Keycloak has few of the users; what events tell, the jobs apply.
-	stranger := func(attributes body) {
-		w.Helper()
+	w.Helper()
+	w.doCommands()
+	email := w.doRegistrations()
+	w.doSessions(email)
+	admin := w.doSignIns(email)
+	signIns := map[string]answer{"admin": admin}
+	for _, role := range []string{"partner", "operator", "user"} {
 		email := newEmail()
-		w.keycloakAdmin("POST", "/users", body{"username": email, "email": email, "enabled": true, "emailVerified": true, "attributes": attributes}, nil)
+		w.wants(w.do(managing(admin, "POST", "", body{"email": email, "role": role, "network_id": "NET-7", "station_id": "STA-7"})), 201, "")
+		w.confirms(w.readMail(email, 1))
+		signIns[role] = w.signsIn(email)
 	}
-	stranger(nil)
+	user := w.doUsers(admin, signIns["user"])
+
+	// Lists. Their plans are made for the values of each call, never generic ones.
+	signIns["user"] = w.signsIn(w.value(`select email from users where user_id = $1`, user))
+	reading := readers{signIns, user}
+	w.url = instances[slices.Index(planKinds, "force_custom_plan")]
+	reading.lists(w)
+	w.url = instances[0]
+
+	w.doTasks(signIns["user"].text("session_id"), email)
+	w.operates("doctor")
+	w.wants(w.as(admin, "GET", "/api/v1/sync/"+w.value(`select sync_id from sync_runs order by started_at desc limit 1`)), 200, "")
+	return reading
+}
+
+// operates runs a subcommand, which must succeed.
+func (w *env) operates(args ...string) {
+	w.Helper()
+	if out, err := w.operate(args...); err != nil {
+		w.Fatalf("%v: %v\n%s", args, err, out)
+	}
+}
+
+// stranger is an account that only Keycloak has.
+func (w *env) stranger(attributes body) {
+	w.Helper()
+	email := newEmail()
+	w.keycloakAdmin("POST", "/users", body{"username": email, "email": email, "enabled": true, "emailVerified": true, "attributes": attributes}, nil)
+}
+
+// doCommands migrates, and makes a full pass, which is aborted, since Keycloak has few of the
+// users. What events tell later is done by the tasks.
+func (w *env) doCommands() {
+	w.Helper()
+	w.operates("migrate")
+	w.stranger(nil)
 	for _, kind := range planKinds {
 		w.planKind(kind)
-		if _, _, out, err := w.sync(map[string]string{"SYNC_MAX_SHARE": "0"}); err == nil || !strings.Contains(out, "stopped") {
+		if _, _, out, err := w.sync(map[string]string{"SYNC_MAX_SHARE": "0"}); err == nil || !strings.Contains(out, "aborted") {
 			w.Fatalf("%v: %s", err, out)
 		}
 	}
-	command("jobs") // events from now on
-	stranger(nil)
-	stranger(body{attrRegistrationID: []string{string(newRegistrationID())}})
+	w.operates("jobs") // events from now on
+	w.stranger(nil)
+	w.stranger(body{attrRegistrationID: []string{string(newRegistrationID())}})
+}
 
-	// Registrations.
-	email := newEmail()
-	l := registered(w, email)
+func (w *env) doRegistrations() (email string) {
+	w.Helper()
+	email = newEmail()
+	id := w.register(email).text("registration_id")
 	w.wants(w.login(email, password), 403, "account-not-verified")
+	w.wants(w.do(resending(id)), 429, "resend-too-soon")
 	w.minuteLater(email)
-	w.wants(w.do(resending(email)), 200, "")
-	l = w.readMail(email, 2)
+	w.wants(w.do(resending(id)), 200, "")
+	l := w.readMail(email, 2)
 	w.wants(w.do(typing(email, other(l.Code))), 400, "invalid-code")
 	w.wants(w.do(typing(email, l.Code)), 200, "")
 	w.wants(w.do(verifying(l)), 200, "")
 	w.wants(w.do(typing(newEmail(), "123456")), 400, "invalid-code")
-	replaced := newEmail()
-	w.register(replaced)
-	w.minuteLater(replaced)
-	w.register(replaced)
-	w.wants(w.do(cancelling(w.readMail(replaced, 2))), 200, "")
+	again := newEmail()
+	w.register(again)
+	w.minuteLater(again)
+	w.register(again)
+	w.wants(w.do(cancelling(w.readMail(again, 2))), 200, "")
+	byAddress := newEmail()
+	w.register(byAddress)
+	w.minuteLater(byAddress)
+	w.wants(w.post(resendPath, body{"email": byAddress}), 200, "")
 	w.keycloakAdmin("PUT", "/users/"+w.keycloakID(email), body{"firstName": "Grace"}, nil)
 	w.edits(w.keycloakID(email), body{attrRoles: []string{roleAdmin}})
 	late := newEmail()
-	id := w.register(late).text("registration_id")
+	id = w.register(late).text("registration_id")
 	w.wants(w.get("/api/v1/registrations/"+id), 200, "")
 	w.expire(late)
-	w.kc.on("enable_user ", lost)
-	queued := newEmail()
-	w.register(queued) // its mail is queued
-	w.keycloakAdmin("PUT", "/users/"+w.keycloakID(queued), body{"lastName": "Hopper"}, nil)
-	w.kc.on("enable_user ", 0)
+	w.during("enable_user", lost, func() { w.register(newEmail()) }) // its mail is queued
 	w.wants(w.do(registering(email)), 409, "user-exists")
+	return email
+}
 
-	// Sessions.
+func (w *env) doSessions(email string) {
+	w.Helper()
 	a := w.signsIn(email)
-	w.kc.on("refresh ", lost)
-	w.wants(w.do(refreshing(a.text("refresh_token"))), 503, "unavailable")
-	w.kc.on("refresh ", 0)
+	w.during("refresh", lost, func() { w.wants(w.do(refreshing(a.text("refresh_token"))), 503, "unavailable") })
 	w.refreshed(a)
 	w.refreshed(a)
 	w.exec(`update refresh_tokens set used_at = used_at - interval '5 minutes' where session_id = $1`, a.text("session_id"))
 	w.wants(w.do(refreshing(a.text("refresh_token"))), 401, "token-reused")
 	w.wants(w.do(loggingOut(w.signsIn(email).text("refresh_token"))), 204, "")
+	w.during("end_session", lost, func() { w.wants(w.do(loggingOut(w.signsIn(email).text("refresh_token"))), 204, "") })
 	a = w.signsIn(email)
 	w.wants(w.as(a, "GET", "/api/v1/auth/me"), 200, "")
 	w.wants(w.as(a, "GET", sessionsPath), 200, "")
@@ -462,32 +501,34 @@ func (w *env) doEverything(instances []string) readers {
 	if _, err := w.mail.WaitFor(w.Context(), email, 3); err != nil {
 		w.Fatal(err)
 	}
+}
 
-	// Users.
-	command("grant-admin", email)
-	admin := w.signsIn(email)
+// doSignIns makes an account an administrator, and signs it in.
+func (w *env) doSignIns(email string) (admin answer) {
+	w.Helper()
+	w.operates("grant-admin", email)
+	return w.signsIn(email)
+}
+
+// doUsers manages users, and returns one of them.
+func (w *env) doUsers(admin, signIn answer) (id string) {
+	w.Helper()
 	send := func(method, path string, in any) answer {
 		w.Helper()
-		return w.do(call{method: method, path: "/api/v1/users" + path, json: in, auth: []string{"Bearer " + admin.text("access_token")}})
+		return w.do(managing(admin, method, path, in))
 	}
-	signIns := map[string]answer{"admin": admin}
-	for _, role := range []string{"partner", "operator", "user"} {
-		email := newEmail()
-		created := send("POST", "", body{"email": email, "role": role, "network_id": "NET-7", "station_id": "STA-7"})
-		w.wants(created, 201, "")
-		w.keycloakAdmin("PUT", "/users/"+created.text("keycloak_id"), body{"emailVerified": true, "requiredActions": []string{}}, nil)
-		w.keycloakAdmin("PUT", "/users/"+created.text("keycloak_id")+"/reset-password", body{"type": "password", "value": password}, nil)
-		signIns[role] = w.signsIn(email)
-	}
-	elsewhere := "only-in-keycloak-" + strings.ReplaceAll(email, "@", ".")
+	stranger := newEmail()
+	w.register(stranger)
+	w.wants(send("POST", "", body{"email": stranger, "role": "operator"}), 201, "") // it becomes an invitation
+	w.wants(send("DELETE", "/"+w.userOf(stranger), nil), 204, "")
+	elsewhere := "only-in-keycloak-" + strings.ReplaceAll(stranger, "@", ".")
 	w.keycloakAdmin("POST", "/users", body{"username": elsewhere, "email": newEmail()}, nil)
 	w.wants(send("POST", "", body{"email": newEmail(), "username": elsewhere}), 409, "user-exists")
-	one := "/" + w.value(`select user_id from sessions where session_id = $1`, signIns["user"].text("session_id"))
-	w.kc.on("assign_user ", lost)
+	one := "/" + w.value(`select user_id from sessions where session_id = $1`, signIn.text("session_id"))
 	w.wants(send("PATCH", one, body{"first_name": "Grace"}), 200, "")
-	w.kc.on("assign_user ", 0)
+	w.during("push_user", lost, func() { w.wants(send("PATCH", one, body{"station_id": "STA-9"}), 200, "") })
 	w.wants(send("PATCH", one, body{"station_id": "STA-8"}), 200, "")
-	w.wants(send("DELETE", one+"/sessions/"+signIns["user"].text("session_id"), nil), 204, "")
+	w.wants(send("DELETE", one+"/sessions/"+signIn.text("session_id"), nil), 204, "")
 	w.wants(send("DELETE", one, nil), 204, "")
 	w.wants(send("POST", one+"/restore", nil), 200, "")
 	machine := "/" + w.value(`select id('USR', 1)`)
@@ -496,33 +537,30 @@ func (w *env) doEverything(instances []string) readers {
 	w.wants(send("DELETE", machine+"/sessions", nil), 204, "")
 	second := newEmail()
 	w.account(second)
-	command("grant-admin", second)
+	w.operates("grant-admin", second)
 	w.wants(send("DELETE", "/"+w.value(`select user_id from users where email = $1`, second), nil), 204, "")
 	w.wants(send("GET", "/USR-0000000000000000", nil), 404, "user-not-found")
+	return strings.TrimPrefix(one, "/")
+}
 
-	// Lists. Their plans are made for the values of each call, never generic ones.
-	user := strings.TrimPrefix(one, "/")
-	signIns["user"] = w.signsIn(w.value(`select email from users where user_id = $1`, user))
-	reading := readers{signIns, user}
-	w.url = instances[slices.Index(planKinds, "force_custom_plan")]
-	reading.lists(w)
-	w.url = instances[0]
-
-	// Jobs.
+// doTasks does what is in the queue, and what recurs, by each kind of plan.
+func (w *env) doTasks(session, email string) {
+	w.Helper()
 	for _, kind := range planKinds {
 		w.planKind(kind)
-		w.exec(`update user_registrations set due_at = now() where due_at < now() + interval '2 days'`)
-		w.exec(`update users set due_at = now() where user_id = $1`, user)
-		w.exec(`update sessions set due_at = now() where due_at < now() + interval '2 days'`)
+		w.tasksDue()
+		w.exec(`update tasks set due_at = now() where task_id in (select registration_id from user_registrations where status = 'pending' and expires_at <= now())
+			or task_id in ('job:events', 'job:sweep')`)
 		w.exec(`insert into revocations (at, keycloak_session_id, user_id, role, network_id, station_id, is_active) values (now() - interval '2 hours', '', '', '', '', '', true)`)
-		w.exec(`update refresh_tokens set used_at = now() - interval '5 minutes' where session_id = $1 and answer is not null`, signIns["user"].text("session_id"))
-		w.exec(`update rate_limits set resets_at = resets_at + interval '1 hour' where resets_at < now()`) // of the walk itself, how slow it ever was
+		w.exec(`update refresh_tokens set used_at = now() - interval '5 minutes' where session_id = $1 and answer is not null`, session)
+		w.exec(`update rate_limits set resets_at = resets_at + interval '1 hour' where resets_at < now()`) // of all this itself, how slow it ever was
 		w.exec(`insert into rate_limits values ($1, 1, now())`, "ended:"+kind)
-		command("jobs")
+		w.edits(w.keycloakID(email), body{attrRoles: []string{roleUser}})
+		w.operates("jobs")
 	}
-	command("doctor")
-	w.wants(w.as(admin, "GET", "/api/v1/sync/"+w.value(`select sync_id from sync_runs order by started_at desc limit 1`)), 200, "")
-	return reading
+	if a, err := w.send("http://"+w.management, call{path: "/metrics"}); err != nil || a.Status != 200 {
+		w.Fatalf("%v %v", a, err)
+	}
 }
 
 // pageBlocks are those of a full page of a list, each row in another one.

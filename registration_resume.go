@@ -89,7 +89,7 @@ func (s *server) clearWay(ctx context.Context, email string) error {
 	} else if err != nil {
 		return err
 	}
-	return s.kc.deleteUser(ctx, ku.id())
+	return s.doNow(ctx, string(reg.ID)) // its task deletes it: Keycloak answers 500 to one of two who delete a user at once
 }
 
 // rollBack ends a registration whose R2 or R3 has failed, so that nothing is half done.

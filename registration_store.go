@@ -328,9 +328,9 @@ func (st *store) mailRefused(ctx context.Context, c caller, reg registration, co
 			return err
 		}
 		if err := tx.QueryRow(ctx, `
-			update user_registrations r set mail_refused_at = coalesce(mail_refused_at, $2),
+			update user_registrations set mail_refused_at = coalesce(mail_refused_at, $2),
 				mail_state = case when mail_refused_at <= $3
-					and exists (select from user_registrations o where o.mailed_at > r.mail_refused_at) then 'failed' else 'queued' end
+					and mail_refused_at < (select max(mailed_at) from user_registrations) then 'failed' else 'queued' end
 			where registration_id = $1 and status = 'pending'
 			returning mail_state = 'failed'`, reg.ID, now, now.Add(-refusalTime)).Scan(&givenUp); err != nil || !givenUp {
 			return err

@@ -33,7 +33,7 @@ type user struct {
 
 const userColumns = `user_id, keycloak_id, email, username, coalesce(first_name, ''), coalesce(last_name, ''), coalesce(phone, ''),
 	coalesce(photo, ''), is_verified, role, network_id, station_id, source, is_active, last_login_at, created_at, updated_at, deleted_at,
-	not is_verified and exists (select from user_registrations r where r.user_id = users.user_id and r.status = 'pending')`
+	not is_verified and coalesce((select true from user_registrations r where r.user_id = users.user_id and r.status = 'pending' limit 1), false)`
 
 // user returns one user, deleted or not, or errNotFound.
 func (st *store) user(ctx context.Context, id userID) (user, error) {
