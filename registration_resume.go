@@ -148,7 +148,7 @@ func (s *server) resume(ctx context.Context, c caller, t task) (next time.Time, 
 	switch {
 	case reg.State != pending && missing && reg.KeycloakID == "" && s.now().Before(reg.CreatedAt.Add(doubtTime)):
 		return s.now().Add(time.Minute), nil // R2: a lost creation may still arrive
-	case reg.State != pending && !missing && ku.activated(): // an account by now: nobody deletes it
+	case reg.State != pending && !missing && ku.verified(): // an account by now: nobody deletes it
 		return never, s.store.detachKeycloakUser(ctx, t, reg.ID)
 	case reg.State != pending: // E2, E3
 		return never, s.deleteFromKeycloak(ctx, t, reg, ku.id())

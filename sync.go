@@ -236,7 +236,7 @@ func (s *server) importUser(ctx context.Context, c caller, ku keycloakUser) erro
 			reg.ID = id
 		case err != nil:
 			return err
-		case known.State != verified && !ku.activated(): // R2, or ended: E2
+		case known.State != verified && !ku.verified(): // R2, or ended: E2
 			return s.store.enqueue(ctx, s.now(), string(id))
 		}
 	}

@@ -15,7 +15,7 @@ func (st *store) localUsers(ctx context.Context, page []keycloakUser) (local map
 	var ids, registrations []string
 	for _, ku := range page {
 		ids = append(ids, ku.id())
-		if !ku.activated() && ku.attribute(attrRegistrationID) != "" {
+		if !ku.verified() && ku.attribute(attrRegistrationID) != "" {
 			registrations = append(registrations, ku.attribute(attrRegistrationID))
 		}
 	}
@@ -31,7 +31,8 @@ func (st *store) localUsers(ctx context.Context, page []keycloakUser) (local map
 	if len(registrations) == 0 {
 		return local, registering, nil
 	}
-	rows, _ = st.pool.Query(ctx, `select registration_id from user_registrations where registration_id = any($1) and status <> 'verified'`, registrations)
+	rows, _ = st.pool.Query(ctx, `select registration_id from user_registrations where registration_id = any($1)
+		and (status = 'pending' or status <> 'verified' and keycloak_id is not null)`, registrations)
 	open, err := pgx.CollectRows(rows, pgx.RowTo[string])
 	for _, id := range open {
 		registering[id] = true
