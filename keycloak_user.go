@@ -108,7 +108,7 @@ func attributesOf(u user) map[string][]string {
 		attrNetworkID: {cmp.Or(u.NetworkID, noScope)}, attrStationID: {cmp.Or(u.StationID, noScope)}}
 }
 
-// claims are the attributes that become claims, for the record: what can't be one of ours
+// claims are the attributes that become claims, for the audit log: what can't be one of ours
 // may be personal.
 func (ku keycloakUser) claims() map[string][]string {
 	claims := map[string][]string{}

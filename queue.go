@@ -71,9 +71,8 @@ func (st *store) dequeue(ctx context.Context, ids ...string) error {
 	return storeError(err)
 }
 
-// tryLock locks the task of a thing for a time, whether it is due or not. errLocked: another
-// has it.
-// If the caller dies, the task is due when the lock ends.
+// tryLock locks the task of a thing for a time, whether it is due or not. If the caller dies,
+// the task is due when the lock ends. errLocked: another has it.
 func tryLock(ctx context.Context, q querier, id string, ttl time.Duration, now time.Time) (task, error) {
 	t := task{ID: id, lockedBy: gonanoid.Must()}
 	err := storeError(q.QueryRow(ctx, `
@@ -166,6 +165,12 @@ func (st *store) retry(ctx context.Context, t task, reason string, now time.Time
 	return storeError(err)
 }
 
+// unlock ends a lock and leaves the task due as it was.
+func (st *store) unlock(ctx context.Context, t task) error {
+	_, err := st.pool.Exec(ctx, `update tasks set locked_by = null, locked_until = null where task_id = $1 and locked_by = $2`, t.ID, t.lockedBy)
+	return storeError(err)
+}
+
 // retryPause is the pause after the n-th failure, give or take a fifth: what has failed
 // together is not tried again together.
 func retryPause(n int) time.Duration {
@@ -180,26 +185,25 @@ func (s *server) unlock(ctx context.Context, t task, err error) {
 		s.release(ctx, t, never, err)
 		return
 	}
-	ctx, cancel := detached(ctx, 5*time.Second)
-	defer cancel()
-	if _, err := s.store.pool.Exec(ctx, `update tasks set locked_by = null, locked_until = null where task_id = $1 and locked_by = $2`,
-		t.ID, t.lockedBy); err != nil {
-		s.log.WarnContext(ctx, "task: lock not released, it will end by itself", "task", t.ID, "error", err)
-	}
+	s.endLock(ctx, t, s.store.unlock)
 }
 
 // release ends the lock of a task by the outcome of its work.
 func (s *server) release(ctx context.Context, t task, next time.Time, err error) {
+	s.endLock(ctx, t, func(ctx context.Context, t task) error {
+		if err == nil {
+			return s.store.finish(ctx, t, next)
+		}
+		return s.store.retry(ctx, t, asProblem(err).slug(), s.now())
+	})
+}
+
+// endLock ends a lock also when the client has hung up.
+func (s *server) endLock(ctx context.Context, t task, end func(context.Context, task) error) {
 	ctx, cancel := detached(ctx, 5*time.Second)
 	defer cancel()
-	var end error
-	if err == nil {
-		end = s.store.finish(ctx, t, next)
-	} else {
-		end = s.store.retry(ctx, t, asProblem(err).slug(), s.now())
-	}
-	if end != nil {
-		s.log.WarnContext(ctx, "task: lock not released, it will end by itself", "task", t.ID, "error", end)
+	if err := end(ctx, t); err != nil {
+		s.log.WarnContext(ctx, "task: lock not released, it will end by itself", "task", t.ID, "error", err)
 	}
 }
 
@@ -217,7 +221,7 @@ func (s *server) doNow(ctx context.Context, id string) error {
 	if err != nil {
 		return err
 	}
-	next, err := s.handle(ctx, t)
+	next, err := s.perform(ctx, t)
 	s.release(ctx, t, next, err)
 	return err
 }

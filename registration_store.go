@@ -146,8 +146,8 @@ func (st *store) reinvite(ctx context.Context, c caller, t task, reg registratio
 }
 
 // endRegistration expires or cancels a pending registration (E1). Its personal data go, and
-// with them the users row, which nobody has signed in to. From here on its task owes Keycloak
-// the deletion of its user (E2). It returns errLocked.
+// with them the users row, which nobody has signed in to. From here on its task deletes
+// its user in Keycloak (E2). It returns errLocked.
 func (st *store) endRegistration(ctx context.Context, c caller, t task, reg registration, to state, reason string, now time.Time) error {
 	return st.tx(ctx, func(tx pgx.Tx) error {
 		if err := t.held(ctx, tx); err != nil {
