@@ -6,8 +6,6 @@ import (
 	"errors"
 	"net/netip"
 	"time"
-
-	"github.com/jackc/pgx/v5"
 )
 
 // entry is what a caller did, for the audit log. It never holds a password, token, code or
@@ -37,50 +35,35 @@ type auditEntry struct {
 	Details   map[string]any `json:"details" description:"What has changed, with before and after."`
 }
 
-// writeAudit writes an entry in the transaction of its change, which store.tx has begun. If
-// the entry can't be written, the change does not happen either.
-func writeAudit(ctx context.Context, tx pgx.Tx, c caller, now time.Time, e entry) error {
-	audited, ok := tx.(*auditedTx)
-	if !ok {
-		return errors.New("an audit entry is written outside store.tx, which would not log it")
+// audit writes an entry in the transaction of its change: if the entry can't be written, the
+// change does not happen either. A refusal concerns who was refused, not whose account was asked for.
+func (tx *txn) audit(c caller, now time.Time, e entry) {
+	if tx.err != nil {
+		return
 	}
 	row := auditEntry{newAuditID(), now, c.Actor, e.Action, e.Target, cmp.Or(e.Outcome, "ok"), e.Reason, e.Network,
-		c.Address, c.UserAgent, cmp.Or(c.RequestID, requestID(ctx)), e.Details} // a task may be done in a request
+		c.Address, c.UserAgent, cmp.Or(c.RequestID, requestID(tx.ctx)), e.Details} // a task may be done in a request
 	if row.Details == nil {
 		row.Details = map[string]any{}
 	}
 	first, second := e.Target, c.Actor
-	if row.Outcome == "refused" { // it concerns who was refused, not whose account was asked for
+	if row.Outcome == "refused" {
 		first, second = second, first
 	}
-	err := tx.QueryRow(ctx, `
+	tx.check(tx.QueryRow(tx.ctx, `
 		insert into audit_log (audit_id, at, actor, action, target, outcome, reason, network_id,
 			ip_address, user_agent, request_id, details)
 		values ($1, $2, $3, $4, $5, $6, $7, coalesce(nullif($8, ''), (select network_id from users where user_id = $13),
 			(select network_id from users where user_id = $14), ''), $9, $10, $11, $12)
 		returning network_id`,
 		row.ID, now, row.Actor, row.Action, row.Target, row.Outcome, row.Reason, row.NetworkID,
-		row.Address, row.UserAgent, row.RequestID, row.Details, first, second).Scan(&row.NetworkID)
-	if err == nil {
-		audited.entries = append(audited.entries, row)
-	}
-	return storeError(err)
+		row.Address, row.UserAgent, row.RequestID, row.Details, first, second).Scan(&row.NetworkID))
+	tx.entries = append(tx.entries, row)
 }
 
 // audit writes an entry of what has changed nothing.
 func (st *store) audit(ctx context.Context, c caller, now time.Time, e entry) error {
-	return st.tx(ctx, func(tx pgx.Tx) error { return writeAudit(ctx, tx, c, now, e) })
-}
-
-// auditLogin writes the entries of a sign-in: its session, and those that it has replaced.
-func auditLogin(ctx context.Context, tx pgx.Tx, c caller, now time.Time, u userID, s sessionID, gone []string) error {
-	c.Actor = string(u)
-	e := entry{Action: "login", Target: c.Actor, Details: map[string]any{"session_id": s}}
-	if err := writeAudit(ctx, tx, c, now, e); err != nil || len(gone) == 0 {
-		return err
-	}
-	e = entry{Action: "session.end", Target: c.Actor, Reason: "replaced", Details: map[string]any{"sessions": gone}}
-	return writeAudit(ctx, tx, c, now, e)
+	return st.tx(ctx, func(tx *txn) { tx.audit(c, now, e) })
 }
 
 // How many refusals of a kind (action and reason) are audited in a minute. Each target has

@@ -49,8 +49,6 @@ type loginUser struct {
 // login signs a person in: L1 Keycloak's tokens, L2 our session. No tokens are
 // handed out without their row.
 func (s *server) login(ctx context.Context, c caller, in loginIn) (loginOut, error) {
-	ctx, cancel := detached(ctx, flowTime)
-	defer cancel()
 	name := in.Username
 	if name == "" {
 		name = in.Email
@@ -403,8 +401,6 @@ func (s *server) signInPage(_ context.Context, _ caller, r *http.Request) (view,
 // Keycloak's tokens for the code; L2 our session. The refresh token goes into a cookie,
 // the access token nowhere: the frontend asks refresh for one.
 func (s *server) callbackPage(ctx context.Context, c caller, r *http.Request) (view, error) {
-	ctx, cancel := detached(ctx, flowTime)
-	defer cancel()
 	flow, err := resumeSignIn(s.browserOf(r), r.FormValue("state"), s.now()) // L0
 	if err == nil {
 		used := problemSignInIncomplete.withDetail("This sign-in is over already. Perhaps the page was loaded twice.")

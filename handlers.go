@@ -280,11 +280,13 @@ func op[I, O any](tag string, status int, f func(context.Context, caller, I) (O,
 	return operation{Tag: tag, in: *new(I), out: *new(O), status: status, problems: append(problems, problemTooManyRequests, problemUnavailable), handle: func(s *server, rt route) http.Handler {
 		params := decoders.MakeDecoder(http.MethodGet, *new(I), nil) // of path and query; bodies are read more strictly
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			ctx, cancel := detached(r.Context(), flowTime)
+			defer cancel()
 			var in I
 			err := s.decode(w, r, params, &in)
 			if err == nil {
 				var out O
-				if out, err = f(r.Context(), s.caller(r), in); err == nil {
+				if out, err = f(ctx, s.caller(r), in); err == nil {
 					s.writeJSON(w, r, status, out)
 					return
 				}
@@ -339,7 +341,9 @@ func page(f func(context.Context, caller, *http.Request) (view, error)) operatio
 				s.refuse(w, r, rt, bodyError(err))
 				return
 			}
-			v, err := f(r.Context(), s.caller(r), r)
+			ctx, cancel := detached(r.Context(), flowTime)
+			defer cancel()
+			v, err := f(ctx, s.caller(r), r)
 			if err != nil {
 				s.refuse(w, r, rt, err)
 				return

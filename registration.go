@@ -116,8 +116,6 @@ func (out registerOut) location() string {
 // register begins a registration, or goes on with the one that the address has already: then
 // nothing that is typed now changes it, and a mail goes out only if the cooldown is over.
 func (s *server) register(ctx context.Context, c caller, in registerIn) (registerOut, error) {
-	ctx, cancel := detached(ctx, flowTime)
-	defer cancel()
 	reg, err := s.newRegistration(c, in.profile, s.cfg.VerificationTTL)
 	for err == nil {
 		var begun registration
@@ -256,8 +254,6 @@ type resendOut struct {
 // resend mails the same link and a new code; the time to confirm begins anew. To an address
 // the answer is the same, whatever is known of it: its mail is left to the queue.
 func (s *server) resend(ctx context.Context, c caller, in resendIn) (resendOut, error) {
-	ctx, cancel := detached(ctx, flowTime)
-	defer cancel()
 	if (in.RegistrationID == "") == (in.Email == "") {
 		return resendOut{}, invalid(fieldError{"registration_id", "is required, or else email"})
 	}
@@ -336,8 +332,6 @@ type cancelOut struct {
 
 // cancel is "this was not me": E1 our row, E2 Keycloak's user, E3 nothing is left.
 func (s *server) cancel(ctx context.Context, c caller, in cancelIn) (cancelOut, error) {
-	ctx, cancel := detached(ctx, flowTime)
-	defer cancel()
 	reg, err := s.store.registrationByToken(ctx, tokenHash(in.Token))
 	if errors.Is(err, errNotFound) {
 		return cancelOut{}, problemInvalidToken

@@ -24,8 +24,6 @@ func (out createUserOut) location() string { return "/api/v1/users/" + string(ou
 // createUser invites somebody: a registration that has role and scope already. The person
 // confirms it and chooses the password like everybody.
 func (s *server) createUser(ctx context.Context, c caller, in createUserIn) (createUserOut, error) {
-	ctx, cancel := detached(ctx, flowTime)
-	defer cancel()
 	if err := c.may(actCreate, user{Role: cmp.Or(in.Role, roleUser), NetworkID: in.NetworkID, StationID: in.StationID}); err != nil {
 		return createUserOut{}, err
 	}

@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"time"
-
-	"github.com/jackc/pgx/v5"
 )
 
 const registrationColumns = `registration_id, email, username, coalesce(first_name, ''), coalesce(last_name, ''),
@@ -60,31 +58,22 @@ func (st *store) openRegistrationOf(ctx context.Context, id userID) (registratio
 // It returns errConflict when an account has the address or username, and errRace when the
 // address has a pending registration.
 func (st *store) addRegistration(ctx context.Context, c caller, reg registration, now time.Time) (t task, err error) {
-	err = st.tx(ctx, func(tx pgx.Tx) error {
-		if _, err := tx.Exec(ctx, `
+	err = st.tx(ctx, func(tx *txn) {
+		tx.exec(`
 			insert into user_registrations (registration_id, email, username, first_name, last_name, phone,
 				verification_token, verification_code, status, expires_at, created_at, ip_address, user_agent,
 				locale, mail_state, source, role, network_id, station_id, created_by)
 			values ($1, $2, $3, $4, $5, $6, $7, $8, 'pending', $9, $10, $11, $12, $13, 'queued', $14, $15, $16, $17, $18)`,
 			reg.ID, reg.Email, reg.Username, nullString(reg.FirstName), nullString(reg.LastName), nullString(reg.Phone),
 			reg.TokenHash, reg.CodeHash, reg.ExpiresAt, now, c.Address, c.UserAgent, reg.Locale,
-			reg.Source, reg.Role, reg.NetworkID, reg.StationID, nullString(reg.CreatedBy)); err != nil {
-			return err // the only unique value that can exist is the address of a pending registration
+			reg.Source, reg.Role, reg.NetworkID, reg.StationID, nullString(reg.CreatedBy)) // only a pending address can be there
+		if tx.exec(`select from users where deleted_at is null
+				and (lower(email) = lower($1) or lower(username) in (lower($1), lower($2)))`, reg.Email, reg.Username) > 0 {
+			tx.check(errConflict)
 		}
-		var taken bool
-		if err := tx.QueryRow(ctx, `
-			select exists (select from users where deleted_at is null
-				and (lower(email) = lower($1) or lower(username) in (lower($1), lower($2))))`,
-			reg.Email, reg.Username).Scan(&taken); err != nil {
-			return err
-		}
-		if taken {
-			return errConflict
-		}
-		if t, err = tryLock(ctx, tx, string(reg.ID), lockTime, now); err != nil {
-			return err
-		}
-		return writeAudit(ctx, tx, c, now, entry{Action: "registration.begin", Target: string(reg.ID), Network: reg.NetworkID,
+		t, err = tryLock(ctx, tx, string(reg.ID), lockTime, now)
+		tx.check(err)
+		tx.audit(c, now, entry{Action: "registration.begin", Target: string(reg.ID), Network: reg.NetworkID,
 			Details: map[string]any{"source": reg.Source, "role": reg.Role}})
 	})
 	return t, err
@@ -95,25 +84,19 @@ func (st *store) addRegistration(ctx context.Context, c caller, reg registration
 // that Keycloak has. Repeating it changes nothing. It returns errConflict when a live user has
 // the address, and errLocked.
 func (st *store) attachKeycloakUser(ctx context.Context, c caller, t task, reg registration, now time.Time) error {
-	return st.tx(ctx, func(tx pgx.Tx) error {
-		if err := t.held(ctx, tx); err != nil {
-			return err
-		}
-		if _, err := tx.Exec(ctx, `
+	return st.tx(ctx, func(tx *txn) {
+		tx.check(t.held(ctx, tx))
+		tx.exec(`
 			insert into users (user_id, keycloak_id, email, username, first_name, last_name, phone, source, role,
 				network_id, station_id, created_at, updated_at, created_by)
 			values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $12, $13) on conflict (user_id) do nothing`,
 			reg.UserID, reg.KeycloakID, reg.Email, defaultUsername(reg.Email, reg.UserID), nullString(reg.FirstName),
 			nullString(reg.LastName), nullString(reg.Phone), reg.Source, reg.Role, reg.NetworkID, reg.StationID, now,
-			nullString(reg.CreatedBy)); err != nil {
-			return err
-		}
-		if _, err := tx.Exec(ctx, `
+			nullString(reg.CreatedBy))
+		tx.exec(`
 			update user_registrations set keycloak_id = $2, user_id = $3, verification_token = $4, verification_code = $5
-			where registration_id = $1`, reg.ID, reg.KeycloakID, reg.UserID, reg.TokenHash, reg.CodeHash); err != nil {
-			return err
-		}
-		return writeAudit(ctx, tx, c, now, entry{Action: "user.create", Target: string(reg.UserID), Network: reg.NetworkID,
+			where registration_id = $1`, reg.ID, reg.KeycloakID, reg.UserID, reg.TokenHash, reg.CodeHash)
+		tx.audit(c, now, entry{Action: "user.create", Target: string(reg.UserID), Network: reg.NetworkID,
 			Details: map[string]any{"registration_id": reg.ID, "source": reg.Source, "role": reg.Role,
 				"network_id": reg.NetworkID, "station_id": reg.StationID}})
 	})
@@ -122,25 +105,19 @@ func (st *store) attachKeycloakUser(ctx context.Context, c caller, t task, reg r
 // reinvite makes a pending registration an invitation with this role and scope, and asks for
 // its mail. It returns errLocked.
 func (st *store) reinvite(ctx context.Context, c caller, t task, reg registration, now time.Time) error {
-	return st.tx(ctx, func(tx pgx.Tx) error {
-		if err := t.held(ctx, tx); err != nil {
-			return err
-		}
-		if _, err := tx.Exec(ctx, `
+	return st.tx(ctx, func(tx *txn) {
+		tx.check(t.held(ctx, tx))
+		tx.exec(`
 			update user_registrations set source = 'internal', role = $2, network_id = $3, station_id = $4, created_by = $5,
 				expires_at = $6, mail_state = 'queued', username = $7, first_name = $8, last_name = $9, phone = $10
 			where registration_id = $1`, reg.ID, reg.Role, reg.NetworkID, reg.StationID, reg.CreatedBy, reg.ExpiresAt,
-			reg.Username, nullString(reg.FirstName), nullString(reg.LastName), nullString(reg.Phone)); err != nil {
-			return err
-		}
-		if _, err := tx.Exec(ctx, `
+			reg.Username, nullString(reg.FirstName), nullString(reg.LastName), nullString(reg.Phone))
+		tx.exec(`
 			update users set source = 'internal', role = $2, network_id = $3, station_id = $4, created_by = $5, updated_at = $6,
 				first_name = $7, last_name = $8, phone = $9
 			where user_id = $1`, reg.UserID, reg.Role, reg.NetworkID, reg.StationID, reg.CreatedBy, now,
-			nullString(reg.FirstName), nullString(reg.LastName), nullString(reg.Phone)); err != nil {
-			return err
-		}
-		return writeAudit(ctx, tx, c, now, entry{Action: "user.invite", Target: string(reg.UserID), Network: reg.NetworkID,
+			nullString(reg.FirstName), nullString(reg.LastName), nullString(reg.Phone))
+		tx.audit(c, now, entry{Action: "user.invite", Target: string(reg.UserID), Network: reg.NetworkID,
 			Details: map[string]any{"registration_id": reg.ID, "role": reg.Role, "network_id": reg.NetworkID, "station_id": reg.StationID}})
 	})
 }
@@ -149,52 +126,36 @@ func (st *store) reinvite(ctx context.Context, c caller, t task, reg registratio
 // with them the users row, which nobody has signed in to. From here on its task deletes
 // its user in Keycloak (E2). It returns errLocked.
 func (st *store) endRegistration(ctx context.Context, c caller, t task, reg registration, to state, reason string, now time.Time) error {
-	return st.tx(ctx, func(tx pgx.Tx) error {
-		if err := t.held(ctx, tx); err != nil {
-			return err
-		}
-		if _, err := tx.Exec(ctx, `
+	return st.tx(ctx, func(tx *txn) {
+		tx.check(t.held(ctx, tx))
+		tx.exec(`
 			update user_registrations set status = $2, ended_at = $3, user_id = null, mail_state = 'sent', email = '', username = '',
 				first_name = null, last_name = null, phone = null, ip_address = null, user_agent = null
-			where registration_id = $1`, reg.ID, to, now); err != nil {
-			return err
+			where registration_id = $1`, reg.ID, to, now)
+		if tx.exec(`delete from users where user_id = $1`, reg.UserID) == 1 { // else it never came as far as R3
+			tx.audit(c, now, entry{Action: "user.remove", Target: string(reg.UserID), Network: reg.NetworkID,
+				Details: map[string]any{"registration_id": reg.ID}})
 		}
-		tag, err := tx.Exec(ctx, `delete from users where user_id = $1`, reg.UserID)
-		if err != nil {
-			return err
-		}
-		if tag.RowsAffected() == 1 { // else it never came as far as R3
-			if err := writeAudit(ctx, tx, c, now, entry{Action: "user.remove", Target: string(reg.UserID), Network: reg.NetworkID,
-				Details: map[string]any{"registration_id": reg.ID}}); err != nil {
-				return err
-			}
-		}
-		return writeAudit(ctx, tx, c, now, entry{Action: "registration." + string(to), Target: string(reg.ID), Reason: reason,
+		tx.audit(c, now, entry{Action: "registration." + string(to), Target: string(reg.ID), Reason: reason,
 			Network: reg.NetworkID, Details: map[string]any{"user_id": reg.UserID}})
 	})
 }
 
 // detachKeycloakUser records that Keycloak has nothing of an ended registration any more (E3).
 func (st *store) detachKeycloakUser(ctx context.Context, t task, id registrationID) error {
-	return st.tx(ctx, func(tx pgx.Tx) error {
-		if err := t.held(ctx, tx); err != nil {
-			return err
-		}
-		_, err := tx.Exec(ctx, `update user_registrations set keycloak_id = null where registration_id = $1`, id)
-		return err
+	return st.tx(ctx, func(tx *txn) {
+		tx.check(t.held(ctx, tx))
+		tx.exec(`update user_registrations set keycloak_id = null where registration_id = $1`, id)
 	})
 }
 
 // prepareVerified keeps what the confirmation brings along and Keycloak will not have: the
 // phone number, and the code under a key that outlives V3. It returns errLocked.
 func (st *store) prepareVerified(ctx context.Context, t task, reg registration) error {
-	return st.tx(ctx, func(tx pgx.Tx) error {
-		if err := t.held(ctx, tx); err != nil {
-			return err
-		}
-		_, err := tx.Exec(ctx, `update user_registrations set verification_code = $2, phone = $3 where registration_id = $1`,
+	return st.tx(ctx, func(tx *txn) {
+		tx.check(t.held(ctx, tx))
+		tx.exec(`update user_registrations set verification_code = $2, phone = $3 where registration_id = $1`,
 			reg.ID, reg.CodeHash, nullString(reg.Phone))
-		return err
 	})
 }
 
@@ -202,27 +163,19 @@ func (st *store) prepareVerified(ctx context.Context, t task, reg registration) 
 // of it now (V4). The task is done. It returns errLocked, and errConflict when a live user has
 // the username.
 func (st *store) markVerified(ctx context.Context, c caller, t task, reg registration, now time.Time) error {
-	return st.tx(ctx, func(tx pgx.Tx) error {
-		if err := t.held(ctx, tx); err != nil {
-			return err
-		}
-		if _, err := tx.Exec(ctx, `
+	return st.tx(ctx, func(tx *txn) {
+		tx.check(t.held(ctx, tx))
+		tx.exec(`
 			update user_registrations set status = 'verified', verified_at = $2, mail_state = 'sent', username = $3,
 				first_name = $4, last_name = $5 where registration_id = $1`,
-			reg.ID, now, reg.Username, nullString(reg.FirstName), nullString(reg.LastName)); err != nil {
-			return err
-		}
-		if _, err := tx.Exec(ctx, `
+			reg.ID, now, reg.Username, nullString(reg.FirstName), nullString(reg.LastName))
+		tx.exec(`
 			update users set is_verified = true, updated_at = $2, username = $3, first_name = $4, last_name = $5, phone = $6
 			where user_id = $1`, reg.UserID, now, reg.Username, nullString(reg.FirstName), nullString(reg.LastName),
-			nullString(reg.Phone)); err != nil {
-			return err
-		}
-		if err := writeAudit(ctx, tx, c, now, entry{Action: "registration.verified", Target: string(reg.ID), Network: reg.NetworkID,
-			Details: map[string]any{"user_id": reg.UserID}}); err != nil {
-			return err
-		}
-		return finish(ctx, tx, t, never)
+			nullString(reg.Phone))
+		tx.audit(c, now, entry{Action: "registration.verified", Target: string(reg.ID), Network: reg.NetworkID,
+			Details: map[string]any{"user_id": reg.UserID}})
+		tx.check(finish(ctx, tx, t, never))
 	})
 }
 
@@ -246,25 +199,18 @@ type mailClaim struct {
 // a cooldown, at most mailsPerDay a day. It returns a limit's problem with the time to wait,
 // and has then changed nothing; or errLocked.
 func (st *store) claimMail(ctx context.Context, c caller, t task, reg registration, m mailClaim, cooldown time.Duration, now time.Time) error {
-	return st.tx(ctx, func(tx pgx.Tx) error {
+	return st.tx(ctx, func(tx *txn) {
 		for _, l := range mailLimits(reg.Email, cooldown) {
-			if err := hit(ctx, tx, l, now); err != nil {
-				return err
-			}
+			tx.check(hit(ctx, tx, l, now))
 		}
-		if err := t.held(ctx, tx); err != nil {
-			return err
-		}
-		resend := 0
+		tx.check(t.held(ctx, tx))
+		tx.exec(`
+			update user_registrations set mail_state = 'queued', verification_code = $2, expires_at = $3,
+				resend_count = resend_count + $4::boolean::integer
+			where registration_id = $1`, reg.ID, m.CodeHash, m.ExpiresAt, m.Resend)
 		if m.Resend {
-			resend = 1
+			tx.audit(c, now, entry{Action: "registration.resend", Target: string(reg.ID), Network: reg.NetworkID})
 		}
-		if _, err := tx.Exec(ctx, `
-			update user_registrations set mail_state = 'queued', verification_code = $2, expires_at = $3, resend_count = resend_count + $4
-			where registration_id = $1`, reg.ID, m.CodeHash, m.ExpiresAt, resend); err != nil || !m.Resend {
-			return err
-		}
-		return writeAudit(ctx, tx, c, now, entry{Action: "registration.resend", Target: string(reg.ID), Network: reg.NetworkID})
 	})
 }
 
@@ -278,65 +224,57 @@ func (st *store) requestResend(ctx context.Context, c caller, email string, cfg 
 			return err
 		}
 	}
-	return st.tx(ctx, func(tx pgx.Tx) error {
+	err := st.tx(ctx, func(tx *txn) {
 		var id, network string
-		err := tx.QueryRow(ctx, `
+		tx.check(tx.QueryRow(ctx, `
 			update user_registrations set mail_state = 'queued', resend_count = resend_count + 1,
 				expires_at = $2 + case source when 'internal' then $3::interval else $4::interval end
 			where lower(email) = lower($1) and status = 'pending' and expires_at > $2 and mail_state <> 'queued'
 				and resend_count + 1 < $5
-			returning registration_id, network_id`, email, now, cfg.InvitationTTL, cfg.VerificationTTL, cfg.ResendLimit).Scan(&id, &network)
-		if errors.Is(err, pgx.ErrNoRows) {
-			return nil
-		} else if err != nil {
-			return err
-		}
-		if err := enqueue(ctx, tx, now, id); err != nil {
-			return err
-		}
-		return writeAudit(ctx, tx, c, now, entry{Action: "registration.resend", Target: id, Network: network})
+			returning registration_id, network_id`,
+			email, now, cfg.InvitationTTL, cfg.VerificationTTL, cfg.ResendLimit).Scan(&id, &network))
+		tx.check(enqueue(ctx, tx, now, id))
+		tx.audit(c, now, entry{Action: "registration.resend", Target: id, Network: network})
 	})
+	if errors.Is(err, errNotFound) {
+		return nil
+	}
+	return err
 }
 
 // mailHandedOver records that Keycloak has taken the mail (R5). The code in it may be guessed
-// as often as any. The task is due when the registration expires.
+// as often as any. The task is due when the registration expires. A flow that was too slow for
+// its lock changes nothing: another goes on, and the mail is out all the same.
 func (st *store) mailHandedOver(ctx context.Context, c caller, t task, reg registration, due, now time.Time) error {
-	return st.tx(ctx, func(tx pgx.Tx) error {
-		err := t.held(ctx, tx)
-		if errors.Is(err, errLocked) {
-			return nil // too slow, another goes on; the mail is out all the same
-		} else if err != nil {
-			return err
-		}
-		if _, err := tx.Exec(ctx, `
+	err := st.tx(ctx, func(tx *txn) {
+		tx.check(t.held(ctx, tx))
+		tx.exec(`
 			update user_registrations set mail_state = 'sent', mailed_at = $2, mail_refused_at = null, code_attempts = 0
-			where registration_id = $1`, reg.ID, now); err != nil {
-			return err
-		}
-		if err := finish(ctx, tx, t, due); err != nil {
-			return err
-		}
-		return writeAudit(ctx, tx, c, now, entry{Action: "registration.mail", Target: string(reg.ID), Network: reg.NetworkID})
+			where registration_id = $1`, reg.ID, now)
+		tx.check(finish(ctx, tx, t, due))
+		tx.audit(c, now, entry{Action: "registration.mail", Target: string(reg.ID), Network: reg.NetworkID})
 	})
+	if errors.Is(err, errLocked) {
+		return nil
+	}
+	return err
 }
 
 // mailRefused records that Keycloak's mail server has refused a mail, and gives its claim back.
 // It reports whether the mail is given up: refused for refusalTime, while others went out.
 func (st *store) mailRefused(ctx context.Context, c caller, reg registration, cooldown time.Duration, now time.Time) (givenUp bool, err error) {
-	err = st.tx(ctx, func(tx pgx.Tx) error {
-		if err := refund(ctx, tx, mailLimits(reg.Email, cooldown)...); err != nil {
-			return err
-		}
-		if err := tx.QueryRow(ctx, `
+	err = st.tx(ctx, func(tx *txn) {
+		tx.check(refund(ctx, tx, mailLimits(reg.Email, cooldown)...))
+		tx.check(tx.QueryRow(ctx, `
 			update user_registrations set mail_refused_at = coalesce(mail_refused_at, $2),
 				mail_state = case when mail_refused_at <= $3
 					and mail_refused_at < (select max(mailed_at) from user_registrations) then 'failed' else 'queued' end
 			where registration_id = $1 and status = 'pending'
-			returning mail_state = 'failed'`, reg.ID, now, now.Add(-refusalTime)).Scan(&givenUp); err != nil || !givenUp {
-			return err
+			returning mail_state = 'failed'`, reg.ID, now, now.Add(-refusalTime)).Scan(&givenUp))
+		if givenUp {
+			tx.audit(c, now, entry{Action: "registration.mail", Target: string(reg.ID), Outcome: "failed",
+				Reason: "refused", Network: reg.NetworkID})
 		}
-		return writeAudit(ctx, tx, c, now, entry{Action: "registration.mail", Target: string(reg.ID), Outcome: "failed",
-			Reason: "refused", Network: reg.NetworkID})
 	})
 	return givenUp, err
 }

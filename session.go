@@ -81,8 +81,6 @@ func (out refreshOut) cookie() *http.Cookie { return out.setCookie }
 // time gets the same answer, so that two tabs or a lost answer end no session; later
 // it is theft (RFC 9700 §4.14.2).
 func (s *server) refresh(ctx context.Context, c caller, in refreshIn) (refreshOut, error) {
-	ctx, cancel := detached(ctx, lockWait+rotationTime)
-	defer cancel()
 	answer, err := s.exchange(ctx, c, in.RefreshToken)
 	out := refreshOut{tokenResponse: answer}
 	if err == nil && in.fromCookie() {
@@ -239,8 +237,6 @@ func (out noContent) cookie() *http.Cookie { return out.setCookie }
 // logout ends the session of a refresh token, in both stores. An unknown token is one whose
 // session has ended.
 func (s *server) logout(ctx context.Context, c caller, in refreshIn) (noContent, error) {
-	ctx, cancel := detached(ctx, rotationTime)
-	defer cancel()
 	out := noContent{}
 	if in.fromCookie() {
 		out.setCookie = refreshCookie("", -1)
@@ -308,15 +304,11 @@ type sessionIn struct {
 
 // endOwnSession signs the caller out somewhere. Another's session is not found.
 func (s *server) endOwnSession(ctx context.Context, c caller, in sessionIn) (noContent, error) {
-	ctx, cancel := detached(ctx, rotationTime)
-	defer cancel()
 	return noContent{}, s.endSession(ctx, c, user{ID: c.UserID, KeycloakID: c.Subject}, in.ID, "own")
 }
 
 // endOwnSessions signs the caller out everywhere.
 func (s *server) endOwnSessions(ctx context.Context, c caller, _ struct{}) (noContent, error) {
-	ctx, cancel := detached(ctx, rotationTime)
-	defer cancel()
 	return noContent{}, s.endSession(ctx, c, user{ID: c.UserID, KeycloakID: c.Subject}, "", "own")
 }
 

@@ -20,8 +20,9 @@ func (st *store) addSession(ctx context.Context, c caller, subject string, s ses
 		Replaced []string // sessions
 	}
 	var a account
-	err := st.tx(ctx, func(tx pgx.Tx) (err error) {
-		if a, err = one[account](ctx, tx, `
+	err := st.tx(ctx, func(tx *txn) {
+		var err error
+		a, err = one[account](ctx, tx, `
 		with u as (
 			update users set last_login_at = $5::timestamptz where keycloak_id = $7 and is_active and is_verified
 			returning `+userColumns+`),
@@ -38,10 +39,13 @@ func (st *store) addSession(ctx context.Context, c caller, subject string, s ses
 		t as (
 			insert into refresh_tokens (token_hash, session_id) select $8::text, $1::text from u)
 		select *, array(select session_id from replaced) from u`,
-			string(s.ID), s.KeycloakID, c.Address, c.UserAgent, now, s.ExpiresAt, subject, refreshHash); err != nil {
-			return err
+			string(s.ID), s.KeycloakID, c.Address, c.UserAgent, now, s.ExpiresAt, subject, refreshHash)
+		tx.check(err)
+		c.Actor = string(a.ID)
+		tx.audit(c, now, entry{Action: "login", Target: c.Actor, Details: map[string]any{"session_id": s.ID}})
+		if len(a.Replaced) > 0 {
+			tx.audit(c, now, entry{Action: "session.end", Target: c.Actor, Reason: "replaced", Details: map[string]any{"sessions": a.Replaced}})
 		}
-		return auditLogin(ctx, tx, c, now, a.ID, s.ID, a.Replaced)
 	})
 	return a.user, err
 }
@@ -81,11 +85,9 @@ func (st *store) session(ctx context.Context, id sessionID) (session, error) {
 // rotate records the exchange of a token for the next one (F3), and ends the lock. It returns
 // errNotFound when the session has ended, and errLocked.
 func (st *store) rotate(ctx context.Context, t task, s session, hash, nextHash string, answer []byte, now time.Time) error {
-	return st.tx(ctx, func(tx pgx.Tx) error {
-		if err := t.held(ctx, tx); err != nil {
-			return err
-		}
-		tag, err := tx.Exec(ctx, `
+	return st.tx(ctx, func(tx *txn) {
+		tx.check(t.held(ctx, tx))
+		if tx.exec(`
 			with s as (
 				update sessions set last_used_at = $5, expires_at = $6 where session_id = $1 and ended_at is null
 				returning session_id),
@@ -94,13 +96,10 @@ func (st *store) rotate(ctx context.Context, t task, s session, hash, nextHash s
 				where t.token_hash = $2 and t.used_at is null
 				returning t.session_id)
 			insert into refresh_tokens (token_hash, session_id) select $3, session_id from used`,
-			s.ID, hash, nextHash, answer, now, s.ExpiresAt)
-		if err == nil && tag.RowsAffected() == 0 {
-			return errNotFound
-		} else if err != nil {
-			return err
+			s.ID, hash, nextHash, answer, now, s.ExpiresAt) == 0 {
+			tx.check(errNotFound)
 		}
-		return finish(ctx, tx, t, never)
+		tx.check(finish(ctx, tx, t, never))
 	})
 }
 
@@ -125,37 +124,30 @@ func (st *store) sessions(ctx context.Context, user userID, before cursor, limit
 // here on their refresh tokens are unknown, and their tasks end them in Keycloak.
 func (st *store) endSessions(ctx context.Context, c caller, user userID, id sessionID, e entry, now time.Time) ([]session, error) {
 	var ended []session
-	err := st.tx(ctx, func(tx pgx.Tx) (err error) {
-		ended, err = endSessions(ctx, tx, c, user, id, e, now)
-		return err
-	})
+	err := st.tx(ctx, func(tx *txn) { ended = tx.endSessions(c, user, id, e, now) })
 	return ended, err
 }
 
-func endSessions(ctx context.Context, tx pgx.Tx, c caller, user userID, id sessionID, e entry, now time.Time) ([]session, error) {
-	rows, _ := tx.Query(ctx, `
+func (tx *txn) endSessions(c caller, user userID, id sessionID, e entry, now time.Time) []session {
+	rows, _ := tx.Query(tx.ctx, `
 		update sessions set ended_at = $3, ended_reason = $4
 		where user_id = $1 and ($2 = '' or session_id = $2) and ended_at is null
 		returning `+sessionColumns, user, string(id), now, e.Reason)
 	ended, err := pgx.CollectRows(rows, pgx.RowToStructByPos[session])
-	if err != nil || len(ended) == 0 {
-		return nil, err
+	tx.check(err)
+	if len(ended) == 0 {
+		return nil
 	}
 	ids := []string{}
 	for _, s := range ended {
 		ids = append(ids, string(s.ID))
-		if err := revoke(ctx, tx, revocation{SessionID: s.KeycloakID}); err != nil {
-			return nil, err
-		}
+		tx.check(revoke(tx.ctx, tx, revocation{SessionID: s.KeycloakID}))
 	}
-	if _, err := tx.Exec(ctx, `delete from refresh_tokens where session_id = any($1)`, ids); err != nil {
-		return nil, err
-	}
-	if err := enqueue(ctx, tx, now.Add(pushDelay), ids...); err != nil { // the request tries first
-		return nil, err
-	}
+	tx.exec(`delete from refresh_tokens where session_id = any($1)`, ids)
+	tx.check(enqueue(tx.ctx, tx, now.Add(pushDelay), ids...)) // the request tries first
 	e.Target, e.Details = string(user), map[string]any{"sessions": ids}
-	return ended, writeAudit(ctx, tx, c, now, e)
+	tx.audit(c, now, e)
+	return ended
 }
 
 // purgeSessions deletes sessions that have ended, or expired, 30 days ago.

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	_ "embed"
 	"errors"
@@ -128,16 +129,36 @@ func one[T any](ctx context.Context, q querier, sql string, args ...any) (T, err
 	return row, storeError(err)
 }
 
-// auditedTx is a transaction of store.tx, and the entries that were written in it.
-type auditedTx struct {
+// txn is a transaction of store.tx. Its first error rolls it back, and what it executes after that
+// does nothing: so a change reads as the list of what it writes.
+type txn struct {
 	pgx.Tx
-	entries []auditEntry
+	ctx     context.Context
+	err     error
+	entries []auditEntry // written in it
+}
+
+// exec runs a statement and returns how many rows it has changed.
+func (tx *txn) exec(sql string, args ...any) int64 {
+	tag, err := tx.Exec(tx.ctx, sql, args...)
+	tx.check(err)
+	return tag.RowsAffected()
+}
+
+// check keeps the first error.
+func (tx *txn) check(err error) { tx.err = cmp.Or(tx.err, err) }
+
+func (tx *txn) Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error) {
+	if tx.err != nil {
+		return pgconn.CommandTag{}, tx.err
+	}
+	return tx.Tx.Exec(ctx, sql, args...)
 }
 
 // logEntries logs what was written, so that there is evidence outside the database. It comes
 // after the commit: a change that was rolled back is not in the log. If the process dies in
 // between, an entry has no line. The request id comes from the context.
-func (tx *auditedTx) logEntries(ctx context.Context, log *slog.Logger) {
+func (tx *txn) logEntries(ctx context.Context, log *slog.Logger) {
 	for _, e := range tx.entries {
 		log.InfoContext(ctx, "audit: entry written", "audit", true, "audit_id", string(e.ID), "actor", e.Actor,
 			"action", e.Action, "target", e.Target, "outcome", e.Outcome, "reason", e.Reason,
@@ -145,19 +166,18 @@ func (tx *auditedTx) logEntries(ctx context.Context, log *slog.Logger) {
 	}
 }
 
-// tx runs f in a transaction; an error of f rolls it back. The audit entries that f writes
-// are logged after the commit.
-func (st *store) tx(ctx context.Context, f func(tx pgx.Tx) error) error {
-	var audited auditedTx
-	err := pgx.BeginFunc(ctx, st.pool, func(tx pgx.Tx) error {
-		audited.Tx = tx
-		return f(&audited)
+// tx runs f in a transaction. The audit entries that f writes are logged after the commit.
+func (st *store) tx(ctx context.Context, f func(tx *txn)) error {
+	tx := txn{ctx: ctx}
+	err := pgx.BeginFunc(ctx, st.pool, func(begun pgx.Tx) error {
+		tx.Tx = begun
+		f(&tx)
+		return tx.err
 	})
-	if err != nil {
-		return storeError(err)
+	if err == nil {
+		tx.logEntries(ctx, st.log)
 	}
-	audited.logEntries(ctx, st.log)
-	return nil
+	return storeError(err)
 }
 
 // pageTimeout bounds a list: with a filter that few rows pass it may read many.

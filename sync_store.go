@@ -71,16 +71,15 @@ func (st *store) countUsers(ctx context.Context) (n int, err error) {
 // overwrite revokes the tokens that say something else than what is true of a user, and audits
 // what Keycloak had, if asked to (O1). It returns the user as it is now.
 func (st *store) overwrite(ctx context.Context, c caller, u user, has map[string][]string, audited bool, now time.Time) (user, error) {
-	err := st.tx(ctx, func(tx pgx.Tx) (err error) {
+	err := st.tx(ctx, func(tx *txn) {
+		var err error
 		u, err = one[user](ctx, tx, `select `+userColumns+` from users where user_id = $1 for update`, u.ID)
-		if err == nil {
-			err = revoke(ctx, tx, u.revocation())
+		tx.check(err)
+		tx.check(revoke(ctx, tx, u.revocation()))
+		if audited {
+			tx.audit(c, now, entry{Action: "user.overwrite", Target: string(u.ID), Network: u.NetworkID, Details: map[string]any{
+				"role": u.Role, "network_id": u.NetworkID, "station_id": u.StationID, "is_active": u.IsActive, "keycloak": has}})
 		}
-		if err != nil || !audited {
-			return err
-		}
-		return writeAudit(ctx, tx, c, now, entry{Action: "user.overwrite", Target: string(u.ID), Network: u.NetworkID,
-			Details: map[string]any{"role": u.Role, "network_id": u.NetworkID, "station_id": u.StationID, "is_active": u.IsActive, "keycloak": has}})
 	})
 	return u, err
 }
@@ -90,35 +89,27 @@ func (st *store) overwrite(ctx context.Context, c caller, u user, has map[string
 // errConflict: a live user has the address or username, or somebody registers with it.
 func (st *store) importUser(ctx context.Context, c caller, u user, reg registration, has map[string][]string) error {
 	now := u.CreatedAt
-	err := st.tx(ctx, func(tx pgx.Tx) error {
-		if _, err := tx.Exec(ctx, `
+	err := st.tx(ctx, func(tx *txn) {
+		tx.exec(`
 			insert into users (user_id, keycloak_id, email, username, first_name, last_name, is_verified, role, source,
 				is_active, deleted_at, created_at, updated_at)
 			values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $12)`,
 			u.ID, u.KeycloakID, u.Email, u.Username, nullString(u.FirstName), nullString(u.LastName), u.IsVerified, u.Role, u.Source,
-			u.IsActive, u.DeletedAt, now); err != nil {
-			return err
-		}
+			u.IsActive, u.DeletedAt, now)
 		if reg.ID != "" {
-			if _, err := tx.Exec(ctx, `
+			tx.exec(`
 				insert into user_registrations (registration_id, email, username, first_name, last_name, verification_token, verification_code,
 					status, keycloak_id, user_id, expires_at, verified_at, created_at, locale, mail_state)
 				values ($1, $2, $3, $4, $5, $6, $7, $8::text, $9, $10, $11, case when $8::text = 'verified' then $12::timestamptz end, $13, $14, 'sent')
 				on conflict (registration_id) do nothing`,
 				reg.ID, reg.Email, reg.Username, nullString(reg.FirstName), nullString(reg.LastName), reg.TokenHash, nullString(reg.CodeHash),
-				reg.State, reg.KeycloakID, u.ID, reg.ExpiresAt, now, reg.CreatedAt, reg.Locale); err != nil {
-				return err
-			}
+				reg.State, reg.KeycloakID, u.ID, reg.ExpiresAt, now, reg.CreatedAt, reg.Locale)
 		}
 		if reg.State == pending {
-			if err := enqueue(ctx, tx, reg.ExpiresAt, string(reg.ID)); err != nil {
-				return err
-			}
+			tx.check(enqueue(ctx, tx, reg.ExpiresAt, string(reg.ID)))
 		}
-		if err := revoke(ctx, tx, u.revocation()); err != nil {
-			return err
-		}
-		return writeAudit(ctx, tx, c, now, entry{Action: "user.import", Target: string(u.ID),
+		tx.check(revoke(ctx, tx, u.revocation()))
+		tx.audit(c, now, entry{Action: "user.import", Target: string(u.ID),
 			Details: map[string]any{"source": u.Source, "role": u.Role, "is_active": u.IsActive, "keycloak": has}})
 	})
 	if errors.Is(err, errRace) { // somebody registers with the address
@@ -146,10 +137,8 @@ func (st *store) syncCursor(ctx context.Context, now time.Time) (c syncCursor, e
 // takeEvents enqueues the users that events have changed, audits the events that are worth it,
 // and moves the cursor. It returns errLocked.
 func (st *store) takeEvents(ctx context.Context, t task, next syncCursor, events []keycloakEvent, now time.Time) error {
-	return st.tx(ctx, func(tx pgx.Tx) error {
-		if err := t.held(ctx, tx); err != nil {
-			return err
-		}
+	return st.tx(ctx, func(tx *txn) {
+		tx.check(t.held(ctx, tx))
 		var changed, users, sids []string
 		for _, e := range events {
 			if e.changesUser() {
@@ -158,18 +147,12 @@ func (st *store) takeEvents(ctx context.Context, t task, next syncCursor, events
 			users, sids = append(users, e.UserID), append(sids, e.SessionID)
 		}
 		if len(changed) > 0 {
-			if err := enqueue(ctx, tx, now, changed...); err != nil {
-				return err
-			}
+			tx.check(enqueue(ctx, tx, now, changed...))
 		}
 		known, err := knownIDs(ctx, tx, `select keycloak_id, user_id from users where keycloak_id = any($1)`, users)
-		if err != nil {
-			return err
-		}
+		tx.check(err)
 		ours, err := knownIDs(ctx, tx, `select keycloak_session_id, min(session_id) from sessions where keycloak_session_id = any($1) group by 1`, sids)
-		if err != nil {
-			return err
-		}
+		tx.check(err)
 		for _, e := range events {
 			c, entry, worth := e.audited(known[e.UserID], ours[e.SessionID] != "")
 			if !worth {
@@ -177,18 +160,15 @@ func (st *store) takeEvents(ctx context.Context, t task, next syncCursor, events
 			}
 			if entry.Outcome == "refused" { // a flood of them at Keycloak is not one here
 				ofOne, _ := refusalLimits(c, entry)
-				if err := hit(ctx, tx, ofOne, now); errors.Is(err, problemTooManyRequests) {
+				err := hit(ctx, tx, ofOne, now)
+				if errors.Is(err, problemTooManyRequests) {
 					continue
-				} else if err != nil {
-					return err
 				}
+				tx.check(err)
 			}
-			if err := writeAudit(ctx, tx, c, now, entry); err != nil {
-				return err
-			}
+			tx.audit(c, now, entry)
 		}
-		_, err = tx.Exec(ctx, `update sync_cursor set admin_at = $1, user_at = $2, event_ids = $3`, next.At[0], next.At[1], next.IDs)
-		return err
+		tx.exec(`update sync_cursor set admin_at = $1, user_at = $2, event_ids = $3`, next.At[0], next.At[1], next.IDs)
 	})
 }
 
@@ -207,15 +187,11 @@ func knownIDs(ctx context.Context, q querier, sql string, ids []string) (map[str
 // beginSync begins a full pass. errConflict, with that one: a pass has not ended yet.
 func (st *store) beginSync(ctx context.Context, c caller, dryRun bool, now time.Time) (syncRun, error) {
 	run := syncRun{ID: newSyncID(), DryRun: dryRun, Status: "running", StartedBy: c.Actor, StartedAt: now, Differences: map[difference]*syncClass{}}
-	err := st.tx(ctx, func(tx pgx.Tx) error {
-		if _, err := tx.Exec(ctx, `insert into sync_runs (sync_id, dry_run, status, started_by, started_at) values ($1, $2, 'running', $3, $4)`,
-			run.ID, dryRun, run.StartedBy, now); err != nil {
-			return err
-		}
-		if err := enqueue(ctx, tx, now, "job:sync"); err != nil {
-			return err
-		}
-		return writeAudit(ctx, tx, c, now, entry{Action: "sync.begin", Target: string(run.ID), Details: map[string]any{"dry_run": dryRun}})
+	err := st.tx(ctx, func(tx *txn) {
+		tx.exec(`insert into sync_runs (sync_id, dry_run, status, started_by, started_at) values ($1, $2, 'running', $3, $4)`,
+			run.ID, dryRun, run.StartedBy, now)
+		tx.check(enqueue(ctx, tx, now, "job:sync"))
+		tx.audit(c, now, entry{Action: "sync.begin", Target: string(run.ID), Details: map[string]any{"dry_run": dryRun}})
 	})
 	if errors.Is(err, errConflict) {
 		if open, lookup := st.lastSync(ctx, `status = 'running'`); lookup == nil {
@@ -239,11 +215,9 @@ func (st *store) endSync(ctx context.Context, run syncRun, now time.Time) error 
 	if run.Status != "done" {
 		outcome = "failed"
 	}
-	return st.tx(ctx, func(tx pgx.Tx) error {
-		if err := st.saveSync(ctx, tx, run); err != nil {
-			return err
-		}
-		return writeAudit(ctx, tx, caller{Actor: run.StartedBy}, now, entry{Action: "sync.end", Target: string(run.ID), Outcome: outcome, Reason: run.Status,
+	return st.tx(ctx, func(tx *txn) {
+		tx.check(st.saveSync(ctx, tx, run))
+		tx.audit(caller{Actor: run.StartedBy}, now, entry{Action: "sync.end", Target: string(run.ID), Outcome: outcome, Reason: run.Status,
 			Details: map[string]any{"found": run.found(), "repaired": run.found() - run.remaining()}})
 	})
 }

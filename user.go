@@ -146,8 +146,6 @@ func (in patchUserIn) apply(c caller, u user) (user, error) {
 // patchUser changes what it is given: names in Keycloak first, then U1 our row, with the
 // revocation of tokens that say something else, U2 Keycloak's attributes.
 func (s *server) patchUser(ctx context.Context, c caller, in patchUserIn) (user, error) {
-	ctx, cancel := detached(ctx, flowTime)
-	defer cancel()
 	if in.FirstName != nil || in.LastName != nil {
 		before, err := s.target(ctx, c, in.ID, actEdit)
 		if err != nil {
@@ -190,8 +188,6 @@ func targeted(err error, id userID) error {
 // deleteUser marks a user as deleted and ends its sessions; Keycloak's user is disabled, never
 // removed. Of somebody who has not confirmed yet it cancels the registration.
 func (s *server) deleteUser(ctx context.Context, c caller, in userIn) (noContent, error) {
-	ctx, cancel := detached(ctx, flowTime)
-	defer cancel()
 	u, err := s.target(ctx, c, in.ID, actDelete)
 	if err == nil && u.RegistrationOpen {
 		var reg registration
@@ -217,8 +213,6 @@ func (s *server) deleteUser(ctx context.Context, c caller, in userIn) (noContent
 // restoreUser undoes deleteUser, in Keycloak first. The person signs in anew; one whom
 // Keycloak has lost can't, and is invited anew instead.
 func (s *server) restoreUser(ctx context.Context, c caller, in userIn) (user, error) {
-	ctx, cancel := detached(ctx, flowTime)
-	defer cancel()
 	u, err := s.target(ctx, c, in.ID, actDelete)
 	if err != nil || u.IsActive {
 		return u, err
@@ -322,8 +316,6 @@ func (s *server) endUserSessions(ctx context.Context, c caller, in userIn) (noCo
 }
 
 func (s *server) endManaged(ctx context.Context, c caller, id userID, session sessionID) (noContent, error) {
-	ctx, cancel := detached(ctx, flowTime)
-	defer cancel()
 	u, err := s.target(ctx, c, id, actSessions)
 	if err != nil {
 		return noContent{}, err

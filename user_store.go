@@ -4,8 +4,6 @@ import (
 	"context"
 	"strings"
 	"time"
-
-	"github.com/jackc/pgx/v5"
 )
 
 // user is an account, as PostgreSQL knows it and as the API shows it.
@@ -101,46 +99,37 @@ type changeEffect struct {
 // It returns errNotFound, errConflict when the address or username is another's by now,
 // problemLastAdmin, or the error of change.
 func (st *store) changeUser(ctx context.Context, c caller, id userID, action string, change func(user) (user, error), now time.Time) (u user, effect changeEffect, err error) {
-	err = st.tx(ctx, func(tx pgx.Tx) error {
+	err = st.tx(ctx, func(tx *txn) {
 		before, err := one[user](ctx, tx, `select `+userColumns+` from users where user_id = $1 for update`, id)
-		if err != nil {
-			return err
+		if err == nil {
+			u, err = change(before)
 		}
-		if u, err = change(before); err != nil || u == before {
-			return err
+		if err != nil || u == before {
+			tx.check(err)
+			return
 		}
 		if before.isActiveAdmin() && !u.isActiveAdmin() && action != syncAction { // what was done in Keycloak is done
-			if err := onlyAdmin(ctx, tx, id); err != nil {
-				return err
-			}
+			tx.check(onlyAdmin(ctx, tx, id))
 		}
 		u.UpdatedAt = now
-		if _, err := tx.Exec(ctx, `
+		tx.exec(`
 			update users set first_name = $2, last_name = $3, phone = $4, photo = $5, role = $6, network_id = $7, station_id = $8,
 				is_active = $9, deleted_at = $10, updated_at = $11, updated_by = $12, email = $13, username = $14, is_verified = $15
 			where user_id = $1`,
 			id, nullString(u.FirstName), nullString(u.LastName), nullString(u.Phone), nullString(u.Photo), u.Role, u.NetworkID, u.StationID,
-			u.IsActive, u.DeletedAt, now, nullString(string(c.UserID)), u.Email, u.Username, u.IsVerified); err != nil {
-			return err
-		}
+			u.IsActive, u.DeletedAt, now, nullString(string(c.UserID)), u.Email, u.Username, u.IsVerified)
 		changed := changes(before, u)
-		if effect.push = changed["role"] != nil || changed["network_id"] != nil || changed["station_id"] != nil || changed["is_active"] != nil; effect.push {
-			if err := revoke(ctx, tx, u.revocation()); err != nil {
-				return err
-			}
-			if action != syncAction {
-				err = enqueue(ctx, tx, now.Add(pushDelay), kcTask(u.KeycloakID))
-			}
-			if err != nil {
-				return err
-			}
+		effect.push = changed["role"] != nil || changed["network_id"] != nil || changed["station_id"] != nil || changed["is_active"] != nil
+		if effect.push {
+			tx.check(revoke(ctx, tx, u.revocation()))
+		}
+		if effect.push && action != syncAction {
+			tx.check(enqueue(ctx, tx, now.Add(pushDelay), kcTask(u.KeycloakID)))
 		}
 		if !u.IsActive {
-			if effect.ended, err = endSessions(ctx, tx, c, id, "", entry{Action: "session.end", Reason: "user deleted"}, now); err != nil {
-				return err
-			}
+			effect.ended = tx.endSessions(c, id, "", entry{Action: "session.end", Reason: "user deleted"}, now)
 		}
-		return writeAudit(ctx, tx, c, now, entry{Action: action, Target: string(id), Network: before.NetworkID, Details: changed})
+		tx.audit(c, now, entry{Action: action, Target: string(id), Network: before.NetworkID, Details: changed})
 	})
 	return u, effect, err
 }
@@ -171,14 +160,10 @@ func (u user) isActiveAdmin() bool { return u.Role == roleAdmin && u.IsActive &&
 // onlyAdmin returns problemLastAdmin if there is no administrator but id. Changes of
 // administrators wait for each other here; whoever waits locks nothing that the other
 // one needs.
-func onlyAdmin(ctx context.Context, tx pgx.Tx, id userID) error {
-	if _, err := tx.Exec(ctx, `select pg_advisory_xact_lock(7204)`); err != nil {
-		return err
-	}
-	var others bool
-	err := tx.QueryRow(ctx, `select exists (select from users where role = 'admin' and is_active and is_verified and user_id <> $1)`, id).Scan(&others)
-	if err == nil && !others {
+func onlyAdmin(ctx context.Context, tx *txn, id userID) error {
+	tx.exec(`select pg_advisory_xact_lock(7204)`)
+	if tx.exec(`select from users where role = 'admin' and is_active and is_verified and user_id <> $1 limit 1`, id) == 0 {
 		return problemLastAdmin.withTarget(string(id))
 	}
-	return err
+	return nil
 }
