@@ -39,7 +39,7 @@ var errLocked = fmt.Errorf("%w: another worker has the lock", errUnavailable)
 type task struct {
 	ID       string
 	Attempts int // that have failed since it was last done
-	Revision int // of the row when it was locked
+	Revision int // of the row when it was locked; 0: nobody has asked for work, the row is only a lock
 	lockedBy string
 }
 
@@ -50,7 +50,7 @@ var never time.Time
 // of both times, and is done once more if it is being done now.
 func enqueue(ctx context.Context, q querier, due time.Time, ids ...string) error {
 	_, err := q.Exec(ctx, `
-		insert into tasks as t (task_id, due_at) select distinct id, $2::timestamptz from unnest($1::text[]) id
+		insert into tasks as t (task_id, due_at, revision) select distinct id, $2::timestamptz, 1 from unnest($1::text[]) id
 		on conflict (task_id) do update set due_at = least(t.due_at, excluded.due_at), revision = t.revision + 1`, ids, due)
 	return storeError(err)
 }
@@ -61,7 +61,7 @@ func (st *store) enqueue(ctx context.Context, due time.Time, ids ...string) erro
 
 // enqueueOnce asks for work unless it has been asked for already.
 func (st *store) enqueueOnce(ctx context.Context, due time.Time, ids ...string) error {
-	_, err := st.pool.Exec(ctx, `insert into tasks (task_id, due_at) select unnest($1::text[]), $2 on conflict do nothing`, ids, due)
+	_, err := st.pool.Exec(ctx, `insert into tasks (task_id, due_at, revision) select unnest($1::text[]), $2, 1 on conflict do nothing`, ids, due)
 	return storeError(err)
 }
 
@@ -145,7 +145,7 @@ func finish(ctx context.Context, q querier, t task, next time.Time) error {
 		}
 	}
 	_, err := q.Exec(ctx, `
-		update tasks set locked_by = null, locked_until = null, attempts = 0, last_error = '',
+		update tasks set locked_by = null, locked_until = null, attempts = 0, last_error = '', revision = greatest(revision, 1),
 			due_at = case when revision = $3 then coalesce($4, due_at) else least(due_at, coalesce($4, due_at)) end
 		where task_id = $1 and locked_by = $2`, t.ID, t.lockedBy, t.Revision, nullTime(next))
 	return storeError(err)
@@ -159,14 +159,17 @@ func (st *store) finish(ctx context.Context, t task, next time.Time) error {
 // with each failure, from 10 s to 15 min.
 func (st *store) retry(ctx context.Context, t task, reason string, now time.Time) error {
 	_, err := st.pool.Exec(ctx, `
-		update tasks set locked_by = null, locked_until = null, attempts = attempts + 1, last_error = $3,
+		update tasks set locked_by = null, locked_until = null, attempts = attempts + 1, last_error = $3, revision = greatest(revision, 1),
 			due_at = case when revision = $4 then $5 else least(due_at, $5) end
 		where task_id = $1 and locked_by = $2`, t.ID, t.lockedBy, reason, t.Revision, now.Add(retryPause(t.Attempts)))
 	return storeError(err)
 }
 
-// unlock ends a lock and leaves the task due as it was.
+// unlock ends a lock and leaves the task due as it was. Where there was none it leaves none.
 func (st *store) unlock(ctx context.Context, t task) error {
+	if t.Revision == 0 {
+		return st.finish(ctx, t, never)
+	}
 	_, err := st.pool.Exec(ctx, `update tasks set locked_by = null, locked_until = null where task_id = $1 and locked_by = $2`, t.ID, t.lockedBy)
 	return storeError(err)
 }

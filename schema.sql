@@ -207,7 +207,7 @@ create table if not exists tasks (
     task_id      text primary key,                     -- what it is about: REG-…, SES-…, kc:…, job:…
     due_at       timestamptz not null,                 -- when it must be done
     attempts     integer not null default 0,           -- that have failed since it was last done
-    revision     integer not null default 0,           -- grows with each enqueue: work that was asked for meanwhile
+    revision     integer not null default 0,           -- grows with each enqueue: work that was asked for meanwhile; 0: only a lock
     locked_by    varchar(32),                          -- who does it now
     locked_until timestamptz,                          -- when that lock ends by itself
     last_error   varchar(100) not null default ''      -- a word for the operator
