@@ -74,32 +74,33 @@ func (u *keycloakUser) describe(reg registration) {
 	}
 }
 
-// createUser creates the disabled user of a registration (R2) and returns its id. It has no
-// password, and its address as the username if Keycloak takes that.
+// createUser creates the disabled user of a registration (R2). It has no password, and its
+// address as the username if Keycloak takes that.
 //
 // It returns errConflict when Keycloak has a user with that address or username, and rejected
 // with the fields that its profile rules refuse; nothing is created then.
-func (k *keycloak) createUser(ctx context.Context, reg registration, token, code string) (id string, err error) {
-	username := defaultUsername(reg.Email, reg.UserID)
-	ku := keycloakUser{gocloak.User{Username: &username, Enabled: gocloak.BoolP(false), EmailVerified: gocloak.BoolP(false),
+func (k *keycloak) createUser(ctx context.Context, reg registration, token string) (keycloakUser, error) {
+	username, off := defaultUsername(reg.Email, reg.UserID), false
+	ku := keycloakUser{gocloak.User{Username: &username, Enabled: &off, EmailVerified: &off,
 		RequiredActions: &[]string{"VERIFY_EMAIL"}}}
 	ku.describe(reg)
 	maps.Copy(*ku.Attributes, map[string][]string{attrRegistrationID: {string(reg.ID)},
-		attrURL: {k.cfg.PublicURL + "/account/verify"}, attrToken: {token}, attrCode: {code}})
-	err = k.asService(ctx, "create_user", func(ctx context.Context, token string) error {
+		attrURL: {k.cfg.PublicURL + "/account/verify"}, attrToken: {token}})
+	err := k.asService(ctx, "create_user", func(ctx context.Context, token string) error {
 		// gocloak's CreateUser loses the field errors.
 		resp, err := k.admin.GetRequestWithBearerAuth(ctx, token).SetBody(ku.User).Post(k.usersURL())
 		if err := responseError(resp, err); err != nil {
 			return err
 		}
 		location := resp.Header().Get("Location")
-		id = location[strings.LastIndex(location, "/")+1:]
+		id := location[strings.LastIndex(location, "/")+1:]
 		if !keycloakIDPattern.MatchString(id) {
 			return errors.New("keycloak answered a creation without the new user's id")
 		}
+		ku.ID = &id
 		return nil
 	})
-	return id, err
+	return ku, err
 }
 
 // attributesOf are the attributes that become claims.
@@ -138,31 +139,23 @@ func (ku keycloakUser) hasClaims(u user) bool {
 	return true
 }
 
-// push gives Keycloak's user the role and scope of ours, in one call, and disables it if ours
-// is deleted. It writes nothing where nothing differs, as somebody may be changing the user
-// there. ku is the user as Keycloak had it a moment ago.
-func (k *keycloak) push(ctx context.Context, ku keycloakUser, u user) error {
+// push gives Keycloak's user the role and scope of ours, and what edit changes, in one call, and
+// disables it if ours is deleted. It writes nothing where nothing differs, as somebody may be changing
+// the user there. ku is the user as Keycloak had it a moment ago. Errors as of createUser.
+func (k *keycloak) push(ctx context.Context, ku keycloakUser, u user, edit func(*keycloakUser)) error {
 	disable := ku.enabled() && !u.IsActive
-	if ku.hasClaims(u) && !disable {
+	if ku.hasClaims(u) && !disable && edit == nil {
 		return nil
 	}
 	ku = ku.withoutState()
 	maps.Copy(*ku.Attributes, attributesOf(u))
+	if edit != nil {
+		edit(&ku)
+	}
 	if disable {
 		ku.Enabled = gocloak.BoolP(false)
 	}
 	return k.update(ctx, "push_user", ku)
-}
-
-// rename gives a user other names.
-func (k *keycloak) rename(ctx context.Context, id, first, last string) error {
-	ku, err := k.user(ctx, id)
-	if err != nil {
-		return err
-	}
-	ku = ku.withoutState()
-	ku.FirstName, ku.LastName = &first, &last
-	return k.update(ctx, "rename_user", ku)
 }
 
 // withoutState is the user with a copy of its attributes and without what a PUT need not say:
@@ -339,20 +332,21 @@ func (k *keycloak) prepareMail(ctx context.Context, ku keycloakUser, reg registr
 // role and scope of its registration, without the secrets of the mail, and with the password,
 // unless that is "". The password goes into this call and nowhere else.
 //
-// It returns errConflict when another user has the username, and rejected when the password
-// policy or the profile rules refuse something; nothing has changed then.
-func (k *keycloak) activate(ctx context.Context, ku keycloakUser, reg registration, password string) error {
+// It returns the account; errConflict when another user has the username, and rejected when the
+// password policy or the profile rules refuse something: nothing has changed then.
+func (k *keycloak) activate(ctx context.Context, ku keycloakUser, reg registration, password string) (keycloakUser, error) {
+	ku, on := ku.withoutState(), true
 	ku.describe(reg)
 	for _, name := range []string{attrURL, attrToken, attrCode, attrKind} {
 		delete(*ku.Attributes, name)
 	}
-	ku.Username, ku.RequiredActions = &reg.Username, &[]string{}
-	ku.Enabled, ku.EmailVerified = gocloak.BoolP(true), gocloak.BoolP(true)
+	ku.Username, ku.RequiredActions, ku.Enabled, ku.EmailVerified = &reg.Username, &[]string{}, &on, &on
+	with := ku
 	if password != "" {
-		ku.Credentials = &[]gocloak.CredentialRepresentation{
-			{Type: gocloak.StringP("password"), Value: &password, Temporary: gocloak.BoolP(false)}}
+		off := false
+		with.Credentials = &[]gocloak.CredentialRepresentation{{Type: gocloak.StringP("password"), Value: &password, Temporary: &off}}
 	}
-	return k.update(ctx, "activate_user", ku)
+	return ku, k.update(ctx, "activate_user", with)
 }
 
 // logOut ends all sessions of a user in Keycloak, in one call.

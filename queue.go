@@ -181,31 +181,22 @@ func retryPause(n int) time.Duration {
 	return pause*4/5 + rand.N(pause*2/5)
 }
 
-// unlock ends the lock of a request that has failed. After an outage the task is tried again
-// soon, as something may be half done. A refusal leaves it due as it was.
-func (s *server) unlock(ctx context.Context, t task, err error) {
-	if errors.Is(err, errUnavailable) {
-		s.release(ctx, t, never, err)
-		return
-	}
-	s.endLock(ctx, t, s.store.unlock)
-}
-
-// release ends the lock of a task by the outcome of its work.
+// release ends the lock of a task by the outcome of its work, also when the client has hung up.
+// It was done, and is due again at next; or it was refused, and is due as it was before; or it has
+// failed, and is tried again.
 func (s *server) release(ctx context.Context, t task, next time.Time, err error) {
-	s.endLock(ctx, t, func(ctx context.Context, t task) error {
-		if err == nil {
-			return s.store.finish(ctx, t, next)
-		}
-		return s.store.retry(ctx, t, asProblem(err).slug(), s.now())
-	})
-}
-
-// endLock ends a lock also when the client has hung up.
-func (s *server) endLock(ctx context.Context, t task, end func(context.Context, task) error) {
 	ctx, cancel := detached(ctx, 5*time.Second)
 	defer cancel()
-	if err := end(ctx, t); err != nil {
+	p := asProblem(err)
+	switch {
+	case err == nil:
+		err = s.store.finish(ctx, t, next)
+	case p.Status < 500:
+		err = s.store.unlock(ctx, t)
+	default:
+		err = s.store.retry(ctx, t, p.slug(), s.now())
+	}
+	if err != nil {
 		s.log.WarnContext(ctx, "task: lock not released, it will end by itself", "task", t.ID, "error", err)
 	}
 }
@@ -255,7 +246,8 @@ func (s *server) wakeWorker() {
 	}
 }
 
-// perform does the work of a task. A handler that panics has failed, and ends no instance.
+// perform does the work of a task. A handler that panics has failed, and ends no instance; one that
+// was refused has failed, too: only a request is refused.
 func (s *server) perform(ctx context.Context, t task) (next time.Time, err error) {
 	defer func() {
 		if p := recover(); p != nil {
@@ -263,7 +255,11 @@ func (s *server) perform(ctx context.Context, t task) (next time.Time, err error
 			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
 		}
 	}()
-	return s.handle(ctx, t)
+	next, err = s.handle(ctx, t)
+	if refused := (problem{}); errors.As(err, &refused) && refused.Status < 500 {
+		err = problemInternal.withCause(err)
+	}
+	return next, err
 }
 
 // workOnce handles the next task that is due, and says whether there was one.

@@ -61,11 +61,11 @@ func (st *store) addRegistration(ctx context.Context, c caller, reg registration
 	err = st.tx(ctx, func(tx *txn) {
 		tx.exec(`
 			insert into user_registrations (registration_id, email, username, first_name, last_name, phone,
-				verification_token, verification_code, status, expires_at, created_at, ip_address, user_agent,
+				verification_token, status, expires_at, created_at, ip_address, user_agent,
 				locale, mail_state, source, role, network_id, station_id, created_by)
-			values ($1, $2, $3, $4, $5, $6, $7, $8, 'pending', $9, $10, $11, $12, $13, 'queued', $14, $15, $16, $17, $18)`,
+			values ($1, $2, $3, $4, $5, $6, $7, 'pending', $8, $9, $10, $11, $12, 'queued', $13, $14, $15, $16, $17)`,
 			reg.ID, reg.Email, reg.Username, nullString(reg.FirstName), nullString(reg.LastName), nullString(reg.Phone),
-			reg.TokenHash, reg.CodeHash, reg.ExpiresAt, now, c.Address, c.UserAgent, reg.Locale,
+			reg.TokenHash, reg.ExpiresAt, now, c.Address, c.UserAgent, reg.Locale,
 			reg.Source, reg.Role, reg.NetworkID, reg.StationID, nullString(reg.CreatedBy)) // only a pending address can be there
 		if tx.exec(`select from users where deleted_at is null
 				and (lower(email) = lower($1) or lower(username) in (lower($1), lower($2)))`, reg.Email, reg.Username) > 0 {
@@ -80,7 +80,7 @@ func (st *store) addRegistration(ctx context.Context, c caller, reg registration
 }
 
 // attachKeycloakUser records what Keycloak has accepted (R3): the users row, its ids and the
-// hashes of the secrets that its user carries. Until the confirmation the username is the one
+// hash of the token that its user carries. Until the confirmation the username is the one
 // that Keycloak has. Repeating it changes nothing. It returns errConflict when a live user has
 // the address, and errLocked.
 func (st *store) attachKeycloakUser(ctx context.Context, c caller, t task, reg registration, now time.Time) error {
@@ -94,8 +94,8 @@ func (st *store) attachKeycloakUser(ctx context.Context, c caller, t task, reg r
 			nullString(reg.LastName), nullString(reg.Phone), reg.Source, reg.Role, reg.NetworkID, reg.StationID, now,
 			nullString(reg.CreatedBy))
 		tx.exec(`
-			update user_registrations set keycloak_id = $2, user_id = $3, verification_token = $4, verification_code = $5
-			where registration_id = $1`, reg.ID, reg.KeycloakID, reg.UserID, reg.TokenHash, reg.CodeHash)
+			update user_registrations set keycloak_id = $2, user_id = $3, verification_token = $4
+			where registration_id = $1`, reg.ID, reg.KeycloakID, reg.UserID, reg.TokenHash)
 		tx.audit(c, now, entry{Action: "user.create", Target: string(reg.UserID), Network: reg.NetworkID,
 			Details: map[string]any{"registration_id": reg.ID, "source": reg.Source, "role": reg.Role,
 				"network_id": reg.NetworkID, "station_id": reg.StationID}})
@@ -188,17 +188,11 @@ func (st *store) countCodeAttempt(ctx context.Context, id registrationID) (bool,
 	return tag.RowsAffected() == 1, storeError(err)
 }
 
-// mailClaim is the right to send one mail.
-type mailClaim struct {
-	Resend    bool      // count it as asked for by the person, and begin the time anew
-	CodeHash  string    // of the code that the mail will show
-	ExpiresAt time.Time // of the registration, from this mail on
-}
-
 // claimMail takes one mail out of the limits of the address, before it is sent: at most one in
 // a cooldown, at most mailsPerDay a day. It returns a limit's problem with the time to wait,
 // and has then changed nothing; or errLocked.
-func (st *store) claimMail(ctx context.Context, c caller, t task, reg registration, m mailClaim, cooldown time.Duration, now time.Time) error {
+func (st *store) claimMail(ctx context.Context, c caller, t task, reg registration, resend bool,
+	cooldown time.Duration, now time.Time) error {
 	return st.tx(ctx, func(tx *txn) {
 		for _, l := range mailLimits(reg.Email, cooldown) {
 			tx.check(hit(ctx, tx, l, now))
@@ -207,8 +201,8 @@ func (st *store) claimMail(ctx context.Context, c caller, t task, reg registrati
 		tx.exec(`
 			update user_registrations set mail_state = 'queued', verification_code = $2, expires_at = $3,
 				resend_count = resend_count + $4::boolean::integer
-			where registration_id = $1`, reg.ID, m.CodeHash, m.ExpiresAt, m.Resend)
-		if m.Resend {
+			where registration_id = $1`, reg.ID, reg.CodeHash, reg.ExpiresAt, resend)
+		if resend {
 			tx.audit(c, now, entry{Action: "registration.resend", Target: string(reg.ID), Network: reg.NetworkID})
 		}
 	})
@@ -243,15 +237,14 @@ func (st *store) requestResend(ctx context.Context, c caller, email string, cfg 
 }
 
 // mailHandedOver records that Keycloak has taken the mail (R5). The code in it may be guessed
-// as often as any. The task is due when the registration expires. A flow that was too slow for
-// its lock changes nothing: another goes on, and the mail is out all the same.
-func (st *store) mailHandedOver(ctx context.Context, c caller, t task, reg registration, due, now time.Time) error {
+// as often as any. A flow that was too slow for its lock changes nothing: another goes on, and
+// the mail is out all the same.
+func (st *store) mailHandedOver(ctx context.Context, c caller, t task, reg registration, now time.Time) error {
 	err := st.tx(ctx, func(tx *txn) {
 		tx.check(t.held(ctx, tx))
 		tx.exec(`
 			update user_registrations set mail_state = 'sent', mailed_at = $2, mail_refused_at = null, code_attempts = 0
 			where registration_id = $1`, reg.ID, now)
-		tx.check(finish(ctx, tx, t, due))
 		tx.audit(c, now, entry{Action: "registration.mail", Target: string(reg.ID), Network: reg.NetworkID})
 	})
 	if errors.Is(err, errLocked) {
