@@ -144,33 +144,29 @@ func finish(ctx context.Context, q querier, t task, next time.Time) error {
 			return storeError(err)
 		}
 	}
-	_, err := q.Exec(ctx, `
-		update tasks set locked_by = null, locked_until = null, attempts = 0, last_error = '', revision = greatest(revision, 1),
-			due_at = case when revision = $3 then coalesce($4, due_at) else least(due_at, coalesce($4, due_at)) end
-		where task_id = $1 and locked_by = $2`, t.ID, t.lockedBy, t.Revision, nullTime(next))
-	return storeError(err)
-}
-
-func (st *store) finish(ctx context.Context, t task, next time.Time) error {
-	return finish(ctx, st.pool, t, next)
+	return endLock(ctx, q, t, 0, "", next)
 }
 
 // retry ends the lock of a task that has failed: it is due again after a pause that doubles
 // with each failure, from 10 s to 15 min.
 func (st *store) retry(ctx context.Context, t task, reason string, now time.Time) error {
-	_, err := st.pool.Exec(ctx, `
-		update tasks set locked_by = null, locked_until = null, attempts = attempts + 1, last_error = $3, revision = greatest(revision, 1),
-			due_at = case when revision = $4 then $5 else least(due_at, $5) end
-		where task_id = $1 and locked_by = $2`, t.ID, t.lockedBy, reason, t.Revision, now.Add(retryPause(t.Attempts)))
-	return storeError(err)
+	return endLock(ctx, st.pool, t, t.Attempts+1, reason, now.Add(retryPause(t.Attempts)))
 }
 
 // unlock ends a lock and leaves the task due as it was. Where there was none it leaves none.
 func (st *store) unlock(ctx context.Context, t task) error {
 	if t.Revision == 0 {
-		return st.finish(ctx, t, never)
+		return finish(ctx, st.pool, t, never)
 	}
-	_, err := st.pool.Exec(ctx, `update tasks set locked_by = null, locked_until = null where task_id = $1 and locked_by = $2`, t.ID, t.lockedBy)
+	return endLock(ctx, st.pool, t, t.Attempts, "", never)
+}
+
+// endLock ends a lock. The task is due at a time, or sooner if it was enqueued meanwhile; never: as it was.
+func endLock(ctx context.Context, q querier, t task, attempts int, lastError string, due time.Time) error {
+	_, err := q.Exec(ctx, `
+		update tasks set locked_by = null, locked_until = null, attempts = $4, last_error = $5, revision = greatest(revision, 1),
+			due_at = case when revision = $3 then coalesce($6, due_at) else least(due_at, $6) end
+		where task_id = $1 and locked_by = $2`, t.ID, t.lockedBy, t.Revision, attempts, lastError, nullTime(due))
 	return storeError(err)
 }
 
@@ -190,7 +186,7 @@ func (s *server) release(ctx context.Context, t task, next time.Time, err error)
 	p := asProblem(err)
 	switch {
 	case err == nil:
-		err = s.store.finish(ctx, t, next)
+		err = finish(ctx, s.store.pool, t, next)
 	case p.Status < 500:
 		err = s.store.unlock(ctx, t)
 	default:
