@@ -75,8 +75,8 @@ func (s *server) awaitingUser(ctx context.Context, c caller, t task, reg registr
 // errConflict: an account has the address, or the username that is wished for.
 func (s *server) create(ctx context.Context, c caller, t task, reg registration, token string) (registration, keycloakUser, error) {
 	if !strings.EqualFold(reg.Username, defaultUsername(reg.Email, reg.UserID)) {
-		if ku, err := s.kc.userByUsername(ctx, reg.Username); !errors.Is(err, errNotFound) {
-			return reg, ku, cmp.Or(err, errConflict)
+		if _, err := s.kc.userByUsername(ctx, reg.Username); !errors.Is(err, errNotFound) {
+			return reg, keycloakUser{}, cmp.Or(err, errConflict)
 		}
 	}
 	ku, err := s.kc.createUser(ctx, reg, token) // R2
@@ -190,7 +190,7 @@ func (s *server) end(ctx context.Context, c caller, t task, reg registration, ku
 // deleteFromKeycloak deletes the user of an ended registration, if Keycloak has it (E2), and
 // records that nothing is left (E3).
 func (s *server) deleteFromKeycloak(ctx context.Context, t task, reg registration, ku keycloakUser) error {
-	if ku.id() != "" {
+	if ku.id() != "" && (ku.id() == reg.KeycloakID || ku.attribute(attrRegistrationID) == string(reg.ID)) { // nobody else's
 		if err := s.kc.deleteUser(ctx, ku.id()); err != nil {
 			return err
 		}
