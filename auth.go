@@ -23,7 +23,7 @@ import (
 // loginLimit bounds the attempts on one account, from wherever they come. Keycloak
 // locks an account after wrong passwords; this keeps the guessing away from it.
 func loginLimit(login string) rateLimit {
-	return rateLimit{"login:" + tokenHash(strings.ToLower(login)), 20, time.Minute, problemTooManyRequests}
+	return rateLimit{addressKey("login", login), 20, time.Minute, problemTooManyRequests}
 }
 
 type loginIn struct {
@@ -261,7 +261,7 @@ const resetLifespan = time.Hour
 // same, and comes as fast, whether there is such an account or not, and when a limit
 // stands against the mail.
 func (s *server) forgotPassword(ctx context.Context, c caller, in forgotIn) (noContent, error) {
-	for _, l := range []rateLimit{{"reset:" + tokenHash(strings.ToLower(in.Email)), 1, s.cfg.ResendCooldown, problemTooManyRequests}, mailsADay(in.Email)} {
+	for _, l := range []rateLimit{{addressKey("reset", in.Email), 1, s.cfg.ResendCooldown, problemTooManyRequests}, mailsADay(in.Email)} {
 		var limited problem
 		if err := s.store.hit(ctx, l, s.now()); errors.As(err, &limited) {
 			s.recordRefusal(ctx, c, "forgotPassword", limited)

@@ -116,16 +116,6 @@ func (st *store) claim(ctx context.Context, now time.Time) (task, error) {
 	return t, storeError(err)
 }
 
-// held makes sure, in the caller's transaction, that its lock has not become another's, and
-// keeps it so until the transaction ends. It returns errLocked.
-func (t task) held(ctx context.Context, q querier) error {
-	tag, err := q.Exec(ctx, `select from tasks where task_id = $1 and locked_by = $2 for update`, t.ID, t.lockedBy)
-	if err == nil && tag.RowsAffected() == 0 {
-		return errLocked
-	}
-	return storeError(err)
-}
-
 // extend prolongs the lock of a long pass. It returns errLocked.
 func (st *store) extend(ctx context.Context, t task, now time.Time) error {
 	tag, err := st.pool.Exec(ctx, `update tasks set locked_until = $3 where task_id = $1 and locked_by = $2`, t.ID, t.lockedBy, now.Add(lockTime))

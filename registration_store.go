@@ -84,8 +84,7 @@ func (st *store) addRegistration(ctx context.Context, c caller, reg registration
 // that Keycloak has. Repeating it changes nothing. It returns errConflict when a live user has
 // the address, and errLocked.
 func (st *store) attachKeycloakUser(ctx context.Context, c caller, t task, reg registration, now time.Time) error {
-	return st.tx(ctx, func(tx *txn) {
-		tx.check(t.held(ctx, tx))
+	return st.locked(ctx, t, func(tx *txn) {
 		tx.exec(`
 			insert into users (user_id, keycloak_id, email, username, first_name, last_name, phone, source, role,
 				network_id, station_id, created_at, updated_at, created_by)
@@ -103,10 +102,9 @@ func (st *store) attachKeycloakUser(ctx context.Context, c caller, t task, reg r
 }
 
 // reinvite makes a pending registration an invitation with this role and scope, and asks for
-// its mail. It returns errLocked.
+// its mail.
 func (st *store) reinvite(ctx context.Context, c caller, t task, reg registration, now time.Time) error {
-	return st.tx(ctx, func(tx *txn) {
-		tx.check(t.held(ctx, tx))
+	return st.locked(ctx, t, func(tx *txn) {
 		tx.exec(`
 			update user_registrations set source = 'internal', role = $2, network_id = $3, station_id = $4, created_by = $5,
 				expires_at = $6, mail_state = 'queued', username = $7, first_name = $8, last_name = $9, phone = $10
@@ -124,10 +122,9 @@ func (st *store) reinvite(ctx context.Context, c caller, t task, reg registratio
 
 // endRegistration expires or cancels a pending registration (E1). Its personal data go, and
 // with them the users row, which nobody has signed in to. From here on its task deletes
-// its user in Keycloak (E2). It returns errLocked.
+// its user in Keycloak (E2).
 func (st *store) endRegistration(ctx context.Context, c caller, t task, reg registration, to state, reason string, now time.Time) error {
-	return st.tx(ctx, func(tx *txn) {
-		tx.check(t.held(ctx, tx))
+	return st.locked(ctx, t, func(tx *txn) {
 		tx.exec(`
 			update user_registrations set status = $2, ended_at = $3, user_id = null, mail_state = 'sent', email = '', username = '',
 				first_name = null, last_name = null, phone = null, ip_address = null, user_agent = null
@@ -143,17 +140,15 @@ func (st *store) endRegistration(ctx context.Context, c caller, t task, reg regi
 
 // detachKeycloakUser records that Keycloak has nothing of an ended registration any more (E3).
 func (st *store) detachKeycloakUser(ctx context.Context, t task, id registrationID) error {
-	return st.tx(ctx, func(tx *txn) {
-		tx.check(t.held(ctx, tx))
+	return st.locked(ctx, t, func(tx *txn) {
 		tx.exec(`update user_registrations set keycloak_id = null where registration_id = $1`, id)
 	})
 }
 
 // prepareVerified keeps what the confirmation brings along and Keycloak will not have: the
-// phone number, and the code under a key that outlives V3. It returns errLocked.
+// phone number, and the code under a key that outlives V3.
 func (st *store) prepareVerified(ctx context.Context, t task, reg registration) error {
-	return st.tx(ctx, func(tx *txn) {
-		tx.check(t.held(ctx, tx))
+	return st.locked(ctx, t, func(tx *txn) {
 		tx.exec(`update user_registrations set verification_code = $2, phone = $3 where registration_id = $1`,
 			reg.ID, reg.CodeHash, nullString(reg.Phone))
 	})
@@ -163,8 +158,7 @@ func (st *store) prepareVerified(ctx context.Context, t task, reg registration) 
 // of it now (V4). The task is done. It returns errLocked, and errConflict when a live user has
 // the username.
 func (st *store) markVerified(ctx context.Context, c caller, t task, reg registration, now time.Time) error {
-	return st.tx(ctx, func(tx *txn) {
-		tx.check(t.held(ctx, tx))
+	return st.locked(ctx, t, func(tx *txn) {
 		tx.exec(`
 			update user_registrations set status = 'verified', verified_at = $2, mail_state = 'sent', username = $3,
 				first_name = $4, last_name = $5 where registration_id = $1`,
@@ -179,25 +173,15 @@ func (st *store) markVerified(ctx context.Context, c caller, t task, reg registr
 	})
 }
 
-// countCodeAttempt counts a guess before it is compared, so that two hundred
-// parallel guesses count as two hundred. It reports whether this one may be made.
-func (st *store) countCodeAttempt(ctx context.Context, id registrationID) (bool, error) {
-	tag, err := st.pool.Exec(ctx, `
-		update user_registrations set code_attempts = code_attempts + 1
-		where registration_id = $1 and code_attempts < $2`, id, codeAttempts)
-	return tag.RowsAffected() == 1, storeError(err)
-}
-
 // claimMail takes one mail out of the limits of the address, before it is sent: at most one in
 // a cooldown, at most mailsPerDay a day. It returns a limit's problem with the time to wait,
 // and has then changed nothing; or errLocked.
 func (st *store) claimMail(ctx context.Context, c caller, t task, reg registration, resend bool,
 	cooldown time.Duration, now time.Time) error {
-	return st.tx(ctx, func(tx *txn) {
+	return st.locked(ctx, t, func(tx *txn) {
 		for _, l := range mailLimits(reg.Email, cooldown) {
 			tx.check(hit(ctx, tx, l, now))
 		}
-		tx.check(t.held(ctx, tx))
 		tx.exec(`
 			update user_registrations set mail_state = 'queued', verification_code = $2, expires_at = $3,
 				resend_count = resend_count + $4::boolean::integer
@@ -218,33 +202,32 @@ func (st *store) requestResend(ctx context.Context, c caller, email string, cfg 
 			return err
 		}
 	}
-	err := st.tx(ctx, func(tx *txn) {
-		var id, network string
-		tx.check(tx.QueryRow(ctx, `
-			update user_registrations set mail_state = 'queued', resend_count = resend_count + 1,
-				expires_at = $2 + case source when 'internal' then $3::interval else $4::interval end
-			where lower(email) = lower($1) and status = 'pending' and expires_at > $2 and mail_state <> 'queued'
-				and resend_count + 1 < $5
-			returning registration_id, network_id`,
-			email, now, cfg.InvitationTTL, cfg.VerificationTTL, cfg.ResendLimit).Scan(&id, &network))
-		tx.check(enqueue(ctx, tx, now, id))
-		tx.audit(c, now, entry{Action: "registration.resend", Target: id, Network: network})
-	})
+	reg, err := st.oneRegistration(ctx, `where lower(email) = lower($1) and status = 'pending' and expires_at > $2
+		and mail_state <> 'queued' and resend_count + 1 < $3`, email, now, cfg.ResendLimit)
 	if errors.Is(err, errNotFound) {
 		return nil
+	} else if err != nil {
+		return err
 	}
-	return err
+	return st.tx(ctx, func(tx *txn) {
+		tx.check(enqueue(ctx, tx, now, string(reg.ID))) // first, as all lock the task before the registration
+		tx.exec(`
+			update user_registrations set mail_state = 'queued', resend_count = resend_count + 1,
+				expires_at = $2 + case source when 'internal' then $3::interval else $4::interval end
+			where registration_id = $1 and status = 'pending'`, reg.ID, now, cfg.InvitationTTL, cfg.VerificationTTL)
+		tx.audit(c, now, entry{Action: "registration.resend", Target: string(reg.ID), Network: reg.NetworkID})
+	})
 }
 
 // mailHandedOver records that Keycloak has taken the mail (R5). The code in it may be guessed
 // as often as any. A flow that was too slow for its lock changes nothing: another goes on, and
 // the mail is out all the same.
 func (st *store) mailHandedOver(ctx context.Context, c caller, t task, reg registration, now time.Time) error {
-	err := st.tx(ctx, func(tx *txn) {
-		tx.check(t.held(ctx, tx))
+	err := st.locked(ctx, t, func(tx *txn) {
 		tx.exec(`
-			update user_registrations set mail_state = 'sent', mailed_at = $2, mail_refused_at = null, code_attempts = 0
+			update user_registrations set mail_state = 'sent', mailed_at = $2, mail_refused_at = null
 			where registration_id = $1`, reg.ID, now)
+		tx.exec(`delete from rate_limits where key = $1`, codesOf(reg.Email).Key)
 		tx.audit(c, now, entry{Action: "registration.mail", Target: string(reg.ID), Network: reg.NetworkID})
 	})
 	if errors.Is(err, errLocked) {

@@ -518,7 +518,7 @@ func TestCodes(t *testing.T) {
 	email = newEmail()
 	w.register(email)
 	l = w.readMail(email, 1)
-	w.exec(`update user_registrations set code_attempts = $2 where email = $1`, email, codeAttempts)
+	w.usesUp(codesOf(email))
 	w.try(
 		attempt{"code", verifyPath, body{"email": email, "code": l.Code}, 429, "too-many-attempts"},
 		attempt{"link", verifyPath, body{"token": l.Token}, 200, ""},

@@ -4,11 +4,15 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"strings"
 	"time"
 
 	"github.com/Nerzal/gocloak/v13"
 )
+
+// codesOf limits the guesses at one address. A mail with a new code begins them anew.
+func codesOf(email string) rateLimit {
+	return rateLimit{addressKey("code", email), codeAttempts, 30 * 24 * time.Hour, problemTooManyAttempts}
+}
 
 // wrongCodes limits the wrong codes of one client over all addresses.
 func wrongCodes(c caller) rateLimit {
@@ -79,22 +83,15 @@ func (s *server) registrationOf(ctx context.Context, c caller, in verifyIn) (reg
 		return registration{}, err
 	}
 	reg, err := s.store.registrationByEmail(ctx, in.Email)
-	if err != nil && !errors.Is(err, errNotFound) {
-		return reg, err
+	unknown := errors.Is(err, errNotFound)
+	if err == nil || unknown { // counted before it is compared: two hundred parallel guesses are two hundred
+		err = s.store.hit(ctx, codesOf(in.Email), s.now())
 	}
-	if reg.State != pending && reg.State != verified {
-		key := "code:" + tokenHash(strings.ToLower(in.Email))
-		err := s.store.hit(ctx, rateLimit{key, codeAttempts, 24 * time.Hour, problemTooManyAttempts}, s.now())
-		if errors.As(err, new(problem)) {
-			err = problemTooManyAttempts.retryAfter(s.cfg.ResendCooldown)
-		} else if err == nil {
-			err = problemInvalidCode
-		}
-		return reg, err
-	}
-	allowed, err := s.store.countCodeAttempt(ctx, reg.ID)
-	if err == nil && !allowed {
-		err = problemTooManyAttempts.retryAfter(s.cfg.ResendCooldown).withTarget(string(reg.ID)) // by then a new code may be had
+	switch {
+	case errors.Is(err, problemTooManyAttempts): // after the cooldown a new code may be had
+		err = problemTooManyAttempts.retryAfter(s.cfg.ResendCooldown).withTarget(string(reg.ID))
+	case err == nil && unknown:
+		err = problemInvalidCode
 	}
 	return reg, err
 }

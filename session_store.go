@@ -85,8 +85,7 @@ func (st *store) session(ctx context.Context, id sessionID) (session, error) {
 // rotate records the exchange of a token for the next one (F3), and ends the lock. It returns
 // errNotFound when the session has ended, and errLocked.
 func (st *store) rotate(ctx context.Context, t task, s session, hash, nextHash string, answer []byte, now time.Time) error {
-	return st.tx(ctx, func(tx *txn) {
-		tx.check(t.held(ctx, tx))
+	return st.locked(ctx, t, func(tx *txn) {
 		if tx.exec(`
 			with s as (
 				update sessions set last_used_at = $5, expires_at = $6 where session_id = $1 and ended_at is null

@@ -180,6 +180,16 @@ func (st *store) tx(ctx context.Context, f func(tx *txn)) error {
 	return storeError(err)
 }
 
+// locked is tx in which the caller's lock of a task can't become another's. It returns errLocked.
+func (st *store) locked(ctx context.Context, t task, f func(tx *txn)) error {
+	return st.tx(ctx, func(tx *txn) {
+		if tx.exec(`select from tasks where task_id = $1 and locked_by = $2 for update`, t.ID, t.lockedBy) == 0 {
+			tx.check(errLocked)
+		}
+		f(tx)
+	})
+}
+
 // pageTimeout bounds a list: with a filter that few rows pass it may read many.
 const pageTimeout = 5 * time.Second
 
