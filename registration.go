@@ -156,15 +156,15 @@ func (s *server) newRegistration(c caller, p profile, source string) (registrati
 	return registration{ID: newRegistrationID(), UserID: id, Email: p.Email, State: pending, Mail: mailQueued,
 		Username:  cmp.Or(p.Username, defaultUsername(p.Email, id)),
 		FirstName: p.FirstName, LastName: p.LastName, Phone: p.Phone, Locale: templates.Language(c.Language, p.Locale),
-		Source: source, Role: roleUser, CreatedAt: s.now(), ExpiresAt: s.now().Add(s.lifetime(source))}, nil
+		Source: source, Role: roleUser, CreatedAt: s.now(), ExpiresAt: s.now().Add(s.cfg.lifetime(source))}, nil
 }
 
 // lifetime is how long a registration waits for its confirmation.
-func (s *server) lifetime(source string) time.Duration {
+func (cfg config) lifetime(source string) time.Duration {
 	if source == sourceInternal {
-		return s.cfg.InvitationTTL
+		return cfg.InvitationTTL
 	}
-	return s.cfg.VerificationTTL
+	return cfg.VerificationTTL
 }
 
 // ownUsername refuses another's address as the username: people sign in with either.

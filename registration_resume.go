@@ -249,7 +249,7 @@ func (s *server) mail(ctx context.Context, c caller, t task, reg registration, k
 	code, before := newCode(), reg
 	reg.Mail, reg.CodeHash = mailQueued, codeHash(ku.attribute(attrToken), code)
 	if resend {
-		reg.ResendCount, reg.ExpiresAt = reg.ResendCount+1, s.now().Add(s.lifetime(reg.Source))
+		reg.ResendCount, reg.ExpiresAt = reg.ResendCount+1, s.now().Add(s.cfg.lifetime(reg.Source))
 	}
 	err := s.store.claimMail(ctx, c, t, reg, resend, cooldown, s.now())
 	if limited := (problem{}); errors.As(err, &limited) && !resend {

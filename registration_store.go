@@ -212,9 +212,8 @@ func (st *store) requestResend(ctx context.Context, c caller, email string, cfg 
 	return st.tx(ctx, func(tx *txn) {
 		tx.check(enqueue(ctx, tx, now, string(reg.ID))) // first, as all lock the task before the registration
 		tx.exec(`
-			update user_registrations set mail_state = 'queued', resend_count = resend_count + 1,
-				expires_at = $2 + case source when 'internal' then $3::interval else $4::interval end
-			where registration_id = $1 and status = 'pending'`, reg.ID, now, cfg.InvitationTTL, cfg.VerificationTTL)
+			update user_registrations set mail_state = 'queued', resend_count = resend_count + 1, expires_at = $2
+			where registration_id = $1 and status = 'pending'`, reg.ID, now.Add(cfg.lifetime(reg.Source)))
 		tx.audit(c, now, entry{Action: "registration.resend", Target: string(reg.ID), Network: reg.NetworkID})
 	})
 }
