@@ -252,8 +252,7 @@ const keepEnded = 30 * 24 * time.Hour // ended registrations and sessions
 func (s *server) sweep(ctx context.Context) error {
 	now := s.now()
 	answered := now.Add(-s.cfg.RefreshGrace - time.Minute) // instances' clocks differ
-	return errors.Join(s.store.purgeLimits(ctx, now), s.store.purgeAnswers(ctx, answered), s.store.purgeRevocations(ctx),
-		s.store.purgeRegistrations(ctx, now.Add(-keepEnded)), s.store.purgeSessions(ctx, now.Add(-keepEnded)), s.store.makeMonths(ctx, now))
+	return errors.Join(s.store.purge(ctx, now, answered), s.store.makeMonths(ctx, now))
 }
 
 // workUntilIdle does what is due now.

@@ -253,11 +253,3 @@ func (st *store) mailRefused(ctx context.Context, c caller, reg registration, co
 	})
 	return givenUp, err
 }
-
-// purgeRegistrations deletes what has ended 30 days ago and is not in Keycloak any more.
-func (st *store) purgeRegistrations(ctx context.Context, endedBefore time.Time) error {
-	_, err := st.pool.Exec(ctx, `delete from user_registrations where registration_id = any(array(
-		select registration_id from user_registrations where ended_at < $1 and keycloak_id is null
-		order by ended_at limit 1000 for update skip locked))`, endedBefore)
-	return storeError(err)
-}

@@ -102,13 +102,6 @@ func (st *store) rotate(ctx context.Context, t task, s session, hash, nextHash s
 	})
 }
 
-// purgeAnswers removes what was kept for the grace time.
-func (st *store) purgeAnswers(ctx context.Context, usedBefore time.Time) error {
-	_, err := st.pool.Exec(ctx, `update refresh_tokens set answer = null where token_hash = any(array(
-		select token_hash from refresh_tokens where answer is not null and used_at < $1 order by used_at limit 10000 for update skip locked))`, usedBefore)
-	return storeError(err)
-}
-
 // sessions returns the live sessions of a user, the latest first.
 func (st *store) sessions(ctx context.Context, user userID, before cursor, limit int, now time.Time) ([]session, error) {
 	rows, _ := st.pool.Query(ctx, `
@@ -147,16 +140,4 @@ func (tx *txn) endSessions(c caller, user userID, id sessionID, e entry, now tim
 	e.Target, e.Details = string(user), map[string]any{"sessions": ids}
 	tx.audit(c, now, e)
 	return ended
-}
-
-// purgeSessions deletes sessions that have ended, or expired, 30 days ago.
-func (st *store) purgeSessions(ctx context.Context, before time.Time) error {
-	_, err := st.pool.Exec(ctx, `
-		with old as (
-			select session_id from sessions where expires_at < $1 and coalesce(ended_at, expires_at) < $1
-			order by expires_at limit 1000 for update skip locked),
-		tokens as (
-			delete from refresh_tokens where session_id in (select session_id from old))
-		delete from sessions where session_id in (select session_id from old)`, before)
-	return storeError(err)
 }

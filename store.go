@@ -295,11 +295,34 @@ func refund(ctx context.Context, q querier, limits ...rateLimit) error {
 	return storeError(err)
 }
 
-// purgeLimits removes counters whose window is over.
-func (st *store) purgeLimits(ctx context.Context, now time.Time) error {
-	_, err := st.pool.Exec(ctx, `delete from rate_limits where key = any(array(
-		select key from rate_limits where resets_at < $1 order by resets_at limit 10000 for update skip locked))`, now)
-	return storeError(err)
+// purge deletes what is over, a part of it at a time: limits, answers to refresh tokens, revocations
+// of tokens that have expired, and, 30 days after their end, sessions, and registrations that are
+// not in Keycloak any more.
+func (st *store) purge(ctx context.Context, now, answered time.Time) error {
+	var failed error
+	for sql, before := range map[string]time.Time{
+		`delete from rate_limits where key = any(array(
+			select key from rate_limits where resets_at < $1 order by resets_at limit 10000 for update skip locked))`: now,
+		`update refresh_tokens set answer = null where token_hash = any(array(
+			select token_hash from refresh_tokens where answer is not null and used_at < $1
+			order by used_at limit 10000 for update skip locked))`: answered,
+		`delete from revocations where revocation_id = any(array(
+			select revocation_id from revocations where at < $1
+			order by at limit 10000 for update skip locked))`: now.Add(-tokenLife),
+		`delete from user_registrations where registration_id = any(array(
+			select registration_id from user_registrations where ended_at < $1 and keycloak_id is null
+			order by ended_at limit 1000 for update skip locked))`: now.Add(-keepEnded),
+		`with old as (
+			select session_id from sessions where expires_at < $1 and coalesce(ended_at, expires_at) < $1
+			order by expires_at limit 1000 for update skip locked),
+		tokens as (
+			delete from refresh_tokens where session_id in (select session_id from old))
+		delete from sessions where session_id in (select session_id from old)`: now.Add(-keepEnded),
+	} {
+		_, err := st.pool.Exec(ctx, sql, before)
+		failed = errors.Join(failed, storeError(err))
+	}
+	return failed
 }
 
 func nullString(s string) *string {

@@ -143,10 +143,3 @@ func (st *store) revocations(ctx context.Context, since time.Duration) ([]revoca
 	all, err := pgx.CollectRows(rows, pgx.RowToStructByPos[revocation])
 	return all, storeError(err)
 }
-
-// purgeRevocations removes what revokes nothing any more.
-func (st *store) purgeRevocations(ctx context.Context) error {
-	_, err := st.pool.Exec(ctx, `delete from revocations where revocation_id = any(array(
-		select revocation_id from revocations where at < now() - $1::interval order by at limit 10000 for update skip locked))`, tokenLife)
-	return storeError(err)
-}

@@ -254,7 +254,7 @@ func TestRevocationsRead(t *testing.T) {
 			}
 		}
 	}
-	if err := s.store.purgeRevocations(t.Context()); err != nil {
+	if err := s.store.purge(t.Context(), time.Now(), time.Now()); err != nil {
 		t.Fatal(err)
 	}
 	if left := w.value(`select string_agg(keycloak_session_id, ', ' order by at) from revocations where keycloak_session_id like $1 || '%'`, mark); strings.Count(left, ",") != 3 ||
