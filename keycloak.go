@@ -93,7 +93,8 @@ func (b bulkhead) do(ctx context.Context, f func() error) error {
 }
 
 // call makes one call: bounded in number and time, measured, its error translated.
-func (k *keycloak) call(ctx context.Context, operation string, b bulkhead, timeout time.Duration, f func(context.Context) error) error {
+func (k *keycloak) call(ctx context.Context, operation string, b bulkhead, timeout time.Duration,
+	f func(context.Context) error) error {
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	err := b.do(ctx, func() error {
@@ -120,7 +121,8 @@ func outcome(err error) string {
 
 // asService makes a call as the service account; once more with a new token when
 // Keycloak refuses the one we have (it was restarted, or the secret was rotated).
-func (k *keycloak) asService(ctx context.Context, operation string, f func(ctx context.Context, token string) error) error {
+func (k *keycloak) asService(ctx context.Context, operation string,
+	f func(ctx context.Context, token string) error) error {
 	b, timeout := k.calls, keycloakTimeout
 	switch operation {
 	case "send_mail":
@@ -145,7 +147,8 @@ func (k *keycloak) asService(ctx context.Context, operation string, f func(ctx c
 
 // api asks the realm's admin API as the service account, and reads the answer into answer, if there is one.
 // gocloak's own methods would lose field errors, and know no lifespan and no language of a mail.
-func (k *keycloak) api(ctx context.Context, operation, method, path string, query url.Values, body, answer any) (http.Header, error) {
+func (k *keycloak) api(ctx context.Context, operation, method, path string, query url.Values, body, answer any) (
+	http.Header, error) {
 	var header http.Header
 	err := k.asService(ctx, operation, func(ctx context.Context, token string) error {
 		req := k.admin.GetRequestWithBearerAuth(ctx, token).SetQueryParamsFromValues(query).SetBody(body)
@@ -247,13 +250,15 @@ func keycloakError(err error) error {
 
 // oauth is the client that people sign in to.
 func (k *keycloak) oauth() *oauth2.Config {
-	return &oauth2.Config{ClientID: k.cfg.AuthClientID, Scopes: []string{"openid"}, RedirectURL: k.cfg.PublicURL + "/auth/callback",
+	return &oauth2.Config{ClientID: k.cfg.AuthClientID, Scopes: []string{"openid"},
+		RedirectURL: k.cfg.PublicURL + "/auth/callback",
 		Endpoint: oauth2.Endpoint{AuthStyle: oauth2.AuthStyleInParams, TokenURL: k.realmURL("protocol/openid-connect/token"),
 			AuthURL: k.cfg.issuer() + "/protocol/openid-connect/auth"}}
 }
 
 // grant asks the token endpoint for tokens.
-func (k *keycloak) grant(ctx context.Context, operation string, f func(context.Context) (*oauth2.Token, error)) (*oauth2.Token, error) {
+func (k *keycloak) grant(ctx context.Context, operation string,
+	f func(context.Context) (*oauth2.Token, error)) (*oauth2.Token, error) {
 	var token *oauth2.Token
 	err := k.call(ctx, operation, k.calls, keycloakTimeout, func(ctx context.Context) (err error) {
 		token, err = f(context.WithValue(ctx, oauth2.HTTPClient, k.client))
@@ -324,12 +329,14 @@ func (k *keycloak) ping(ctx context.Context) error {
 }
 
 // getJSON reads what the realm tells everybody.
-func (k *keycloak) getJSON(ctx context.Context, operation string, timeout time.Duration, path string, answer any) error {
+func (k *keycloak) getJSON(ctx context.Context, operation string, timeout time.Duration, path string,
+	answer any) error {
 	return k.read(ctx, operation, timeout, strings.TrimSuffix(k.realmURL(path), "/"), "", answer)
 }
 
 // read reads JSON, with a token if there is one.
-func (k *keycloak) read(ctx context.Context, operation string, timeout time.Duration, url, token string, answer any) error {
+func (k *keycloak) read(ctx context.Context, operation string, timeout time.Duration, url, token string,
+	answer any) error {
 	return k.call(ctx, operation, k.calls, timeout, func(ctx context.Context) error {
 		req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 		if err != nil {

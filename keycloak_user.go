@@ -302,7 +302,8 @@ func (k *keycloak) prepareMail(ctx context.Context, ku keycloakUser, reg registr
 //
 // It returns the account; errConflict when another user has the username, and rejected when the
 // password policy or the profile rules refuse something: nothing has changed then.
-func (k *keycloak) activate(ctx context.Context, ku keycloakUser, reg registration, password string) (keycloakUser, error) {
+func (k *keycloak) activate(ctx context.Context, ku keycloakUser, reg registration, password string) (
+	keycloakUser, error) {
 	ku, on := ku.withoutState(), true
 	ku.describe(reg)
 	for _, name := range []string{attrURL, attrToken, attrCode, attrKind} {
@@ -311,8 +312,8 @@ func (k *keycloak) activate(ctx context.Context, ku keycloakUser, reg registrati
 	ku.Username, ku.RequiredActions, ku.Enabled, ku.EmailVerified = &reg.Username, &[]string{}, &on, &on
 	with := ku
 	if password != "" {
-		off := false
-		with.Credentials = &[]gocloak.CredentialRepresentation{{Type: gocloak.StringP("password"), Value: &password, Temporary: &off}}
+		kind, off := "password", false
+		with.Credentials = &[]gocloak.CredentialRepresentation{{Type: &kind, Value: &password, Temporary: &off}}
 	}
 	return ku, k.update(ctx, "activate_user", with)
 }

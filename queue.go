@@ -61,7 +61,8 @@ func (st *store) enqueue(ctx context.Context, due time.Time, ids ...string) erro
 
 // enqueueOnce asks for work unless it has been asked for already.
 func (st *store) enqueueOnce(ctx context.Context, due time.Time, ids ...string) error {
-	_, err := st.pool.Exec(ctx, `insert into tasks (task_id, due_at, revision) select unnest($1::text[]), $2, 1 on conflict do nothing`, ids, due)
+	_, err := st.pool.Exec(ctx, `
+		insert into tasks (task_id, due_at, revision) select unnest($1::text[]), $2, 1 on conflict do nothing`, ids, due)
 	return storeError(err)
 }
 
@@ -118,7 +119,8 @@ func (st *store) claim(ctx context.Context, now time.Time) (task, error) {
 
 // extend prolongs the lock of a long pass. It returns errLocked.
 func (st *store) extend(ctx context.Context, t task, now time.Time) error {
-	tag, err := st.pool.Exec(ctx, `update tasks set locked_until = $3 where task_id = $1 and locked_by = $2`, t.ID, t.lockedBy, now.Add(lockTime))
+	tag, err := st.pool.Exec(ctx, `update tasks set locked_until = $3 where task_id = $1 and locked_by = $2`,
+		t.ID, t.lockedBy, now.Add(lockTime))
 	if err == nil && tag.RowsAffected() == 0 {
 		return errLocked
 	}
@@ -129,7 +131,8 @@ func (st *store) extend(ctx context.Context, t task, now time.Time) error {
 // was enqueued meanwhile stays due. A lock that has become another's is left alone.
 func finish(ctx context.Context, q querier, t task, next time.Time) error {
 	if next.IsZero() {
-		tag, err := q.Exec(ctx, `delete from tasks where task_id = $1 and locked_by = $2 and revision = $3`, t.ID, t.lockedBy, t.Revision)
+		tag, err := q.Exec(ctx, `delete from tasks where task_id = $1 and locked_by = $2 and revision = $3`,
+			t.ID, t.lockedBy, t.Revision)
 		if err != nil || tag.RowsAffected() == 1 {
 			return storeError(err)
 		}
@@ -154,8 +157,8 @@ func (st *store) unlock(ctx context.Context, t task) error {
 // endLock ends a lock. The task is due at a time, or sooner if it was enqueued meanwhile; never: as it was.
 func endLock(ctx context.Context, q querier, t task, attempts int, lastError string, due time.Time) error {
 	_, err := q.Exec(ctx, `
-		update tasks set locked_by = null, locked_until = null, attempts = $4, last_error = $5, revision = greatest(revision, 1),
-			due_at = case when revision = $3 then coalesce($6, due_at) else least(due_at, $6) end
+		update tasks set locked_by = null, locked_until = null, attempts = $4, last_error = $5,
+			revision = greatest(revision, 1), due_at = case when revision = $3 then coalesce($6, due_at) else least(due_at, $6) end
 		where task_id = $1 and locked_by = $2`, t.ID, t.lockedBy, t.Revision, attempts, lastError, nullTime(due))
 	return storeError(err)
 }
@@ -267,10 +270,8 @@ func (s *server) workOnce(ctx context.Context) (bool, error) {
 
 // oldestTask returns how long the oldest task that is due has waited, for the metric.
 func (st *store) oldestTask(ctx context.Context, now time.Time) (age time.Duration, err error) {
-	var due *time.Time
-	err = st.pool.QueryRow(ctx, `select min(coalesce(locked_until, due_at)) from tasks where coalesce(locked_until, due_at) <= $1`, now).Scan(&due)
-	if due != nil {
-		age = now.Sub(*due)
-	}
-	return age, storeError(err)
+	due := now
+	err = st.pool.QueryRow(ctx, `
+		select least($1::timestamptz, min(coalesce(locked_until, due_at))) from tasks`, now).Scan(&due)
+	return now.Sub(due), storeError(err)
 }

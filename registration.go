@@ -79,7 +79,8 @@ type registration struct {
 
 // user is the users row of the registration, as far as Keycloak is to have it.
 func (reg registration) user() user {
-	return user{ID: reg.UserID, KeycloakID: reg.KeycloakID, Role: reg.Role, NetworkID: reg.NetworkID, StationID: reg.StationID}
+	return user{ID: reg.UserID, KeycloakID: reg.KeycloakID, Role: reg.Role, NetworkID: reg.NetworkID,
+		StationID: reg.StationID}
 }
 
 // profile is what is known of somebody who gets an account.
@@ -395,7 +396,8 @@ func (s *server) status(ctx context.Context, _ caller, in statusIn) (statusOut, 
 	} else if err != nil {
 		return statusOut{}, err
 	}
-	word := map[state]string{pending: "pending_verification", verified: "active", expired: "verification_expired", cancelled: "cancelled"}[reg.State]
+	word := map[state]string{pending: "pending_verification", verified: "active", expired: "verification_expired",
+		cancelled: "cancelled"}[reg.State]
 	if reg.State == pending && !s.now().Before(reg.ExpiresAt) {
 		word = "verification_expired" // a GET changes nothing; the task will
 	}

@@ -22,13 +22,13 @@ func (out createUserOut) location() string { return "/api/v1/users/" + string(ou
 // createUser invites somebody: a registration that has role and scope already. The person
 // confirms it and chooses the password like everybody.
 func (s *server) createUser(ctx context.Context, c caller, in createUserIn) (createUserOut, error) {
-	if err := c.may(actCreate, user{Role: cmp.Or(in.Role, roleUser), NetworkID: in.NetworkID, StationID: in.StationID}); err != nil {
+	role := cmp.Or(in.Role, roleUser)
+	if err := c.may(actCreate, user{Role: role, NetworkID: in.NetworkID, StationID: in.StationID}); err != nil {
 		return createUserOut{}, err
 	}
 	reg, err := s.newRegistration(c, in.profile, sourceInternal)
 	if err == nil {
-		reg.CreatedBy, reg.Role = string(c.UserID), cmp.Or(in.Role, roleUser)
-		reg.NetworkID, reg.StationID = in.NetworkID, in.StationID
+		reg.CreatedBy, reg.Role, reg.NetworkID, reg.StationID = string(c.UserID), role, in.NetworkID, in.StationID
 		reg, err = s.open(ctx, c, reg, s.inviteAgain)
 	}
 	if err != nil {

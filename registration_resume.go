@@ -76,7 +76,8 @@ func (s *server) awaitingUser(ctx context.Context, c caller, t task, reg registr
 
 // create creates Keycloak's user of a pending registration (R2) and attaches it (R3).
 // errConflict: an account has the address, or the username that is wished for.
-func (s *server) create(ctx context.Context, c caller, t task, reg registration, token string) (registration, keycloakUser, error) {
+func (s *server) create(ctx context.Context, c caller, t task, reg registration, token string) (
+	registration, keycloakUser, error) {
 	if !strings.EqualFold(reg.Username, defaultUsername(reg.Email, reg.UserID)) {
 		if _, err := s.kc.userByUsername(ctx, reg.Username); !errors.Is(err, errNotFound) {
 			return reg, keycloakUser{}, cmp.Or(err, errConflict)
@@ -98,7 +99,8 @@ func (s *server) create(ctx context.Context, c caller, t task, reg registration,
 }
 
 // attach does R3, with the ids and the secret that Keycloak's user carries.
-func (s *server) attach(ctx context.Context, c caller, t task, reg registration, ku keycloakUser) (registration, error) {
+func (s *server) attach(ctx context.Context, c caller, t task, reg registration, ku keycloakUser) (
+	registration, error) {
 	reg.KeycloakID, reg.UserID = ku.id(), userID(ku.attribute(attrUserID))
 	token := cmp.Or(ku.attribute(attrToken), newToken()) // V3 has removed it: nobody's
 	reg.TokenHash, reg.CodeHash = tokenHash(token), codeHash(token, ku.attribute(attrCode))
@@ -115,12 +117,13 @@ func (s *server) clearWay(ctx context.Context, email string) error {
 		return err
 	}
 	reg, err := s.store.registration(ctx, registrationID(ku.attribute(attrRegistrationID)))
-	if errors.Is(err, errNotFound) || err == nil && (!ku.awaitsVerification() || reg.State == pending || reg.State == verified) {
+	switch {
+	case errors.Is(err, errNotFound), err == nil && !ku.awaitsVerification(), reg.State == pending, reg.State == verified:
 		return errConflict
-	} else if err != nil {
+	case err != nil:
 		return err
 	}
-	return s.doNow(ctx, string(reg.ID)) // its task deletes it: Keycloak answers 500 to one of two who delete a user at once
+	return s.doNow(ctx, string(reg.ID)) // by its task: Keycloak answers 500 to one of two who delete a user at once
 }
 
 // resumeNow resumes a registration in a request that has its lock, and ends the lock.
@@ -182,7 +185,8 @@ func (s *server) resume(ctx context.Context, c caller, t task) (next time.Time, 
 }
 
 // end expires or cancels a registration: E1 our row, E2 Keycloak's user, E3 nothing is left.
-func (s *server) end(ctx context.Context, c caller, t task, reg registration, ku keycloakUser, to state, reason string) error {
+func (s *server) end(ctx context.Context, c caller, t task, reg registration, ku keycloakUser,
+	to state, reason string) error {
 	if err := s.store.endRegistration(ctx, c, t, reg, to, reason, s.now()); err != nil { // E1
 		return err
 	}
@@ -193,7 +197,8 @@ func (s *server) end(ctx context.Context, c caller, t task, reg registration, ku
 // deleteFromKeycloak deletes the user of an ended registration, if Keycloak has it (E2), and
 // records that nothing is left (E3).
 func (s *server) deleteFromKeycloak(ctx context.Context, t task, reg registration, ku keycloakUser) error {
-	if ku.id() != "" && (ku.id() == reg.KeycloakID || ku.attribute(attrRegistrationID) == string(reg.ID)) { // nobody else's
+	ours := ku.id() == reg.KeycloakID || ku.attribute(attrRegistrationID) == string(reg.ID)
+	if ku.id() != "" && ours { // nobody else's
 		if err := s.kc.deleteUser(ctx, ku.id()); err != nil {
 			return err
 		}
@@ -268,7 +273,8 @@ func (s *server) mail(ctx context.Context, c caller, t task, reg registration, k
 	next := reg.ExpiresAt
 	if open := s.closeMailWindow(ctx, t, reg); open != nil {
 		next = s.now().Add(retryPause(0))
-		s.log.WarnContext(ctx, "registration: user not disabled after its mail, will retry", "registration", reg.ID, "error", open)
+		s.log.WarnContext(ctx, "registration: user not disabled after its mail, will retry",
+			"registration", reg.ID, "error", open)
 	}
 	if err == nil {
 		s.metrics.mails.WithLabelValues("sent").Inc()

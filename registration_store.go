@@ -116,18 +116,20 @@ func (st *store) reinvite(ctx context.Context, c caller, t task, reg registratio
 			where user_id = $1`, reg.UserID, reg.Role, reg.NetworkID, reg.StationID, reg.CreatedBy, now,
 			nullString(reg.FirstName), nullString(reg.LastName), nullString(reg.Phone))
 		tx.audit(c, now, entry{Action: "user.invite", Target: string(reg.UserID), Network: reg.NetworkID,
-			Details: map[string]any{"registration_id": reg.ID, "role": reg.Role, "network_id": reg.NetworkID, "station_id": reg.StationID}})
+			Details: map[string]any{"registration_id": reg.ID, "role": reg.Role,
+				"network_id": reg.NetworkID, "station_id": reg.StationID}})
 	})
 }
 
 // endRegistration expires or cancels a pending registration (E1). Its personal data go, and
 // with them the users row, which nobody has signed in to. From here on its task deletes
 // its user in Keycloak (E2).
-func (st *store) endRegistration(ctx context.Context, c caller, t task, reg registration, to state, reason string, now time.Time) error {
+func (st *store) endRegistration(ctx context.Context, c caller, t task, reg registration,
+	to state, reason string, now time.Time) error {
 	return st.locked(ctx, t, func(tx *txn) {
 		tx.exec(`
-			update user_registrations set status = $2, ended_at = $3, user_id = null, mail_state = 'sent', email = '', username = '',
-				first_name = null, last_name = null, phone = null, ip_address = null, user_agent = null
+			update user_registrations set status = $2, ended_at = $3, user_id = null, mail_state = 'sent',
+				email = '', username = '', first_name = null, last_name = null, phone = null, ip_address = null, user_agent = null
 			where registration_id = $1`, reg.ID, to, now)
 		if tx.exec(`delete from users where user_id = $1`, reg.UserID) == 1 { // else it never came as far as R3
 			tx.audit(c, now, entry{Action: "user.remove", Target: string(reg.UserID), Network: reg.NetworkID,
@@ -237,7 +239,8 @@ func (st *store) mailHandedOver(ctx context.Context, c caller, t task, reg regis
 
 // mailRefused records that Keycloak's mail server has refused a mail, and gives its claim back.
 // It reports whether the mail is given up: refused for refusalTime, while others went out.
-func (st *store) mailRefused(ctx context.Context, c caller, reg registration, cooldown time.Duration, now time.Time) (givenUp bool, err error) {
+func (st *store) mailRefused(ctx context.Context, c caller, reg registration, cooldown time.Duration, now time.Time) (
+	givenUp bool, err error) {
 	err = st.tx(ctx, func(tx *txn) {
 		tx.check(refund(ctx, tx, mailLimits(reg.Email, cooldown)...))
 		tx.check(tx.QueryRow(ctx, `

@@ -97,7 +97,8 @@ func (s *server) registrationOf(ctx context.Context, c caller, in verifyIn) (reg
 }
 
 // activate makes a locked registration an account in both stores, and ends the lock.
-func (s *server) activate(ctx context.Context, c caller, t task, reg registration, in verifyIn) (_ registration, err error) {
+func (s *server) activate(ctx context.Context, c caller, t task, reg registration, in verifyIn) (
+	_ registration, err error) {
 	defer func() {
 		if err != nil {
 			s.release(ctx, t, never, err)
@@ -129,7 +130,8 @@ func (s *server) activate(ctx context.Context, c caller, t task, reg registratio
 
 // provenUser returns Keycloak's user of a locked registration if the token or code is the one
 // that it carries (V2), in both stores.
-func (s *server) provenUser(ctx context.Context, c caller, t task, reg registration, in verifyIn) (keycloakUser, error) {
+func (s *server) provenUser(ctx context.Context, c caller, t task, reg registration, in verifyIn) (
+	keycloakUser, error) {
 	wrongCode := problemInvalidCode.withTarget(string(reg.ID))
 	ku, err := s.kc.user(ctx, reg.KeycloakID)
 	if errors.Is(err, errNotFound) { // not created yet, or deleted by an administrator
@@ -162,7 +164,8 @@ func (s *server) provenUser(ctx context.Context, c caller, t task, reg registrat
 // makeAccount makes Keycloak's user an account, as the registration says (V3). That removes the
 // token, and with it the key of the code's hash. The code gets another key first, or who sends it
 // again could not be told that all is well.
-func (s *server) makeAccount(ctx context.Context, t task, reg registration, ku keycloakUser, password string) (keycloakUser, error) {
+func (s *server) makeAccount(ctx context.Context, t task, reg registration, ku keycloakUser, password string) (
+	keycloakUser, error) {
 	reg.CodeHash = codeHash(reg.TokenHash, ku.attribute(attrCode))
 	if err := s.store.prepareVerified(ctx, t, reg); err != nil {
 		return ku, err
@@ -173,7 +176,8 @@ func (s *server) makeAccount(ctx context.Context, t task, reg registration, ku k
 // conclude makes a registration verified in PostgreSQL, with the names that Keycloak has (V4). What
 // else differs is reconciled afterwards. If somebody has the username in PostgreSQL, though Keycloak
 // has accepted it, the full pass reports the conflict.
-func (s *server) conclude(ctx context.Context, c caller, t task, reg registration, ku keycloakUser) (registration, error) {
+func (s *server) conclude(ctx context.Context, c caller, t task, reg registration, ku keycloakUser) (
+	registration, error) {
 	reg.Username = gocloak.PString(ku.Username)
 	reg.FirstName, reg.LastName = gocloak.PString(ku.FirstName), gocloak.PString(ku.LastName)
 	err := s.store.markVerified(ctx, c, t, reg, s.now())

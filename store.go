@@ -96,7 +96,8 @@ func (st *store) migrate(ctx context.Context, again bool) error {
 		})
 	}
 	if errors.As(err, &pg) && pg.Code == "42501" { // insufficient_privilege
-		return fmt.Errorf("the schema is not this version's, or not for this role; run \"auth-service migrate\" as the owner of the tables: %s", pg.Message)
+		return fmt.Errorf("the schema is not this version's, or not for this role; "+
+			"run \"auth-service migrate\" as the owner of the tables: %s", pg.Message)
 	}
 	return storeError(err)
 }
@@ -108,7 +109,8 @@ const monthsAhead = 3
 // makeMonths makes the partitions of the audit log, up to monthsAhead.
 func (st *store) makeMonths(ctx context.Context, now time.Time) error {
 	_, err := st.pool.Exec(ctx, `
-		select audit_log_month($1::timestamptz + n * interval '1 month') from generate_series(0, $2::int) n`, now, monthsAhead)
+		select audit_log_month($1::timestamptz + n * interval '1 month') from generate_series(0, $2::int) n`,
+		now, monthsAhead)
 	return storeError(err)
 }
 
@@ -220,7 +222,7 @@ func storeError(err error) error {
 		return fmt.Errorf("%w: %s", errConflict, pg.ConstraintName)
 	case errors.As(err, &pg):
 		switch pg.Code[:2] {
-		case "08", "40", "53", "57": // connection, deadlock, resources (too many clients), operator (shutdown, starting up, timeout)
+		case "08", "40", "53", "57": // connection, deadlock, resources (too many clients), operator (shutdown, timeout)
 			return fmt.Errorf("%w: postgresql: %s", errUnavailable, pg.Message)
 		}
 		if pg.Code == "42P01" { // undefined_table: migrate has not come through yet
@@ -273,7 +275,8 @@ func (st *store) hit(ctx context.Context, l rateLimit, now time.Time) error {
 // peek says what hit would, and counts nothing.
 func (st *store) peek(ctx context.Context, l rateLimit, now time.Time) error {
 	var resets time.Time
-	err := storeError(st.pool.QueryRow(ctx, `select resets_at from rate_limits where key = $1 and hits >= $2 and resets_at > $3`,
+	err := storeError(st.pool.QueryRow(ctx, `
+		select resets_at from rate_limits where key = $1 and hits >= $2 and resets_at > $3`,
 		l.Key, l.N, now).Scan(&resets))
 	if errors.Is(err, errNotFound) {
 		return nil

@@ -182,7 +182,8 @@ func (s *server) deleteUser(ctx context.Context, c caller, in userIn) (noContent
 		if reg, err = s.store.openRegistrationOf(ctx, u.ID); err == nil {
 			err = s.cancelPending(ctx, c, reg, "deleted")
 		}
-		if errors.Is(err, errNotFound) || errors.Is(err, problemVerificationExpired) || errors.Is(err, problemVerificationCancelled) { // it has just ended
+		if errors.Is(err, errNotFound) || errors.Is(err, problemVerificationExpired) ||
+			errors.Is(err, problemVerificationCancelled) { // it has just ended
 			err = nil
 		}
 		return noContent{}, err
@@ -232,7 +233,8 @@ func (s *server) restoreUser(ctx context.Context, c caller, in userIn) (user, er
 // changeUser changes a user: U1 our row, with everything that follows from it, U2 Keycloak's.
 // While Keycloak is away the change stands in PostgreSQL, where it counts, and the task brings
 // it to Keycloak.
-func (s *server) changeUser(ctx context.Context, c caller, id userID, action string, change func(user) (user, error)) (user, error) {
+func (s *server) changeUser(ctx context.Context, c caller, id userID, action string,
+	change func(user) (user, error)) (user, error) {
 	if id == "me" {
 		id = c.UserID
 	}
