@@ -6,8 +6,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/http"
-	"net/url"
-	"regexp"
 	"strings"
 	"sync"
 	"time"
@@ -15,8 +13,6 @@ import (
 	"auth-service/templates"
 
 	"github.com/a-h/templ"
-	"github.com/swaggest/rest"
-	"github.com/swaggest/rest/request"
 )
 
 // maxBody is the largest request body, in bytes.
@@ -258,32 +254,15 @@ func (s *server) refuse(w http.ResponseWriter, r *http.Request, rt route, err er
 	s.writeProblem(w, r, err)
 }
 
-// decoders read path and query parameters into an operation's input.
-var decoders = func() *request.DecoderFactory {
-	f := request.NewDecoderFactory()
-	f.ApplyDefaults = true
-	f.SetDecoderFunc(rest.ParamInPath, func(r *http.Request) (url.Values, error) {
-		values := url.Values{}
-		for _, m := range pathParameter.FindAllStringSubmatch(r.Pattern, -1) {
-			values[m[1]] = []string{r.PathValue(m[1])}
-		}
-		return values, nil
-	})
-	return f
-}()
-
-var pathParameter = regexp.MustCompile(`{(\w+)}`)
-
 // op adapts a typed operation to HTTP: it decodes and checks the input, calls, and
 // encodes the answer or the problem. status is that of success.
 func op[I, O any](tag string, status int, f func(context.Context, caller, I) (O, error), problems ...problem) operation {
 	return operation{Tag: tag, in: *new(I), out: *new(O), status: status, problems: append(problems, problemTooManyRequests, problemUnavailable), handle: func(s *server, rt route) http.Handler {
-		params := decoders.MakeDecoder(http.MethodGet, *new(I), nil) // of path and query; bodies are read more strictly
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			ctx, cancel := detached(r.Context(), flowTime)
 			defer cancel()
 			var in I
-			err := s.decode(w, r, params, &in)
+			err := s.decode(w, r, &in)
 			if err == nil {
 				var out O
 				if out, err = f(ctx, s.caller(r), in); err == nil {

@@ -8,29 +8,23 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"encoding/pem"
-	"errors"
 	"flag"
-	"fmt"
 	"io"
 	"log/slog"
 	"maps"
 	"net/http"
 	"net/http/httptest"
-	"net/mail"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"reflect"
 	"regexp"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
-	"unicode"
-	"unicode/utf8"
 
 	"github.com/getkin/kin-openapi/openapi3"
 	"github.com/google/go-cmp/cmp"
@@ -115,7 +109,7 @@ func TestProblems(t *testing.T) {
 		`{"token":"unknown","tOken":"b"}`:                   `[{"field":"tOken","detail":"is not known"}]`,
 		`{"token":"unknown","token":"b"}`:                   `[{"field":"token","detail":"is there twice"}]`,
 		`{"token":"unknown","tok\u0065n":"b"}`:              `[{"field":"token","detail":"is there twice"}]`,
-		`{"token":null}`:                                    `[{"field":"token","detail":"is required"}]`,
+		`{"token":null}`:                                    `[{"field":"token","detail":"must be a string"}]`,
 		`{"token":["unknown"]}`:                             `[{"field":"token","detail":"must be a string"}]`,
 		`{"token":1e999}`:                                   `[{"field":"token","detail":"must be a string"}]`,
 		`{"token":"\u0000"}`:                                `[{"field":"token","detail":"has a character that is not allowed"}]`,
@@ -641,9 +635,8 @@ func TestOpenAPI(t *testing.T) {
 		}
 		encoded, _ := json.Marshal(examples)
 		in := reflect.New(reflect.TypeOf(rt.in))
-		wrong, err := decodeJSON(encoded, in.Interface())
-		if wrong = append(wrong, checkFields(in.Interface(), wrong)...); err != nil || len(wrong) > 0 {
-			t.Errorf("%s refuses its own example %s: %v %v", rt.Pattern, encoded, wrong, err)
+		if err := readJSON(encoded, in.Interface()); err != nil {
+			t.Errorf("%s refuses its own example %s: %v", rt.Pattern, encoded, asProblem(err).Errors)
 		}
 	}
 	if documented != 0 {
@@ -674,51 +667,6 @@ func TestRoutes(t *testing.T) {
 			}
 		}
 	}
-}
-
-func FuzzInput(f *testing.F) {
-	for _, s := range []string{`{"email":"a@b.cd","username":"ada"}`, `{"email":1}`, `{"email":"a","email":"b"}`, `{"EMAIL":"x"}`, `{"a":{"b":[1]}}`, `{"phone":"\u0000"}`, `null`, "{"} {
-		f.Add([]byte(s))
-	}
-	f.Fuzz(func(t *testing.T, data []byte) {
-		var in registerIn
-		wrong, err := decodeJSON(data, &in)
-		if err != nil {
-			if p := (problem{}); !errors.As(err, &p) || p.Status != 400 {
-				t.Error(err)
-			}
-			return
-		}
-		if len(append(wrong, checkFields(&in, wrong)...)) > 0 {
-			return
-		}
-		again, _ := json.Marshal(in)
-		var same registerIn
-		if wrong, err := decodeJSON(again, &same); err != nil || len(append(wrong, checkFields(&same, wrong)...)) > 0 || same != in {
-			t.Errorf("%s is accepted, but not again: %s", data, again)
-		}
-		for _, s := range []string{in.Email, in.Username, in.FirstName, in.LastName, in.Phone, in.Locale} {
-			if !utf8.ValidString(s) || strings.ContainsFunc(s, unicode.IsControl) || strings.ContainsAny(s, "<>\"") && s != in.Email || len(s) > 4*255 {
-				t.Errorf("%s is accepted", data)
-			}
-		}
-	})
-}
-
-func FuzzValidEmail(f *testing.F) {
-	for _, s := range []string{"a@b.cd", "a@b", `"a"@b.cd`, "a@b.cd\r\nX: y", "ä@b.cd", "a@[1.2.3.4]", "A <a@b.cd>", "a@b.cd,c@d.ef", "a(b)@c.de", "a@b.cd "} {
-		f.Add(s)
-	}
-	f.Fuzz(func(t *testing.T, s string) {
-		if !validEmail(s) {
-			return
-		}
-		a, err := mail.ParseAddress(s)
-		if err != nil || a.Address != s || strings.Count(s, "@") != 1 || strings.ContainsFunc(s, func(r rune) bool { return unicode.IsControl(r) || unicode.IsSpace(r) }) ||
-			strings.ContainsAny(s, `,;:<>()[]\"`) || !slices.Contains(strings.Split(s, ""), ".") {
-			t.Errorf("%q is accepted: %v", s, fmt.Sprint(a, err))
-		}
-	})
 }
 
 // TestSubcommands runs the subcommands as an operator does.

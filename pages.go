@@ -48,14 +48,14 @@ func unspaced(r *http.Request, name string) string {
 // required are fields that the page wants, though the operation can do without them.
 func submit[I, O any](ctx context.Context, c caller, r *http.Request, f func(context.Context, caller, I) (O, error),
 	in I, required ...string) (out O, err error) {
-	var wrong []fieldError
+	form := inputOf(&in)
 	for _, name := range required {
 		if trimmed(r, name) == "" {
-			wrong = append(wrong, fieldError{name, "is required"})
+			form.fields[name].wrong = "is required"
 		}
 	}
-	if wrong = append(wrong, checkFields(&in, wrong)...); len(wrong) > 0 {
-		return out, invalid(wrong...)
+	if err := form.check(); err != nil {
+		return out, err
 	}
 	return f(ctx, c, in)
 }
