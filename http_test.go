@@ -12,6 +12,7 @@ import (
 	"io"
 	"log/slog"
 	"maps"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
@@ -429,7 +430,7 @@ func TestHealth(t *testing.T) {
 		t.Fatal(err)
 	}
 	pg.close()
-	healthy("down", "down", "ok", 503, 503)
+	healthy("down", "down", "ok", 503, 200)
 	unavailable(attempt{"register", registerPath, body{"email": newEmail()}, 503, "unavailable"},
 		attempt{"login", loginPath, body{"email": newEmail(), "password": password}, 503, "unavailable"},
 		attempt{"verify", verifyPath, body{"token": "unknown"}, 503, "unavailable"})
@@ -472,6 +473,15 @@ func TestManagement(t *testing.T) {
 		"database_connections_in_use", "process_resident_memory_bytes"} {
 		if !strings.Contains(metrics, "\n"+want) {
 			t.Errorf("/metrics lacks %s", want)
+		}
+	}
+	peers := map[string]int{"127.0.0.1:1": 200, "[::1]:1": 200, "[::ffff:127.0.0.1]:1": 200, "192.0.2.1:1": 404, "[2001:db8::1]:1": 404, "": 404}
+	for peer, status := range peers { // profiles are for this machine only
+		answer, r := httptest.NewRecorder(), httptest.NewRequest("GET", "/debug/pprof/cmdline", nil)
+		r.RemoteAddr = peer
+		idle(t, slog.New(slog.DiscardHandler), nil).managementHandler().ServeHTTP(answer, r)
+		if answer.Code != status {
+			t.Errorf("pprof for %s: %d", peer, answer.Code)
 		}
 	}
 	for secret := range strings.FieldsFuncSeq(w.secrets.String()+email+"\nREG-\nUSR-", func(r rune) bool { return r == '\n' }) {
@@ -685,6 +695,22 @@ func TestSubcommands(t *testing.T) {
 	}
 	if out, err := command("healthcheck"); err != nil {
 		t.Errorf("healthcheck: %v %s", err, out)
+	}
+	elsewhere := httptest.NewUnstartedServer(http.HandlerFunc(func(rw http.ResponseWriter, _ *http.Request) {}))
+	defer elsewhere.Close()
+	var err error
+	if elsewhere.Listener, err = net.Listen("tcp", "127.0.0.2:0"); err != nil {
+		t.Fatal(err)
+	}
+	elsewhere.Start()
+	for addr, there := range map[string]bool{elsewhere.Listener.Addr().String(): true, strings.Replace(w.management, "127.0.0.1", "", 1): true,
+		strings.Replace(w.management, "127.0.0.1", "0.0.0.0", 1): true, strings.Replace(w.management, "127.0.0.1", "127.0.0.2", 1): false} {
+		mine := w.management
+		w.management = addr
+		if out, err := command("healthcheck"); (err == nil) != there {
+			t.Errorf("healthcheck of %s: %v %s", addr, err, out)
+		}
+		w.management = mine
 	}
 	if out, err := command("version"); err != nil || strings.TrimSpace(out) == "" {
 		t.Errorf("version: %v %q", err, out)

@@ -31,8 +31,7 @@ type input struct {
 	hints  map[string]string // what to do instead of sending a field that is not known
 }
 
-// inputField has tags that are both the rules that check applies and what the OpenAPI document
-// says. A value that is not zero is a given one, so that forms can be checked, too.
+// inputField has tags that are both the rules that check applies and what the OpenAPI document says.
 type inputField struct {
 	from  string // path, query or json
 	value reflect.Value
@@ -59,7 +58,7 @@ func (in input) add(of reflect.Value) {
 		for _, from := range []string{"path", "query", "json"} {
 			if name, _, _ := strings.Cut(f.Tag.Get(from), ","); name != "" {
 				in.takes[from] = true
-				in.fields[name] = &inputField{from: from, value: value, tag: f.Tag, given: !value.IsZero()}
+				in.fields[name] = &inputField{from: from, value: value, tag: f.Tag}
 			}
 		}
 	}
@@ -298,7 +297,7 @@ func parseCursor(text string) (cursor, error) {
 	at, id, _ := strings.Cut(string(plain), " ")
 	micro, err := strconv.ParseInt(at, 10, 64)
 	c := cursor{time.UnixMicro(micro).UTC(), id}
-	if err != nil || !cursorID.MatchString(id) || c.At.Year() < 1 || c.At.Year() > 9999 { // which PostgreSQL would not take
+	if err != nil || !cursorID.MatchString(id) || c.At.Year() < 1 || c.At.Year() > 9999 { // for PostgreSQL
 		return cursor{}, wrong
 	}
 	return c, nil
@@ -318,9 +317,6 @@ func pageOf[R, T any](in pageIn, fetch func(before cursor) ([]R, error), item fu
 		return listOut[T]{}, err
 	}
 	rows, err := fetch(before)
-	if err != nil {
-		return listOut[T]{}, err
-	}
 	out := listOut[T]{Items: []T{}}
 	for i, row := range rows[:min(in.Limit, len(rows))] {
 		t, at := item(row)
@@ -330,7 +326,7 @@ func pageOf[R, T any](in pageIn, fetch func(before cursor) ([]R, error), item fu
 			out.NextCursor = &next
 		}
 	}
-	return out, nil
+	return out, err
 }
 
 // invisible says what nobody types into a name: control characters, those that turn
