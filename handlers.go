@@ -75,7 +75,9 @@ type operation struct {
 }
 
 // routes is the index of the service: it feeds the mux and the OpenAPI document.
-func (s *server) routes() []route {
+func (s *server) routes() []route { return append(s.apiRoutes(), s.pageRoutes()...) }
+
+func (s *server) apiRoutes() []route {
 	return []route{
 		{"POST /api/v1/register", "/register /api/v1/auth/register", public, onRegister,
 			"register", "Register", op("Registration", 201, s.register, problemUserExists, problemResendLimit)},
@@ -109,8 +111,7 @@ func (s *server) routes() []route {
 			"endSessions", "Sign out everywhere", op("Signing in", 204, s.endOwnSessions)},
 		{"GET /api/v1/auth/me", "", signedIn, onAccount,
 			"me", "Who am I", op("Signing in", 200, s.me, problemAccountDisabled)},
-		{"GET /api/v1/users", "", signedIn, onUsers,
-			"users", "List users", op("Users", 200, s.users)},
+		{"GET /api/v1/users", "", signedIn, onUsers, "users", "List users", op("Users", 200, s.users)},
 		{"POST /api/v1/users", "", signedIn, onUsers,
 			"createUser", "Invite a user", op("Users", 201, s.createUser, problemForbidden, problemUserExists,
 				problemResendLimit)},
@@ -140,6 +141,15 @@ func (s *server) routes() []route {
 		{"GET " + validatePath, "", public, unlimited, "validate", "May this token pass (for gateways)", s.validateOp()},
 		{envoyPath + "{path...}", "", public, unlimited, "validateEnvoy", "", plain(s.validateEnvoy)},
 
+		{"GET /health", "", public, unlimited,
+			"health", "Health of the service and its two stores", op("Service", 200, s.checkHealth)},
+		{"GET /api-docs/openapi.json", "", public, unlimited, "openapi", "", plain(s.openAPI)},
+		{"GET /swagger-ui", "/swagger-ui/", public, unlimited, "swaggerUI", "", plain(swaggerUI())},
+	}
+}
+
+func (s *server) pageRoutes() []route {
+	return []route{
 		{"GET /auth/login", "", public, onSignIn, "signInPage", "", page(s.signInPage)},
 		{"GET /auth/callback", "", public, onSignIn, "login", "", page(s.callbackPage)},
 		{"GET /account/signed-in", "", public, unlimited, "signedInPage", "", show(templates.Message(templates.SignedIn()))},
@@ -157,11 +167,6 @@ func (s *server) routes() []route {
 		{"GET /account/ready", "", public, unlimited, "readyPage", "", show(templates.Message(templates.PasswordSet()))},
 		{"GET /problems/{slug}", "", public, unlimited, "problemPage", "", page(s.problemPage)},
 		{"GET /static/style.css", "", public, unlimited, "style", "", plain(styleSheet)},
-
-		{"GET /health", "", public, unlimited,
-			"health", "Health of the service and its two stores", op("Service", 200, s.checkHealth)},
-		{"GET /api-docs/openapi.json", "", public, unlimited, "openapi", "", plain(s.openAPI)},
-		{"GET /swagger-ui", "/swagger-ui/", public, unlimited, "swaggerUI", "", plain(swaggerUI())},
 	}
 }
 
