@@ -474,7 +474,10 @@ func TestIDToken(t *testing.T) {
 
 const own = "https://auth.example"
 
-var allowed = []string{app, "http://localhost:5173"}
+var (
+	allowed   = []string{app, "http://localhost:5173"}
+	ownConfig = config{PublicURL: own, CORSOrigins: allowed}
+)
 
 // Where one may want to return to, and where that leads ("" = refused).
 var returnTargets = map[string]string{
@@ -497,7 +500,7 @@ func TestReturnTo(t *testing.T) {
 	v, _ := w.another(map[string]string{"PUBLIC_URL": own, "CORS_ALLOWED_ORIGINS": strings.Join(allowed, ",")})
 	cookie := regexp.MustCompile(`^__Host-sign_in=[\w-]{32}; Path=/; Max-Age=600; HttpOnly; Secure; SameSite=Lax$`) // of https
 	for returnTo, want := range returnTargets {
-		if got, ok := returnURL(returnTo, own, allowed); got != want || ok != (want != "") {
+		if got, ok := ownConfig.returnURL(returnTo); got != want || ok != (want != "") {
 			t.Errorf("%q leads to %q, want %q", returnTo, got, want)
 		}
 		a := v.get("/auth/login?return_to=" + url.QueryEscape(returnTo))
@@ -547,7 +550,7 @@ func FuzzReturnURL(f *testing.F) {
 	}
 	origins := append([]string{own}, allowed...)
 	f.Fuzz(func(t *testing.T, returnTo string) {
-		target, ok := returnURL(returnTo, own, allowed)
+		target, ok := ownConfig.returnURL(returnTo)
 		if !ok {
 			return
 		}

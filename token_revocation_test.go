@@ -168,17 +168,29 @@ func TestRevocations(t *testing.T) {
 	}
 }
 
+// newRevocations has read the table, and found these, at a time.
+func newRevocations(read time.Time, found ...revocation) *revocations {
+	w := &revocations{of: map[string]received{}, next: make(chan struct{})}
+	w.add(read, found...)
+	return w
+}
+
+// holder is whom the tables of revocations are about.
+var holder = principal{UserID: "USR-a", SessionID: "s1", Roles: []string{roleOperator}, NetworkID: "N", StationID: "S"}
+
+// isNow is what is true of holder, with a change.
+func isNow(number int64, change func(*revocation)) revocation {
+	r := revocation{UserID: holder.UserID, Role: roleOperator, NetworkID: "N", StationID: "S", Active: true, Number: number}
+	change(&r)
+	return r
+}
+
+func same(*revocation)      {}
+func demoted(r *revocation) { r.Role = roleUser }
+
 // What is known of a user and a session decides alone: no clock, and not the order in
 // which it was received.
 func TestRevocationsCheck(t *testing.T) {
-	p := principal{UserID: "USR-a", SessionID: "s1", Roles: []string{roleOperator}, NetworkID: "N", StationID: "S"}
-	now := func(number int64, change func(*revocation)) revocation {
-		w := revocation{UserID: p.UserID, Role: roleOperator, NetworkID: "N", StationID: "S", Active: true, Number: number}
-		change(&w)
-		return w
-	}
-	same := func(*revocation) {}
-	demoted := func(w *revocation) { w.Role = roleUser }
 	for name, c := range map[string]struct {
 		received []revocation
 		passes   bool
@@ -186,44 +198,123 @@ func TestRevocationsCheck(t *testing.T) {
 		"nothing":                        {nil, true},
 		"its session":                    {[]revocation{{SessionID: "s1", Number: 1}}, false},
 		"another session":                {[]revocation{{SessionID: "s2", Number: 1}}, true},
-		"its session, then a user":       {[]revocation{{SessionID: "s1", Number: 1}, now(2, same)}, false},
-		"as it says":                     {[]revocation{now(1, same)}, true},
-		"another user":                   {[]revocation{now(1, func(w *revocation) { w.UserID, w.Active = "USR-b", false })}, true},
-		"another role":                   {[]revocation{now(1, demoted)}, false},
-		"another network":                {[]revocation{now(1, func(w *revocation) { w.NetworkID = "" })}, false},
-		"another station":                {[]revocation{now(1, func(w *revocation) { w.StationID = "S2" })}, false},
-		"deleted":                        {[]revocation{now(1, func(w *revocation) { w.Active = false })}, false},
-		"demoted and back":               {[]revocation{now(1, demoted), now(2, same)}, true},
-		"the same, received late":        {[]revocation{now(2, same), now(1, demoted)}, true},
-		"twice the same, received twice": {[]revocation{now(1, same), now(2, demoted), now(1, same), now(2, demoted)}, false},
+		"its session, then a user":       {[]revocation{{SessionID: "s1", Number: 1}, isNow(2, same)}, false},
+		"as it says":                     {[]revocation{isNow(1, same)}, true},
+		"another user":                   {[]revocation{isNow(1, func(r *revocation) { r.UserID, r.Active = "USR-b", false })}, true},
+		"another role":                   {[]revocation{isNow(1, demoted)}, false},
+		"another network":                {[]revocation{isNow(1, func(r *revocation) { r.NetworkID = "" })}, false},
+		"another station":                {[]revocation{isNow(1, func(r *revocation) { r.StationID = "S2" })}, false},
+		"deleted":                        {[]revocation{isNow(1, func(r *revocation) { r.Active = false })}, false},
+		"demoted and back":               {[]revocation{isNow(1, demoted), isNow(2, same)}, true},
+		"the same, received late":        {[]revocation{isNow(2, same), isNow(1, demoted)}, true},
+		"twice the same, received twice": {[]revocation{isNow(1, same), isNow(2, demoted), isNow(1, same), isNow(2, demoted)}, false},
 	} {
-		w := revocations{sessions: map[string]received{}, users: map[userID]received{}}
-		w.add(time.Time{}, c.received...)
-		if err := w.check(p); !errors.Is(err, errUnavailable) {
+		seen := time.Now()
+		w := newRevocations(time.Time{})
+		for _, one := range c.received { // each look finds one
+			w.add(time.Time{}, one)
+		}
+		if err := w.check(t.Context(), holder, seen); !errors.Is(err, errUnavailable) {
 			t.Errorf("%s, nothing read: %v", name, err)
 		}
 		w.add(time.Now())
-		if err := w.check(p); (err == nil) != c.passes {
-			t.Errorf("%s: %v", name, err)
+		for how, w := range map[string]*revocations{"by one look": newRevocations(time.Now(), c.received...), "one by one": w} {
+			if err := w.check(t.Context(), holder, seen); (err == nil) != c.passes || errors.Is(err, errUnavailable) {
+				t.Errorf("%s, received %s: %v", name, how, err)
+			}
 		}
-		two := p
+		two := holder
 		two.Roles = []string{roleOperator, roleUser}
-		if err := w.check(two); err == nil && len(w.users) > 0 && w.users[p.UserID].Number > 0 {
+		if err := w.check(t.Context(), two, seen); err == nil && w.of[string(holder.UserID)].Number > 0 {
 			t.Errorf("%s: two roles are not one", name)
 		}
-		for since, kept := range map[time.Duration]bool{0: true, tokenLife: true, tokenLife + revocationLag + time.Second: false} {
-			for sid, h := range w.sessions {
-				w.sessions[sid] = received{h.revocation, time.Now().Add(-since)}
-			}
-			for id, h := range w.users {
-				w.users[id] = received{h.revocation, time.Now().Add(-since)}
-			}
-			before := len(w.sessions) + len(w.users)
-			w.forget()
-			if n := len(w.sessions) + len(w.users); kept && n != before || !kept && n != 0 {
-				t.Errorf("%s: %d of %d are kept after %v", name, n, before, since)
-			}
-			w.add(time.Time{}, c.received...)
+	}
+}
+
+// A token that differs from what was read may be newer than that. It waits for a look at the table
+// that begins after its arrival, and for no other.
+func TestRevocationsWait(t *testing.T) {
+	for name, c := range map[string]struct {
+		before, found []revocation
+		late          bool // the look began before the token came
+		passes, waits bool
+	}{
+		"it is newer":                     {[]revocation{isNow(1, demoted)}, []revocation{isNow(2, same)}, false, true, true},
+		"its user was restored":           {[]revocation{isNow(1, func(r *revocation) { r.Active = false })}, []revocation{isNow(2, same)}, false, true, true},
+		"it is older":                     {[]revocation{isNow(1, demoted)}, nil, false, false, true},
+		"yet another change":              {[]revocation{isNow(1, demoted)}, []revocation{isNow(2, func(r *revocation) { r.Role = roleAdmin })}, false, false, true},
+		"newer, found by a look before":   {[]revocation{isNow(1, demoted)}, []revocation{isNow(2, same)}, true, true, true},
+		"older, and a look of before":     {[]revocation{isNow(1, demoted)}, nil, true, false, true},
+		"it says what was read":           {[]revocation{isNow(1, same)}, nil, false, true, false},
+		"its session has ended":           {[]revocation{{SessionID: "s1", Number: 1}}, nil, false, false, false},
+		"nothing is known of its user":    {nil, nil, false, true, false},
+		"ended while it waits for a look": {[]revocation{isNow(1, demoted)}, []revocation{isNow(2, same), {SessionID: "s1", Number: 3}}, false, false, true},
+	} {
+		w := newRevocations(time.Now(), c.before...)
+		seen := time.Now()
+		checked := make(chan error, 1)
+		go func() { checked <- w.check(t.Context(), holder, seen) }()
+		waits := false
+		select {
+		case err := <-checked:
+			checked <- err
+		case <-time.After(50 * time.Millisecond):
+			waits = true
+		}
+		read := time.Now()
+		if c.late {
+			read = seen.Add(-time.Millisecond)
+		}
+		w.add(read, c.found...)
+		err := <-checked
+		took := time.Since(seen)
+		if (err == nil) != c.passes || errors.Is(err, errUnavailable) || waits != c.waits {
+			t.Errorf("%s: %v; it waits: %v", name, err, waits)
+		}
+		if gaveUp := c.late && !c.passes; gaveUp != (took >= revocationWait) || took > 2*revocationWait {
+			t.Errorf("%s: it took %v", name, took)
+		}
+		if took := time.Now(); !c.late && w.check(t.Context(), holder, seen) != nil && time.Since(took) > revocationWait/2 {
+			t.Errorf("%s: the second time it is refused after %v", name, time.Since(took))
+		}
+	}
+}
+
+// Revocations are kept for as long as a token may live.
+func TestRevocationsForgotten(t *testing.T) {
+	for since, kept := range map[time.Duration]int{0: 2, tokenLife: 2, tokenLife + revocationLag + time.Second: 0} {
+		w := newRevocations(time.Now(), revocation{SessionID: "s1", Number: 1}, isNow(2, same))
+		for key, r := range w.of {
+			w.of[key] = received{r.revocation, time.Now().Add(-since)}
+		}
+		if w.add(time.Now()); len(w.of) != kept {
+			t.Errorf("%d are kept after %v", len(w.of), since)
+		}
+	}
+}
+
+// A token with a user's new role is good at once, also if this instance knows only an earlier change.
+func TestRevocationNewer(t *testing.T) {
+	w := newEnv(t, nil)
+	admin := w.admin()
+	path := usersPath + "/" + string(admin.invited("user", "", "").ID)
+	c := w.testUser(shown(admin.asks("GET", path, nil)).Email)
+	for i := range 6 {
+		old := w.signsIn(c.Email)
+		admin.changes(c.ID, body{"role": roleOperator, "network_id": fmt.Sprint("N", i)})
+		w.revoked(old) // this one it knows
+		if i%2 == 0 {
+			admin.changes(c.ID, body{"role": rolePartner})
+		} else {
+			w.wants(admin.asks("DELETE", path, nil), 204, "")
+			w.revocationsRead()
+			w.wants(admin.asks("POST", path+"/restore", nil), 200, "")
+		}
+		if fresh := w.signsIn(c.Email); !w.passes(fresh) {
+			t.Errorf("round %d: a token that says what is true does not pass", i)
+		}
+		if w.passes(old) {
+			t.Errorf("round %d: the old one does", i)
 		}
 	}
 }
@@ -241,7 +332,7 @@ func TestRevocationsRead(t *testing.T) {
 			w.exec(`insert into revocations (at, keycloak_session_id, user_id, role, network_id, station_id, is_active)
 				values (now() - $1::interval, $2, '', '', '', '', false)`, age, sid(age))
 		}
-		s.verifier.revoked.sessions, s.verifier.revoked.read = map[string]received{}, time.Time{}
+		s.verifier.revoked.of, s.verifier.revoked.read = map[string]received{}, time.Time{}
 		if away > 0 {
 			s.verifier.revoked.read = time.Now().Add(-away)
 		}
@@ -249,7 +340,7 @@ func TestRevocationsRead(t *testing.T) {
 			t.Fatal(err)
 		}
 		for i, age := range ages {
-			if _, received := s.verifier.revoked.sessions[sid(age)]; received != (i >= len(ages)-known) {
+			if _, received := s.verifier.revoked.of[sid(age)]; received != (i >= len(ages)-known) {
 				t.Errorf("%v after the last look (0: the first one): one of %v ago is known: %v", away, age, received)
 			}
 		}
@@ -257,8 +348,8 @@ func TestRevocationsRead(t *testing.T) {
 	if err := s.store.purgeRevocations(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if left := w.value(`select string_agg(keycloak_session_id, ', ' order by at) from revocations where keycloak_session_id like $1 || '%'`, mark); strings.Count(left, ",") != 3 ||
-		strings.Contains(left, sid(ages[0])) {
+	left := w.value(`select string_agg(keycloak_session_id, ', ' order by at) from revocations where keycloak_session_id like $1 || '%'`, mark)
+	if strings.Count(left, ",") != 3 || strings.Contains(left, sid(ages[0])) {
 		t.Errorf("left is %s", left)
 	}
 }
