@@ -20,8 +20,8 @@ import (
 	"golang.org/x/oauth2"
 )
 
-// loginLimit bounds the attempts on one account, from wherever they come. Keycloak
-// locks an account after wrong passwords; this keeps the guessing away from it.
+// loginLimit bounds the attempts on one account, from wherever they come. Keycloak locks an account after wrong
+// passwords; this keeps the guessing away from it.
 func loginLimit(login string) rateLimit {
 	return rateLimit{"login:" + tokenHash(strings.ToLower(login)), 20, time.Minute, problemTooManyRequests}
 }
@@ -46,8 +46,7 @@ type loginUser struct {
 	StationID string   `json:"station_id"`
 }
 
-// login signs a person in: L1 Keycloak's tokens, L2 our session. No tokens are
-// handed out without their row.
+// login signs a person in: L1 Keycloak's tokens, L2 our session. No tokens are handed out without their row.
 func (s *server) login(ctx context.Context, c caller, in loginIn) (loginOut, error) {
 	if (in.Username == "") == (in.Email == "") {
 		return loginOut{}, invalid(fieldError{"username", "is required, or else email"})
@@ -63,9 +62,11 @@ func (s *server) login(ctx context.Context, c caller, in loginIn) (loginOut, err
 	return s.openSession(ctx, c, token, "") // L2
 }
 
-// openSession stores the session of fresh tokens (L2) and makes the answer. Without
-// its row a session is ended again in Keycloak. The nonce is that of a code flow.
-func (s *server) openSession(ctx context.Context, c caller, token *oauth2.Token, nonce string) (out loginOut, err error) {
+// openSession stores the session of fresh tokens (L2) and makes the answer. Without its row a session is ended again
+// in Keycloak. The nonce is that of a code flow.
+func (s *server) openSession(
+	ctx context.Context, c caller, token *oauth2.Token, nonce string,
+) (out loginOut, err error) {
 	claims, err := readClaims(token.AccessToken)
 	if err == nil && (claims.SessionID == "" || token.RefreshToken == "") {
 		err = errors.New("keycloak: tokens without sid or without a refresh token; see the client's settings")
@@ -73,8 +74,7 @@ func (s *server) openSession(ctx context.Context, c caller, token *oauth2.Token,
 	if err != nil {
 		return out, err
 	}
-	// Dying here (L1) leaves a session in Keycloak that nobody has the tokens of; it
-	// dies of idleness.
+	// Dying here (L1) leaves a session in Keycloak that nobody has the tokens of; it dies of idleness.
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, s.kc.endSession(ctx, claims.SessionID))
@@ -92,7 +92,8 @@ func (s *server) openSession(ctx context.Context, c caller, token *oauth2.Token,
 		return out, err
 	}
 	if token, err = s.matching(ctx, token, u); err == nil {
-		out = loginOut{newTokenResponse(token, newSessionID()), loginUser{u.ID, u.Email, u.Username, []string{u.Role}, u.NetworkID, u.StationID}}
+		out.tokenResponse = newTokenResponse(token, newSessionID())
+		out.User = loginUser{u.ID, u.Email, u.Username, []string{u.Role}, u.NetworkID, u.StationID}
 		err = s.store.addSession(ctx, c, u.ID, claims.SessionID, out.tokenResponse, s.now())
 	}
 	if errors.Is(err, errInvalidGrant) || errors.Is(err, errNotFound) { // disabled at this moment
@@ -101,8 +102,8 @@ func (s *server) openSession(ctx context.Context, c caller, token *oauth2.Token,
 	return out, err
 }
 
-// matching returns tokens that say what is true of u in PostgreSQL. If somebody has
-// changed that in Keycloak, the user is reconciled and the tokens are exchanged.
+// matching returns tokens that say what is true of u in PostgreSQL. If somebody has changed that in Keycloak, the
+// user is reconciled and the tokens are exchanged.
 func (s *server) matching(ctx context.Context, token *oauth2.Token, u user) (*oauth2.Token, error) {
 	claims, err := readClaims(token.AccessToken)
 	if err != nil || claims.match(u) {
@@ -114,9 +115,8 @@ func (s *server) matching(ctx context.Context, token *oauth2.Token, u user) (*oa
 	return s.kc.refresh(ctx, token.RefreshToken)
 }
 
-// accountOf returns the account that Keycloak has just let in, if it is one in PostgreSQL, too.
-// Somebody whom only Keycloak has is imported. A verification that died between the two stores
-// (V3) is concluded first.
+// accountOf returns the account that Keycloak has just let in, if it is one in PostgreSQL, too. Somebody whom only
+// Keycloak has is imported. A verification that died between the two stores (V3) is concluded first.
 func (s *server) accountOf(ctx context.Context, subject string) (user, error) {
 	u, err := s.store.userByKeycloakID(ctx, subject)
 	if err == nil && u.RegistrationOpen {
@@ -152,9 +152,8 @@ func (s *server) accountOf(ctx context.Context, subject string) (user, error) {
 	return u, nil
 }
 
-// loginError says why Keycloak has let nobody in. An account that waits for its
-// confirmation is disabled in Keycloak, whatever the password, and only not fully
-// set up while its mail is being sent.
+// loginError says why Keycloak has let nobody in. An account that waits for its confirmation is disabled in Keycloak,
+// whatever the password, and only not fully set up while its mail is being sent.
 func (s *server) loginError(ctx context.Context, name string, err error) error {
 	wrong, disabled := errors.Is(err, errInvalidCredentials), errors.Is(err, errAccountDisabled)
 	if !wrong && !disabled && !errors.Is(err, errSetupRequired) {
@@ -189,7 +188,8 @@ func (s *server) loginError(ctx context.Context, name string, err error) error {
 
 // setupDetails are what Keycloak still wants of a person whose password is right, by required action.
 var setupDetails = map[string]string{
-	"UPDATE_PASSWORD": "A new password has to be chosen first. Follow the link in your mail, or ask for a new one with \"forgot password\".",
+	"UPDATE_PASSWORD": "A new password has to be chosen first. Follow the link in your mail, or ask for a new one " +
+		"with \"forgot password\".",
 
 	"CONFIGURE_TOTP":                 "A one-time-code app has to be set up" + onSignInPage,
 	"VERIFY_EMAIL":                   "The e-mail address has to be confirmed" + onSignInPage,
@@ -221,11 +221,11 @@ type forgotIn struct {
 // resetLifespan is how long Keycloak's link to choose a new password works.
 const resetLifespan = time.Hour
 
-// forgotPassword has Keycloak mail its link to choose a new password. The answer is the
-// same, and comes as fast, whether there is such an account or not, and when a limit
-// stands against the mail.
+// forgotPassword has Keycloak mail its link to choose a new password. The answer is the same, and comes as fast,
+// whether there is such an account or not, and when a limit stands against the mail.
 func (s *server) forgotPassword(ctx context.Context, c caller, in forgotIn) (noContent, error) {
-	tooSoon := rateLimit{"reset:" + tokenHash(strings.ToLower(in.Email)), 1, s.cfg.ResendCooldown, problemTooManyRequests}
+	key := "reset:" + tokenHash(strings.ToLower(in.Email))
+	tooSoon := rateLimit{key, 1, s.cfg.ResendCooldown, problemTooManyRequests}
 	for _, l := range []rateLimit{tooSoon, mailsADay(in.Email)} {
 		var limited problem
 		if err := s.store.hit(ctx, l, s.now()); errors.As(err, &limited) {
@@ -259,9 +259,8 @@ func (s *server) forgotPassword(ctx context.Context, c caller, in forgotIn) (noC
 	return noContent{}, nil
 }
 
-// The code flow (OpenID Connect Core §3.1 with PKCE, RFC 7636). Nothing of it is
-// stored: the browser has a secret in a cookie, and whatever else must be known at its
-// return is in the state, or made of both.
+// The code flow (OpenID Connect Core §3.1 with PKCE, RFC 7636). Nothing of it is stored: the browser has a secret in
+// a cookie, and whatever else must be known at its return is in the state, or made of both.
 const (
 	signInTime  = 10 * time.Minute // to sign in on Keycloak's page
 	afterSignIn = "/account/signed-in"
@@ -292,8 +291,8 @@ func newSignIn(browser, returnTo string, now time.Time) signIn {
 	return signIn{browser, state + "." + derive(browser, "state", state), returnTo}
 }
 
-// resumeSignIn reads the state that Keycloak has sent back. It fails for one of another
-// browser, one that was altered, and one that took too long.
+// resumeSignIn reads the state that Keycloak has sent back. It fails for one of another browser, one that was
+// altered, and one that took too long.
 func resumeSignIn(browser, state string, now time.Time) (signIn, error) {
 	encoded, mac, _ := strings.Cut(state, ".")
 	content, err := base64.RawURLEncoding.DecodeString(encoded)
@@ -308,11 +307,11 @@ func resumeSignIn(browser, state string, now time.Time) (signIn, error) {
 	return flow, nil
 }
 
-// returnURL is where the browser goes after signing in: an origin that is allowed and
-// what follows it. It is put together from the allowed origin itself, so whatever
-// returnTo contains, it leads nowhere else.
+// returnURL is where the browser goes after signing in: an origin that is allowed and what follows it. It is put
+// together from the allowed origin itself, so whatever returnTo contains, it leads nowhere else.
 func (cfg config) returnURL(returnTo string) (string, bool) {
-	odd := func(r rune) bool { return r <= ' ' || r == '\\' || r >= 0x7f } // browsers drop tabs and line breaks, and take \ for /
+	// Browsers drop tabs and line breaks, and take \ for /.
+	odd := func(r rune) bool { return r <= ' ' || r == '\\' || r >= 0x7f }
 	if len(returnTo) > maxReturnTo || strings.ContainsFunc(returnTo, odd) {
 		return "", false
 	}
@@ -352,16 +351,16 @@ func (s *server) browserOf(r *http.Request) string {
 func (s *server) signInPage(_ context.Context, _ caller, r *http.Request) (view, error) {
 	returnTo := cmp.Or(r.FormValue("return_to"), afterSignIn)
 	if _, ok := s.cfg.returnURL(returnTo); !ok {
-		return view{}, problemInvalidRequest.withDetail("return_to must be a path of this site or begin with an origin that is allowed.")
+		detail := "return_to must be a path of this site or begin with an origin that is allowed."
+		return view{}, problemInvalidRequest.withDetail(detail)
 	}
 	flow := newSignIn(cmp.Or(s.browserOf(r), newToken()), returnTo, s.now())
 	location := s.kc.oauth().AuthCodeURL(flow.state, oidc.Nonce(flow.nonce()), oauth2.S256ChallengeOption(flow.verifier()))
 	return view{Status: http.StatusSeeOther, Location: location, Cookie: s.signInCookie(flow.browser)}, nil
 }
 
-// callbackPage is where Keycloak sends the browser back to: L0 the state, once; L1
-// Keycloak's tokens for the code; L2 our session. The refresh token goes into a cookie,
-// the access token nowhere: the frontend asks refresh for one.
+// callbackPage is where Keycloak sends the browser back to: L0 the state, once; L1 Keycloak's tokens for the code; L2
+// our session. The refresh token goes into a cookie, the access token nowhere: the frontend asks refresh for one.
 func (s *server) callbackPage(ctx context.Context, c caller, r *http.Request) (view, error) {
 	flow, err := resumeSignIn(s.browserOf(r), r.FormValue("state"), s.now()) // L0
 	var out loginOut
@@ -383,7 +382,8 @@ func (s *server) callbackPage(ctx context.Context, c caller, r *http.Request) (v
 	if !ok { // an origin that is no longer allowed
 		target = origin(s.cfg.PublicURL) + afterSignIn
 	}
-	return view{Status: http.StatusSeeOther, Location: target, Cookie: refreshCookie(out.RefreshToken, out.RefreshExpiresIn)}, nil
+	cookie := refreshCookie(out.RefreshToken, out.RefreshExpiresIn)
+	return view{Status: http.StatusSeeOther, Location: target, Cookie: cookie}, nil
 }
 
 // finishSignIn reads what Keycloak says (RFC 6749 §4.1.2, RFC 9207) and redeems the code.

@@ -19,15 +19,16 @@ const (
 
 // session is a sign-in, see schema.sql.
 type session struct {
-	ID         sessionID
-	KeycloakID string // claim sid
-	UserID     userID
-	Address    string // of the sign-in
-	UserAgent  string
-	CreatedAt  time.Time
-	LastUsedAt time.Time
-	ExpiresAt  time.Time // when Keycloak lets the refresh token die
-	Ended      bool
+	ID         sessionID `json:"session_id" example:"SES-V1StGXR8_Z5jdHi6"`
+	Current    bool      `json:"current" db:"-" description:"The session of the access token that asks."`
+	KeycloakID string    `json:"-"` // claim sid
+	UserID     userID    `json:"-"`
+	Address    string    `json:"ip_address" example:"192.0.2.7" description:"Of the sign-in."`
+	UserAgent  string    `json:"user_agent" description:"Of the sign-in."`
+	CreatedAt  time.Time `json:"created_at"`
+	LastUsedAt time.Time `json:"last_used_at" description:"The sign-in or the latest refresh."`
+	ExpiresAt  time.Time `json:"expires_at" description:"When it ends unless it is used."`
+	Ended      bool      `json:"-"`
 }
 
 // tokenResponse is a token response (RFC 6749 §5.1) with what the service adds to it.
@@ -62,8 +63,7 @@ func refreshCookie(token string, seconds int) *http.Cookie {
 		HttpOnly: true, Secure: true, SameSite: http.SameSiteLaxMode}
 }
 
-// refreshIn is a refresh token: the holder's in the body, or else that of the browser's
-// cookie, if it has one.
+// refreshIn is a refresh token: the holder's in the body, or else that of the browser's cookie, if it has one.
 type refreshIn struct {
 	RefreshToken string `json:"refresh_token" required:"true" maxLength:"8192" example:"eyJhbGciOiJIUzUxMiJ9.eyJ0eXAiOiJSZWZyZXNoIn0.c2lnbmF0dXJl" description:"Without a body the cookie counts."`
 	Cookie       string `cookie:"refresh_token" description:"Set by /auth/callback. Only from an allowed origin."`
@@ -83,10 +83,9 @@ type noContent struct{ setCookie *http.Cookie }
 
 func (out noContent) cookie() *http.Cookie { return out.setCookie }
 
-// refresh exchanges a refresh token for the next one: F1 our lock of the token, F2
-// Keycloak's tokens, F3 our row of them. Whoever shows the old one within the grace
-// time gets the same answer, so that two tabs or a lost answer end no session; later
-// it is theft (RFC 9700 §4.14.2).
+// refresh exchanges a refresh token for the next one: F1 our lock of the token, F2 Keycloak's tokens, F3 our row of
+// them. Whoever shows the old one within the grace time gets the same answer, so that two tabs or a lost answer end
+// no session; later it is theft (RFC 9700 §4.14.2).
 func (s *server) refresh(ctx context.Context, c caller, in refreshIn) (refreshOut, error) {
 	answer, err := s.exchange(ctx, c, in.RefreshToken)
 	out := refreshOut{tokenResponse: answer}
@@ -121,7 +120,9 @@ func (s *server) exchange(ctx context.Context, c caller, token string) (tokenRes
 }
 
 // answerOf is the answer to a refresh token that can't be exchanged (any more).
-func (s *server) answerOf(ctx context.Context, c caller, known refreshToken, token string, err error) (out tokenResponse, _ error) {
+func (s *server) answerOf(
+	ctx context.Context, c caller, known refreshToken, token string, err error,
+) (out tokenResponse, _ error) {
 	switch {
 	case errors.Is(err, errNotFound):
 		return out, problemInvalidRefreshToken
@@ -143,12 +144,13 @@ func (s *server) answerOf(ctx context.Context, c caller, known refreshToken, tok
 	return out, problemTokenReused.withTarget(string(known.user.ID))
 }
 
-// rotate asks Keycloak for the next tokens and keeps its answer for the grace time,
-// sealed by a key that only the holder of the old token can make. Dying after F2 loses
-// an answer of Keycloak: the client's next try gets another when the lock has ended, as
-// refreshTokenMaxReuse 1 allows once. If the tokens have to be exchanged once more to say
+// rotate asks Keycloak for the next tokens and keeps its answer for the grace time, sealed by a key that only the
+// holder of the old token can make. Dying after F2 loses an answer of Keycloak: the client's next try gets another
+// when the lock has ended, as refreshTokenMaxReuse 1 allows once. If the tokens have to be exchanged once more to say
 // what is true in PostgreSQL, dying then ends the session.
-func (s *server) rotate(ctx context.Context, c caller, t task, known refreshToken, token string) (tokenResponse, error) {
+func (s *server) rotate(
+	ctx context.Context, c caller, t task, known refreshToken, token string,
+) (tokenResponse, error) {
 	ctx, cancel := context.WithTimeout(ctx, rotationTime)
 	defer cancel()
 	next, err := s.kc.refresh(ctx, token) // F2
@@ -207,8 +209,8 @@ func (s *server) endInKeycloak(ctx context.Context, keycloakID string, id sessio
 	}
 }
 
-// checkSession makes both stores agree on a session: one that has ended in PostgreSQL ends in
-// Keycloak (S2), and the other way round.
+// checkSession makes both stores agree on a session: one that has ended in PostgreSQL ends in Keycloak (S2), and the
+// other way round.
 func (s *server) checkSession(ctx context.Context, t task) (time.Time, error) {
 	session, err := s.store.session(ctx, sessionID(t.ID))
 	switch {
@@ -230,8 +232,7 @@ func (s *server) checkSession(ctx context.Context, t task) (time.Time, error) {
 	return never, err
 }
 
-// logout ends the session of a refresh token, in both stores. An unknown token is one whose
-// session has ended.
+// logout ends the session of a refresh token, in both stores. An unknown token is one whose session has ended.
 func (s *server) logout(ctx context.Context, c caller, in refreshIn) (noContent, error) {
 	out := noContent{}
 	if in.fromCookie() {
@@ -248,27 +249,17 @@ func (s *server) logout(ctx context.Context, c caller, in refreshIn) (noContent,
 	return out, err
 }
 
-type sessionOut struct {
-	ID         sessionID `json:"session_id" example:"SES-V1StGXR8_Z5jdHi6"`
-	Current    bool      `json:"current" description:"The session of the access token that asks."`
-	Address    string    `json:"ip_address" example:"192.0.2.7" description:"Of the sign-in."`
-	UserAgent  string    `json:"user_agent" description:"Of the sign-in."`
-	CreatedAt  time.Time `json:"created_at"`
-	LastUsedAt time.Time `json:"last_used_at" description:"The sign-in or the latest refresh."`
-	ExpiresAt  time.Time `json:"expires_at" description:"When it ends unless it is used."`
-}
-
 // account is the caller's, as its token knows it.
 func (c caller) account() user { return user{ID: c.UserID, KeycloakID: c.Subject} }
 
 // ownSessions lists where the caller is signed in.
-func (s *server) ownSessions(ctx context.Context, c caller, in pageIn) (listOut[sessionOut], error) {
+func (s *server) ownSessions(ctx context.Context, c caller, in pageIn) (listOut[session], error) {
 	return s.sessionsOf(ctx, c, c.account(), in)
 }
 
-// sessionsOf lists the live sessions of a user. Those that Keycloak has ended are left out, and
-// end in PostgreSQL, too. While Keycloak is away the list is what PostgreSQL knows.
-func (s *server) sessionsOf(ctx context.Context, c caller, u user, in pageIn) (listOut[sessionOut], error) {
+// sessionsOf lists the live sessions of a user. Those that Keycloak has ended are left out, and end in PostgreSQL,
+// too. While Keycloak is away the list is what PostgreSQL knows.
+func (s *server) sessionsOf(ctx context.Context, c caller, u user, in pageIn) (listOut[session], error) {
 	return pageOf(in, func(before cursor) ([]session, error) {
 		rows, err := s.store.sessions(ctx, u.ID, before, in.Limit+1, s.now())
 		if err != nil || len(rows) == 0 {
@@ -291,9 +282,9 @@ func (s *server) sessionsOf(ctx context.Context, c caller, u user, in pageIn) (l
 			err = s.store.enqueue(ctx, s.now(), gone...)
 		}
 		return rows, err
-	}, func(session session) (sessionOut, cursor) {
-		return sessionOut{session.ID, session.KeycloakID == c.SessionID, session.Address, session.UserAgent,
-			session.CreatedAt, session.LastUsedAt, session.ExpiresAt}, cursor{session.CreatedAt, string(session.ID)}
+	}, func(row session) (session, cursor) {
+		row.Current = row.KeycloakID == c.SessionID
+		return row, cursor{row.CreatedAt, string(row.ID)}
 	})
 }
 

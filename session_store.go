@@ -7,13 +7,15 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-const sessionColumns = `session_id, keycloak_session_id, user_id, ip_address, user_agent, created_at, last_used_at, expires_at,
-	ended_at is not null`
+const sessionColumns = `session_id, keycloak_session_id, user_id, ip_address, user_agent, created_at, last_used_at,
+	expires_at, ended_at is not null`
 
 // addSession stores the sign-in of an account (L2). A browser that Keycloak knew already comes back with the same
 // session of Keycloak: the new one replaces ours, whose token its cookie has lost. errNotFound: the account may not
 // sign in any more.
-func (st *store) addSession(ctx context.Context, c caller, id userID, keycloakID string, t tokenResponse, now time.Time) error {
+func (st *store) addSession(
+	ctx context.Context, c caller, id userID, keycloakID string, t tokenResponse, now time.Time,
+) error {
 	c.Actor = string(id)
 	return st.tx(ctx, func(tx *txn) {
 		ended, err := one[struct{ Replaced []string }](ctx, tx, `
@@ -21,24 +23,22 @@ func (st *store) addSession(ctx context.Context, c caller, id userID, keycloakID
 				update users set last_login_at = $5::timestamptz where user_id = $2 and is_active and is_verified
 				returning user_id),
 			replaced as (
-				update sessions set ended_at = $5::timestamptz, ended_reason = 'replaced' from u
-				where sessions.user_id = u.user_id and keycloak_session_id = $3::text and ended_at is null
+				update sessions s set ended_at = $5::timestamptz, ended_reason = 'replaced' from u
+				where s.user_id = u.user_id and keycloak_session_id = $3::text and ended_at is null
 				returning session_id),
-			forgotten as (
-				delete from refresh_tokens where session_id in (select session_id from replaced)),
+			forgotten as (delete from refresh_tokens where session_id in (select session_id from replaced)),
 			s as (
-				insert into sessions (session_id, user_id, keycloak_session_id, ip_address, user_agent,
-					created_at, last_used_at, expires_at)
+				insert into sessions (session_id, user_id, keycloak_session_id, ip_address, user_agent, created_at,
+					last_used_at, expires_at)
 				select $1::text, user_id, $3::text, $4::text, $8::text, $5::timestamptz, $5::timestamptz, $6::timestamptz from u),
-			t as (
-				insert into refresh_tokens (token_hash, session_id) select $7::text, $1::text from u)
+			t as (insert into refresh_tokens (token_hash, session_id) select $7::text, $1::text from u)
 			select array(select session_id from replaced) from u`,
 			t.SessionID, id, keycloakID, c.Address, now, t.expiry(now), tokenHash(t.RefreshToken), c.UserAgent)
 		tx.check(err)
 		tx.audit(c, now, entry{Action: "login", Target: c.Actor, Details: map[string]any{"session_id": t.SessionID}})
-		if len(ended.Replaced) > 0 {
-			tx.audit(c, now, entry{Action: "session.end", Target: c.Actor, Reason: "replaced",
-				Details: map[string]any{"sessions": ended.Replaced}})
+		if ids := ended.Replaced; len(ids) > 0 {
+			details := map[string]any{"sessions": ids}
+			tx.audit(c, now, entry{Action: "session.end", Target: c.Actor, Reason: "replaced", Details: details})
 		}
 	})
 }
@@ -51,8 +51,8 @@ type refreshToken struct {
 	user
 }
 
-// refreshToken returns what is known of a token. errNotFound: it never belonged to a session
-// that lives, or its user is not active.
+// refreshToken returns what is known of a token. errNotFound: it never belonged to a session that lives, or its user
+// is not active.
 func (st *store) refreshToken(ctx context.Context, hash string) (refreshToken, error) {
 	return one[refreshToken](ctx, st.pool, `
 		select session_id, used_at, answer, u.* from refresh_tokens t join sessions s using (session_id),
@@ -65,9 +65,11 @@ func (st *store) session(ctx context.Context, id sessionID) (session, error) {
 	return one[session](ctx, st.pool, `select `+sessionColumns+` from sessions where session_id = $1`, id)
 }
 
-// rotate records the exchange of a token for the next one (F3), and ends the lock. It returns
-// errNotFound when the session has ended, and errLocked.
-func (st *store) rotate(ctx context.Context, t task, hash string, next tokenResponse, sealed []byte, now time.Time) error {
+// rotate records the exchange of a token for the next one (F3), and ends the lock. It returns errNotFound when the
+// session has ended, and errLocked.
+func (st *store) rotate(
+	ctx context.Context, t task, hash string, next tokenResponse, sealed []byte, now time.Time,
+) error {
 	return st.tx(ctx, func(tx *txn) {
 		tx.check(t.held(ctx, tx))
 		if tx.exec(`
@@ -75,10 +77,9 @@ func (st *store) rotate(ctx context.Context, t task, hash string, next tokenResp
 				update sessions set last_used_at = $5, expires_at = $6 where session_id = $1 and ended_at is null
 				returning session_id),
 			used as (
-				update refresh_tokens t set used_at = $5, answer = $4 from s
-				where t.token_hash = $2 and t.used_at is null
-				returning t.session_id)
-			insert into refresh_tokens (token_hash, session_id) select $3, session_id from used`,
+				update refresh_tokens set used_at = $5, answer = $4 where token_hash = $2 and used_at is null
+				returning session_id)
+			insert into refresh_tokens (token_hash, session_id) select $3, session_id from s join used using (session_id)`,
 			next.SessionID, hash, tokenHash(next.RefreshToken), sealed, now, next.expiry(now)) == 0 {
 			tx.check(errNotFound)
 		}
@@ -89,23 +90,25 @@ func (st *store) rotate(ctx context.Context, t task, hash string, next tokenResp
 // purgeAnswers removes what was kept for the grace time.
 func (st *store) purgeAnswers(ctx context.Context, usedBefore time.Time) error {
 	_, err := st.pool.Exec(ctx, `update refresh_tokens set answer = null where token_hash = any(array(
-		select token_hash from refresh_tokens where answer is not null and used_at < $1 order by used_at limit 10000 for update skip locked))`, usedBefore)
+		select token_hash from refresh_tokens where answer is not null and used_at < $1
+		order by used_at limit 10000 for update skip locked))`, usedBefore)
 	return storeError(err)
 }
 
 // sessions returns the live sessions of a user, the latest first.
-func (st *store) sessions(ctx context.Context, user userID, before cursor, limit int, now time.Time) ([]session, error) {
-	rows, _ := st.pool.Query(ctx, `
-		select `+sessionColumns+` from sessions
+func (st *store) sessions(ctx context.Context, id userID, before cursor, limit int, now time.Time) ([]session, error) {
+	rows, _ := st.pool.Query(ctx, `select `+sessionColumns+` from sessions
 		where user_id = $1 and ended_at is null and expires_at > $2 and (created_at, session_id) < ($3, $4)
-		order by created_at desc, session_id desc limit $5`, user, now, before.At, before.ID, limit)
+		order by created_at desc, session_id desc limit $5`, id, now, before.At, before.ID, limit)
 	list, err := pgx.CollectRows(rows, pgx.RowToStructByPos[session])
 	return list, storeError(err)
 }
 
-// endSessions ends one live session of a user, or all (id ""), and returns them. From
-// here on their refresh tokens are unknown, and their tasks end them in Keycloak.
-func (st *store) endSessions(ctx context.Context, c caller, user userID, id sessionID, reason string, now time.Time) (ended []session, err error) {
+// endSessions ends one live session of a user, or all (id ""), and returns them. From here on their refresh tokens
+// are unknown, and their tasks end them in Keycloak.
+func (st *store) endSessions(
+	ctx context.Context, c caller, user userID, id sessionID, reason string, now time.Time,
+) (ended []session, err error) {
 	err = st.tx(ctx, func(tx *txn) { ended = tx.endSessions(c, user, id, reason, now) })
 	return ended, err
 }

@@ -20,6 +20,7 @@ import (
 	"github.com/go-jose/go-jose/v4/jwt"
 	lru "github.com/hashicorp/golang-lru/v2"
 	"golang.org/x/oauth2"
+	"golang.org/x/sync/singleflight"
 )
 
 // Limits of token verification, and cache lifetimes.
@@ -33,8 +34,7 @@ const (
 	keyWaiters     = 1024             // tokens that may wait for the next fetch
 )
 
-// tokenAlgorithms are all asymmetric: with HS256 a public key would be a secret, and
-// "none" is not an algorithm.
+// tokenAlgorithms are all asymmetric: with HS256 a public key would be a secret, and "none" is not an algorithm.
 var tokenAlgorithms = []jose.SignatureAlgorithm{jose.RS256, jose.ES256, jose.PS256, jose.EdDSA}
 
 // tokenClaims are what Keycloak says in an access token, see keycloak/realm.json.
@@ -79,28 +79,27 @@ func (c tokenClaims) match(u user) bool {
 	return c.UserID == u.ID && !u.revocation().revokes(c.principal())
 }
 
-// verifier checks access tokens with the realm's keys, without asking anybody. The
-// keys are fetched by one loop (keepKeys); they outlive Keycloak's absence.
+// verifier checks access tokens with the realm's keys, without asking anybody. The keys are fetched by one loop
+// (keepKeys); they outlive Keycloak's absence.
 type verifier struct {
 	issuer string
 	client string
 	fetch  func(context.Context) (jose.JSONWebKeySet, error)
 	now    func() time.Time
 
-	revoked revocations
-	keys    atomic.Pointer[keySet]
-	wanted  chan struct{} // a token names a key that is not there
-	waiting chan struct{} // tokens that wait for the next fetch
+	revoked  revocations
+	keys     atomic.Pointer[keySet]
+	fetching singleflight.Group
+	waiting  chan struct{} // tokens that wait for the next fetch
 }
 
-// keySet is what the latest fetch has brought. The tokens that were verified with
-// its keys are remembered with it, and so forgotten when a key is revoked.
+// keySet is what the latest fetch has brought. The tokens that were verified with its keys are remembered with it,
+// and so forgotten when a key is revoked.
 type keySet struct {
 	byID     map[string]jose.JSONWebKey
 	verified *lru.Cache[[sha256.Size]byte, verifiedToken]
-	asked    time.Time     // when the fetch began
-	err      error         // the fetch has failed: byID is of an earlier one
-	next     chan struct{} // closed when the next fetch has ended
+	asked    time.Time // when the fetch began
+	err      error     // the fetch has failed: byID is of an earlier one
 }
 
 // verifiedToken is a token that needs no second look until then.
@@ -113,33 +112,41 @@ type verifiedToken struct {
 func newVerifier(cfg config, kc *keycloak, now func() time.Time) *verifier {
 	v := &verifier{issuer: cfg.issuer(), client: cfg.AuthClientID, fetch: kc.signingKeys, now: now,
 		revoked: revocations{of: map[string]received{}, next: make(chan struct{})},
-		wanted:  make(chan struct{}, 1), waiting: make(chan struct{}, keyWaiters)}
-	v.keys.Store(&keySet{next: make(chan struct{})})
+		waiting: make(chan struct{}, keyWaiters)}
+	v.keys.Store(&keySet{})
 	return v
 }
 
-// keepKeys fetches the keys now, at every interval, and as soon as a token wants one
-// that is not there; never more often than keyPause, whatever arrives.
+// keepKeys fetches the keys now and at every interval.
 func (v *verifier) keepKeys(ctx context.Context) {
 	for ctx.Err() == nil {
-		v.refreshKeys(ctx)
+		v.fetchKeys(ctx)
 		select {
 		case <-ctx.Done():
-		case <-time.After(keyPause):
-		}
-		select {
-		case <-ctx.Done():
-		case <-v.wanted:
-		case <-time.After(keyInterval - keyPause):
+		case <-time.After(keyInterval):
 		}
 	}
 }
 
-// refreshKeys fetches the keys. Without an answer those that we have stay good: a
-// Keycloak that is away has revoked nothing.
+// fetchKeys waits until the keys are fetched once more, or ctx ends. However many ask for it, there is one fetch, and
+// none sooner than keyPause after the last one.
+func (v *verifier) fetchKeys(ctx context.Context) {
+	fetched := v.fetching.DoChan("", func() (any, error) {
+		time.Sleep(time.Until(v.keys.Load().asked.Add(keyPause)))
+		v.refreshKeys(context.WithoutCancel(ctx))
+		return nil, nil
+	})
+	select {
+	case <-fetched:
+	case <-ctx.Done():
+	}
+}
+
+// refreshKeys fetches the keys. Without an answer those that we have stay good: a Keycloak that is away has revoked
+// nothing.
 func (v *verifier) refreshKeys(ctx context.Context) {
 	before := v.keys.Load()
-	after := &keySet{byID: before.byID, verified: before.verified, asked: time.Now(), next: make(chan struct{})}
+	after := &keySet{byID: before.byID, verified: before.verified, asked: time.Now()}
 	fetched, err := v.fetch(ctx)
 	byID := map[string]jose.JSONWebKey{}
 	for _, key := range fetched.Keys {
@@ -157,12 +164,11 @@ func (v *verifier) refreshKeys(ctx context.Context) {
 		after.verified, _ = lru.New[[sha256.Size]byte, verifiedToken](verifiedTokens) // fails only for a size below 1
 	}
 	v.keys.Store(after)
-	close(before.next)
 }
 
-// key returns the key that a token names, and the set that has it. A key that is not
-// there may be new, so the token waits for a fetch that begins after its arrival: at
-// most keyPause, and only so many of them. errUnavailable: nobody can tell now.
+// key returns the key that a token names, and the set that has it. A key that is not there may be new, so the token
+// waits for a fetch that begins after its arrival: at most keyPause, and only so many of them. errUnavailable: nobody
+// can tell now.
 func (v *verifier) key(ctx context.Context, id string) (jose.JSONWebKey, *keySet, error) {
 	keys, arrived := v.keys.Load(), time.Now()
 	key, known := keys.byID[id]
@@ -176,13 +182,7 @@ func (v *verifier) key(ctx context.Context, id string) (jose.JSONWebKey, *keySet
 		return key, keys, errBusy
 	}
 	for !known && !keys.asked.After(arrived) {
-		select {
-		case v.wanted <- struct{}{}:
-		default: // somebody has said so
-		}
-		select {
-		case <-keys.next:
-		case <-ctx.Done():
+		if v.fetchKeys(ctx); ctx.Err() != nil {
 			return key, keys, fmt.Errorf("%w: %w", errUnavailable, ctx.Err())
 		}
 		keys = v.keys.Load()
@@ -196,8 +196,8 @@ func (v *verifier) key(ctx context.Context, id string) (jose.JSONWebKey, *keySet
 
 // verify returns whom a token speaks for, unless it was revoked.
 //
-// It returns errUnavailable if the keys or the revocations can't be had, and otherwise an error that
-// says what is wrong with the token and quotes nothing of it.
+// It returns errUnavailable if the keys or the revocations can't be had, and otherwise an error that says what is
+// wrong with the token and quotes nothing of it.
 func (v *verifier) verify(ctx context.Context, token string) (principal, error) {
 	t, err := v.verifySigned(ctx, token)
 	if err == nil {
@@ -237,26 +237,26 @@ func (v *verifier) verifySigned(ctx context.Context, token string) (t verifiedTo
 	return t, nil
 }
 
-// checkSignature checks a signature with the realm's key of that name; keys that the
-// token itself brings along (jwk, jku, x5u) count for nothing. It returns the keys
-// that it was checked with.
+// checkSignature checks a signature with the realm's key of that name; keys that the token itself brings along (jwk,
+// jku, x5u) count for nothing. It returns the keys that it was checked with.
 func (v *verifier) checkSignature(ctx context.Context, signed *jose.JSONWebSignature) (*keySet, error) {
 	header := signed.Signatures[0].Header
-	if _, has := header.ExtraHeaders["b64"]; has { // jose would take its claims unencoded; a JWT's are not (RFC 7797 §7)
+	if _, has := header.ExtraHeaders["b64"]; has { // jose would take its claims unencoded (RFC 7797 §7)
 		return nil, errors.New("its signature is not that of a JWT")
 	}
 	key, keys, err := v.key(ctx, header.KeyID)
 	if err != nil {
 		return keys, err
 	}
-	if _, err = signed.Verify(key); err != nil || key.Algorithm != header.Algorithm { // Verify refuses unknown crit headers
+	_, err = signed.Verify(key) // it refuses unknown crit headers
+	if err != nil || key.Algorithm != header.Algorithm {
 		return keys, errors.New("its signature is wrong")
 	}
 	return keys, nil
 }
 
-// idToken checks the ID token of a code flow: signature, issuer, audience, time, and
-// that it answers this very sign-in (OpenID Connect Core §3.1.3.7).
+// idToken checks the ID token of a code flow: signature, issuer, audience, time, and that it answers this very
+// sign-in (OpenID Connect Core §3.1.3.7).
 func (v *verifier) idToken(ctx context.Context, token *oauth2.Token, nonce string) error {
 	raw, _ := token.Extra("id_token").(string)
 	signed, err := jose.ParseSignedCompact(raw, tokenAlgorithms)
@@ -280,8 +280,8 @@ func (v *verifier) idToken(ctx context.Context, token *oauth2.Token, nonce strin
 	return nil
 }
 
-// readClaims reads a token that has just come from Keycloak's token endpoint itself;
-// no signature is needed to know its origin (OpenID Connect Core §3.1.3.7).
+// readClaims reads a token that has just come from Keycloak's token endpoint itself; no signature is needed to know
+// its origin (OpenID Connect Core §3.1.3.7).
 func readClaims(token string) (c tokenClaims, err error) {
 	signed, err := jose.ParseSignedCompact(token, tokenAlgorithms)
 	if err == nil {
@@ -304,8 +304,7 @@ func claimsOf(signed *jose.JSONWebSignature) (c tokenClaims, err error) {
 	return c, err
 }
 
-// checkClaims reads the claims and looks at everything but the signature (RFC 9068 §4,
-// OpenID Connect Core §2).
+// checkClaims reads the claims and looks at everything but the signature (RFC 9068 §4, OpenID Connect Core §2).
 func (v *verifier) checkClaims(signed *jose.JSONWebSignature, now time.Time) (c tokenClaims, err error) {
 	c, err = claimsOf(signed)
 	switch {
@@ -329,8 +328,7 @@ func (v *verifier) checkClaims(signed *jose.JSONWebSignature, now time.Time) (c 
 	return c, nil
 }
 
-// bearer returns whom the request speaks for by its Authorization header, or the
-// challenge of RFC 6750 §3.
+// bearer returns whom the request speaks for by its Authorization header, or the challenge of RFC 6750 §3.
 func (s *server) bearer(r *http.Request) (principal, error) {
 	credentials := r.Header.Values("Authorization")
 	scheme, token, _ := strings.Cut(strings.Join(credentials[:min(len(credentials), 1)], ""), " ")
@@ -376,8 +374,7 @@ type validateOut struct {
 	StationID string `header:"X-Auth-Station-Id,omitempty" json:"-" description:"Empty: none."`
 }
 
-// validate tells a gateway whether a token may pass, from memory alone: it asks
-// neither PostgreSQL nor Keycloak.
+// validate tells a gateway whether a token may pass, from memory alone: it asks neither PostgreSQL nor Keycloak.
 func (s *server) validate(w http.ResponseWriter, r *http.Request) {
 	p, err := s.bearer(r)
 	if err == nil && r.URL.RawQuery != "" {
@@ -398,19 +395,20 @@ func (s *server) validate(w http.ResponseWriter, r *http.Request) {
 	h.Set("X-Auth-Station-Id", p.StationID)
 } // 200 without a body is what net/http makes of it
 
-// validateEnvoy is validate for Envoy, which appends the path and query of the request that it asks about, and
-// uses its method. That query is the client's: it required nothing.
+// validateEnvoy is validate for Envoy, which appends the path and query of the request that it asks about, and uses
+// its method. That query is the client's: it required nothing.
 func (s *server) validateEnvoy(w http.ResponseWriter, r *http.Request) {
 	r.URL.RawQuery = ""
 	s.validate(w, r)
 }
 
-// satisfies checks a gateway's required role and scope. A requirement that nobody
-// knows is the gateway's mistake, and must not be one that everybody satisfies.
+// satisfies checks a gateway's required role and scope. A requirement that nobody knows is the gateway's mistake, and
+// must not be one that everybody satisfies.
 func (p principal) satisfies(required url.Values) error {
 	var wrong []fieldError
+	unknown := func(role string) bool { return !slices.Contains(roles, role) }
 	for name, values := range required {
-		switch unknown := func(role string) bool { return !slices.Contains(roles, role) }; {
+		switch {
 		case !slices.Contains([]string{"role", "network_id", "station_id"}, name):
 			wrong = append(wrong, fieldError{name, "is not known"})
 		case name == "role" && slices.ContainsFunc(values, unknown):
@@ -431,7 +429,8 @@ func (p principal) satisfies(required url.Values) error {
 		return refused
 	case p.is(roleAdmin):
 		return nil
-	case slices.ContainsFunc(required["network_id"], otherNetwork), slices.ContainsFunc(required["station_id"], otherStation):
+	case slices.ContainsFunc(required["network_id"], otherNetwork),
+		slices.ContainsFunc(required["station_id"], otherStation):
 		return refused
 	}
 	return nil

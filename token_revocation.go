@@ -13,10 +13,10 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// An access token lives for minutes after what it says has ceased to be true. Revocations (RFC 7009) say which
-// ones count no more: they are written in the transaction of the change, and each instance polls their table and
-// keeps them in memory, where each check of a token looks. Polling works through every pooler, and nobody can
-// forge a row who may only connect.
+// An access token lives for minutes after what it says has ceased to be true. Revocations (RFC 7009) say which ones
+// count no more: they are written in the transaction of the change, and each instance polls their table and keeps
+// them in memory, where each check of a token looks. Polling works through every pooler, and nobody can forge a row
+// who may only connect.
 const (
 	tokenLife      = time.Hour              // no access token lives longer: what is older revokes nothing
 	revocationLag  = time.Minute            // no transaction takes longer to commit what it has revoked
@@ -120,8 +120,8 @@ func (w *revocations) add(read time.Time, found ...revocation) {
 	w.read, w.next = read, make(chan struct{})
 }
 
-// pollRevocations reads the revocations that have come since the last time. One look overlaps
-// the one before by revocationLag, since a row becomes visible only when its transaction ends.
+// pollRevocations reads the revocations that have come since the last time. One look overlaps the one before by
+// revocationLag, since a row becomes visible only when its transaction ends.
 func (s *server) pollRevocations(ctx context.Context) error {
 	last, start := s.verifier.revoked.lastRead(), time.Now()
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
@@ -149,6 +149,7 @@ func (st *store) revocations(ctx context.Context, since time.Duration) ([]revoca
 // purgeRevocations removes what revokes nothing any more.
 func (st *store) purgeRevocations(ctx context.Context) error {
 	_, err := st.pool.Exec(ctx, `delete from revocations where revocation_id = any(array(
-		select revocation_id from revocations where at < now() - $1::interval order by at limit 10000 for update skip locked))`, tokenLife)
+		select revocation_id from revocations where at < now() - $1::interval
+		order by at limit 10000 for update skip locked))`, tokenLife)
 	return storeError(err)
 }

@@ -294,10 +294,10 @@ func (s *server) pushNow(ctx context.Context, u user) {
 func (s *server) userSessions(ctx context.Context, c caller, in struct {
 	userIn
 	pageIn
-}) (listOut[sessionOut], error) {
+}) (listOut[session], error) {
 	u, err := s.target(ctx, c, in.ID, actSessions)
 	if err != nil {
-		return listOut[sessionOut]{}, err
+		return listOut[session]{}, err
 	}
 	return s.sessionsOf(ctx, c, u, in.pageIn)
 }
