@@ -52,119 +52,134 @@ func (w *env) revoked(list ...answer) {
 	}
 }
 
-// Whatever makes a token untrue or ends its session revokes it, and nothing else.
-func TestRevocations(t *testing.T) {
-	w := newEnv(t, map[string]string{"JOB_INTERVAL": "200ms"})
-	_, bystander := w.signedIn()
-	admin := w.signsIn(w.administrator())
-	type victim struct {
-		id            string
-		first, second answer // two sign-ins
-	}
+// revokedUser is somebody who has signed in twice.
+type revokedUser struct {
+	id            string
+	first, second answer
+}
+
+// operatorBefore is what it was before something changes.
+var operatorBefore = body{"role": "operator", "network_id": "N1", "station_id": "S1"}
+
+// revocationCause is something that makes tokens untrue or ends their sessions, or does not.
+type revocationCause struct {
+	cause  string
+	do     func(v revokedUser)
+	tokens string // that are revoked: both, first, none …
+	ends   bool   // … with their sessions
+	undo   func(v revokedUser)
+	login  string // a problem, while it is not undone
+}
+
+func (w *env) revocationCauses(admin answer) []revocationCause {
 	const both, first, none = "both", "first", "none"
-	before := body{"role": "operator", "network_id": "N1", "station_id": "S1"}
-	manage := func(method, path string, in any) func(victim) {
-		return func(v victim) {
-			t.Helper()
+	manage := func(method, path string, in any) func(revokedUser) {
+		return func(v revokedUser) {
+			w.Helper()
 			if a := w.do(managing(admin, method, strings.NewReplacer("{id}", v.id, "{session}", v.first.text("session_id")).Replace(path), in)); a.Status/100 != 2 {
-				t.Fatal(a)
+				w.Fatal(a)
 			}
 		}
 	}
-	patch := func(in body) func(victim) { return manage("PATCH", "/{id}", in) }
-	listed := func(v victim) {
+	patch := func(in body) func(revokedUser) { return manage("PATCH", "/{id}", in) }
+	listed := func(v revokedUser) {
 		w.wants(w.as(v.second, "GET", sessionsPath), 200, "")
 		w.eventually("its task has ended it", 10*time.Second, func() bool {
 			return w.value(`select (ended_at is not null)::text from sessions where session_id = $1`, v.first.text("session_id")) == "true"
 		})
 	}
-	for _, c := range []struct {
-		cause  string
-		do     func(v victim)
-		tokens string // that are revoked …
-		ends   bool   // … with their sessions
-		undo   func(v victim)
-		login  string // a problem, while it is not undone
-	}{
+	return []revocationCause{
 		{"deleted", manage("DELETE", "/{id}", nil), both, true, manage("POST", "/{id}/restore", nil), "account-disabled"},
-		{"demoted", patch(body{"role": "user"}), both, false, patch(before), ""},
-		{"promoted", patch(body{"role": "partner"}), both, false, patch(before), ""},
-		{"another network", patch(body{"network_id": "N2"}), both, false, patch(before), ""},
-		{"no network", patch(body{"network_id": ""}), both, false, patch(before), ""},
-		{"another station", patch(body{"station_id": "S2"}), both, false, patch(before), ""},
-		{"role and scope as they were", patch(before), none, false, nil, ""},
+		{"demoted", patch(body{"role": "user"}), both, false, patch(operatorBefore), ""},
+		{"promoted", patch(body{"role": "partner"}), both, false, patch(operatorBefore), ""},
+		{"another network", patch(body{"network_id": "N2"}), both, false, patch(operatorBefore), ""},
+		{"no network", patch(body{"network_id": ""}), both, false, patch(operatorBefore), ""},
+		{"another station", patch(body{"station_id": "S2"}), both, false, patch(operatorBefore), ""},
+		{"role and scope as they were", patch(operatorBefore), none, false, nil, ""},
 		{"another name", patch(body{"first_name": "Grace", "phone": "+4930123456"}), none, false, nil, ""},
-		{"one session, by its owner", func(v victim) {
+		{"one session, by its owner", func(v revokedUser) {
 			w.wants(w.as(v.second, "DELETE", sessionsPath+"/"+v.first.text("session_id")), 204, "")
 		}, first, true, nil, ""},
-		{"all sessions, by their owner", func(v victim) { w.wants(w.as(v.second, "DELETE", sessionsPath), 204, "") }, both, true, nil, ""},
+		{"all sessions, by their owner", func(v revokedUser) { w.wants(w.as(v.second, "DELETE", sessionsPath), 204, "") }, both, true, nil, ""},
 		{"one session, managed", manage("DELETE", "/{id}/sessions/{session}", nil), first, true, nil, ""},
 		{"all sessions, managed", manage("DELETE", "/{id}/sessions", nil), both, true, nil, ""},
-		{"logout", func(v victim) { w.wants(w.do(loggingOut(v.first.text("refresh_token"))), 204, "") }, first, true, nil, ""},
-		{"refresh token used again", func(v victim) {
+		{"logout", func(v revokedUser) { w.wants(w.do(loggingOut(v.first.text("refresh_token"))), 204, "") }, first, true, nil, ""},
+		{"refresh token used again", func(v revokedUser) {
 			next := w.refreshed(v.first)
 			w.graceEnds(next)
 			w.wants(w.do(refreshing(v.first.text("refresh_token"))), 401, "token-reused")
 			w.revoked(next)
 		}, first, true, nil, ""},
-		{"ended in Keycloak, found by a list", func(v victim) {
+		{"ended in Keycloak, found by a list", func(v revokedUser) {
 			w.keycloakAdmin("DELETE", "/sessions/"+w.sid(v.first), nil, nil)
 			listed(v)
 		}, first, true, nil, ""},
-		{"ended in Keycloak, found by a refresh", func(v victim) {
+		{"ended in Keycloak, found by a refresh", func(v revokedUser) {
 			w.keycloakAdmin("DELETE", "/sessions/"+w.sid(v.first), nil, nil)
 			w.wants(w.do(refreshing(v.first.text("refresh_token"))), 401, "invalid-token")
 		}, first, true, nil, ""},
-	} {
-		w.Run(c.cause, func() {
-			email := newEmail()
-			w.account(email)
-			v := victim{id: w.value(`select user_id from users where email = $1`, email)}
-			patch(before)(v)
-			v.first, v.second = w.signsIn(email), w.signsIn(email)
-			if !w.passes(v.first) || !w.passes(v.second) { // issued right after a change, whatever the clocks say
-				t.Fatal("a token that is true does not pass")
-			}
-			c.do(v)
-			old := map[string][]answer{both: {v.first, v.second}, first: {v.first}}[c.tokens]
-			w.revoked(old...)
-			var fresh []answer
-			for i, session := range []answer{v.first, v.second} {
-				gone := i < len(old)
-				switch {
-				case !gone && !w.passes(session):
-					w.Errorf("the token of session %d was revoked, too", i)
-				case gone && c.ends:
-					w.wants(w.do(refreshing(session.text("refresh_token"))), 401, "invalid-token")
-				default: // the session goes on, with a token that says what is true
-					fresh = append(fresh, w.refreshed(session))
-				}
-			}
-			if c.login != "" {
-				w.wants(w.login(email, password), 403, c.login)
-			} else {
-				fresh = append(fresh, w.signsIn(email))
-			}
-			for i, a := range append(fresh, bystander, admin) {
-				if !w.passes(a) {
-					w.Errorf("token %d does not pass, and is true", i)
-				}
-			}
-			if c.undo == nil {
-				return
-			}
-			c.undo(v)
-			if c.ends { // its session does not come back
-				a := w.signsIn(email)
-				w.eventually("a new token passes", time.Second, func() bool { return w.passes(a) })
-				w.revoked(old...)
-				return
-			}
-			w.revoked(fresh...)
-			for _, a := range old { // what it says is true again
-				w.eventually("the first token passes again", time.Second, func() bool { return w.passes(a) })
-			}
-		})
+	}
+}
+
+// Whatever makes a token untrue or ends its session revokes it, and nothing else.
+func TestRevocations(t *testing.T) {
+	w := newEnv(t, map[string]string{"JOB_INTERVAL": "200ms"})
+	_, bystander := w.signedIn()
+	admin := w.signsIn(w.administrator())
+	for _, c := range w.revocationCauses(admin) {
+		w.Run(c.cause, func() { w.revokes(c, bystander, admin) })
+	}
+}
+
+// revokes fails unless a cause revokes what it should.
+func (w *env) revokes(c revocationCause, bystander, admin answer) {
+	w.Helper()
+	email := newEmail()
+	w.account(email)
+	v := revokedUser{id: w.value(`select user_id from users where email = $1`, email)}
+	w.wants(w.do(managing(admin, "PATCH", "/"+v.id, operatorBefore)), 200, "")
+	v.first, v.second = w.signsIn(email), w.signsIn(email)
+	if !w.passes(v.first) || !w.passes(v.second) { // issued right after a change, whatever the clocks say
+		w.Fatal("a token that is true does not pass")
+	}
+	c.do(v)
+	old := map[string][]answer{"both": {v.first, v.second}, "first": {v.first}}[c.tokens]
+	w.revoked(old...)
+	var fresh []answer
+	for i, session := range []answer{v.first, v.second} {
+		gone := i < len(old)
+		switch {
+		case !gone && !w.passes(session):
+			w.Errorf("the token of session %d was revoked, too", i)
+		case gone && c.ends:
+			w.wants(w.do(refreshing(session.text("refresh_token"))), 401, "invalid-token")
+		default: // the session goes on, with a token that says what is true
+			fresh = append(fresh, w.refreshed(session))
+		}
+	}
+	if c.login != "" {
+		w.wants(w.login(email, password), 403, c.login)
+	} else {
+		fresh = append(fresh, w.signsIn(email))
+	}
+	for i, a := range append(fresh, bystander, admin) {
+		if !w.passes(a) {
+			w.Errorf("token %d does not pass, and is true", i)
+		}
+	}
+	if c.undo == nil {
+		return
+	}
+	c.undo(v)
+	if c.ends { // its session does not come back
+		a := w.signsIn(email)
+		w.eventually("a new token passes", time.Second, func() bool { return w.passes(a) })
+		w.revoked(old...)
+		return
+	}
+	w.revoked(fresh...)
+	for _, a := range old { // what it says is true again
+		w.eventually("the first token passes again", time.Second, func() bool { return w.passes(a) })
 	}
 }
 
