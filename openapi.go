@@ -34,7 +34,7 @@ func document(routes []route) ([]byte, error) {
 		jsonschema.InterceptDefName(func(t reflect.Type, _ string) string {
 			name := t.Name()
 			if list, of, generic := strings.Cut(strings.TrimSuffix(name, "]"), "["); generic {
-				name = of[strings.LastIndex(of, ".")+1:] + list // listOut[auth-service.sessionOut]
+				name = of[strings.LastIndex(of, ".")+1:] + list // listOut[auth-service.session]
 			}
 			return strings.ToUpper(name[:1]) + name[1:]
 		}))

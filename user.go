@@ -285,10 +285,10 @@ func (s *server) push(ctx context.Context, u user, edit func(*keycloakUser)) err
 func (s *server) userSessions(ctx context.Context, c caller, in struct {
 	userIn
 	pageIn
-}) (listOut[sessionOut], error) {
+}) (listOut[session], error) {
 	u, err := s.target(ctx, c, in.ID, actSessions)
 	if err != nil {
-		return listOut[sessionOut]{}, err
+		return listOut[session]{}, err
 	}
 	return s.sessionsOf(ctx, c, u, in.pageIn)
 }

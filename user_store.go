@@ -133,7 +133,7 @@ func (st *store) changeUser(ctx context.Context, c caller, id userID, action str
 			tx.check(enqueue(ctx, tx, now.Add(pushDelay), kcTask(u.KeycloakID)))
 		}
 		if !u.IsActive {
-			effect.ended = tx.endSessions(c, id, "", entry{Action: "session.end", Reason: "user deleted"}, now)
+			effect.ended = tx.endSessions(c, id, "", "user deleted", now)
 		}
 		tx.audit(c, now, entry{Action: action, Target: string(id), Network: before.NetworkID, Details: changed})
 	})
