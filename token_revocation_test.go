@@ -527,7 +527,7 @@ func TestRevocationsAtStart(t *testing.T) {
 		name, says string
 		begin, end func() error
 	}{
-		{"PostgreSQL is away", "the database is down", w.pg.close, w.pg.open},
+		{"PostgreSQL is away", "the revocations have not been read yet", w.pg.close, w.pg.open},
 		{"the table is locked", "the revocations have not been read yet", func() error {
 			_, err := tx.Exec(t.Context(), `lock table revocations in access exclusive mode`)
 			return err
