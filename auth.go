@@ -388,7 +388,7 @@ func (s *server) callbackPage(ctx context.Context, c caller, r *http.Request) (v
 // finishSignIn reads what Keycloak says (RFC 6749 §4.1.2, RFC 9207) and redeems the code.
 func (s *server) finishSignIn(ctx context.Context, c caller, r *http.Request, flow signIn) (loginOut, error) {
 	used := problemSignInIncomplete.withDetail("This sign-in is over already. Perhaps the page was loaded twice.")
-	err := s.store.hit(ctx, rateLimit{"sign-in:" + tokenHash(flow.state), 1, 2 * signInTime, used}, s.now())
+	err := s.store.hit(ctx, rateLimit{"sign-in:" + digest(flow.state), 1, 2 * signInTime, used}, s.now())
 	if err != nil {
 		return loginOut{}, err
 	}

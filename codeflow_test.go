@@ -178,7 +178,7 @@ func TestCodeFlow(t *testing.T) {
 		t.Errorf("refresh_token: %v", first)
 	}
 	session := w.value(`select session_id from sessions join refresh_tokens using (session_id) where token_hash = $1 and ip_address = $2 and user_agent = 'person'`,
-		tokenHash(first.Value), p.from)
+		digest(first.Value), p.from)
 	if got := w.value(`select concat_ws(' ', action, outcome, details->>'session_id') from audit_log where request_id = $1`, a.Header.Get("X-Request-Id")); got != "login ok "+session {
 		t.Errorf("audit: %s", got)
 	}

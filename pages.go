@@ -119,7 +119,7 @@ func verifiedPage(email string, already bool) view {
 // pendingByToken returns the registration that a link opens, pending or verified,
 // and the problem of any other one.
 func (s *server) pendingByToken(ctx context.Context, token string) (registration, error) {
-	reg, err := s.store.registrationByToken(ctx, tokenHash(token))
+	reg, err := s.store.registrationByToken(ctx, digest(token))
 	switch {
 	case errors.Is(err, errNotFound):
 		err = problemInvalidToken

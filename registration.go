@@ -208,7 +208,7 @@ func (s *server) begin(ctx context.Context, c caller, reg registration) (registr
 		return reg, err
 	}
 	token := newToken()
-	reg.TokenHash = tokenHash(token)
+	reg.TokenHash = digest(token)
 	t, err := s.store.addRegistration(ctx, c, reg, s.now()) // R1
 	if err != nil {
 		return reg, err
@@ -341,7 +341,7 @@ type cancelOut struct {
 
 // cancel is "this was not me": E1 our row, E2 Keycloak's user, E3 nothing is left.
 func (s *server) cancel(ctx context.Context, c caller, in cancelIn) (cancelOut, error) {
-	reg, err := s.store.registrationByToken(ctx, tokenHash(in.Token))
+	reg, err := s.store.registrationByToken(ctx, digest(in.Token))
 	if errors.Is(err, errNotFound) {
 		return cancelOut{}, problemInvalidToken
 	}

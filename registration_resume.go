@@ -103,7 +103,7 @@ func (s *server) attach(ctx context.Context, c caller, t task, reg registration,
 	registration, error) {
 	reg.KeycloakID, reg.UserID = ku.id(), userID(ku.attribute(attrUserID))
 	token := cmp.Or(ku.attribute(attrToken), newToken()) // V3 has removed it: nobody's
-	reg.TokenHash, reg.CodeHash = tokenHash(token), codeHash(token, ku.attribute(attrCode))
+	reg.TokenHash, reg.CodeHash = digest(token), codeHash(token, ku.attribute(attrCode))
 	return reg, s.store.attachKeycloakUser(ctx, c, t, reg, s.now())
 }
 

@@ -73,7 +73,7 @@ func (s *server) verify(ctx context.Context, c caller, in verifyIn) (verifyOut, 
 // two must look alike from outside.
 func (s *server) registrationOf(ctx context.Context, c caller, in verifyIn) (registration, error) {
 	if in.Token != "" {
-		reg, err := s.store.registrationByToken(ctx, tokenHash(in.Token))
+		reg, err := s.store.registrationByToken(ctx, digest(in.Token))
 		if errors.Is(err, errNotFound) {
 			err = problemInvalidToken
 		}

@@ -98,16 +98,16 @@ func (s *server) refresh(ctx context.Context, c caller, in refreshIn) (refreshOu
 
 // exchange returns the answer to a refresh token, however many ask for it at once.
 func (s *server) exchange(ctx context.Context, c caller, token string) (tokenResponse, error) {
-	known, err := s.store.refreshToken(ctx, tokenHash(token))
+	known, err := s.store.refreshToken(ctx, digest(token))
 	if err != nil || known.UsedAt != nil {
 		return s.answerOf(ctx, c, known, token, err)
 	}
-	t, err := s.store.lock(ctx, "token:"+tokenHash(token), rotationLock, s.now) // F1
+	t, err := s.store.lock(ctx, "token:"+digest(token), rotationLock, s.now) // F1
 	if err != nil {
 		return tokenResponse{}, err
 	}
 	var answer tokenResponse
-	known, err = s.store.refreshToken(ctx, tokenHash(token))
+	known, err = s.store.refreshToken(ctx, digest(token))
 	if err == nil && known.UsedAt == nil {
 		if answer, err = s.rotate(ctx, c, t, known, token); err == nil {
 			return answer, nil
@@ -170,7 +170,7 @@ func (s *server) rotate(
 	answer := newTokenResponse(next, known.Session)
 	plain, err := json.Marshal(answer)
 	if err == nil {
-		err = s.store.rotate(ctx, t, tokenHash(token), answer, seal(token, plain), s.now()) // F3
+		err = s.store.rotate(ctx, t, digest(token), answer, seal(token, plain), s.now()) // F3
 	}
 	if errors.Is(err, errNotFound) { // the session has just ended
 		err = problemInvalidRefreshToken
@@ -238,7 +238,7 @@ func (s *server) logout(ctx context.Context, c caller, in refreshIn) (noContent,
 	if in.fromCookie() {
 		out.setCookie = refreshCookie("", -1)
 	}
-	known, err := s.store.refreshToken(ctx, tokenHash(in.RefreshToken))
+	known, err := s.store.refreshToken(ctx, digest(in.RefreshToken))
 	if err == nil {
 		c.Actor = string(known.user.ID)
 		err = s.endSession(ctx, c, known.user, known.Session, "logout")

@@ -33,7 +33,7 @@ func (st *store) addSession(
 				select $1::text, user_id, $3::text, $4::text, $8::text, $5::timestamptz, $5::timestamptz, $6::timestamptz from u),
 			t as (insert into refresh_tokens (token_hash, session_id) select $7::text, $1::text from u)
 			select array(select session_id from replaced) from u`,
-			t.SessionID, id, keycloakID, c.Address, now, t.expiry(now), tokenHash(t.RefreshToken), c.UserAgent)
+			t.SessionID, id, keycloakID, c.Address, now, t.expiry(now), digest(t.RefreshToken), c.UserAgent)
 		tx.check(err)
 		tx.audit(c, now, entry{Action: "login", Target: c.Actor, Details: map[string]any{"session_id": t.SessionID}})
 		if ids := ended.Replaced; len(ids) > 0 {
@@ -79,7 +79,7 @@ func (st *store) rotate(
 				update refresh_tokens set used_at = $5, answer = $4 where token_hash = $2 and used_at is null
 				returning session_id)
 			insert into refresh_tokens (token_hash, session_id) select $3, session_id from s join used using (session_id)`,
-			next.SessionID, hash, tokenHash(next.RefreshToken), sealed, now, next.expiry(now)) == 0 {
+			next.SessionID, hash, digest(next.RefreshToken), sealed, now, next.expiry(now)) == 0 {
 			tx.check(errNotFound)
 		}
 		tx.check(finish(ctx, tx, t, never))

@@ -93,7 +93,7 @@ func (w *env) sid(a answer) string {
 // lockEnds stands in for waiting until the lock of an exchange ends by itself.
 func (w *env) lockEnds(a answer) {
 	w.Helper()
-	w.exec(`update tasks set locked_until = now() where task_id = $1`, "token:"+tokenHash(a.text("refresh_token")))
+	w.exec(`update tasks set locked_until = now() where task_id = $1`, "token:"+digest(a.text("refresh_token")))
 }
 
 // ended fails unless a session has ended for this reason in both stores, which is
@@ -147,14 +147,14 @@ func TestRefresh(t *testing.T) {
 	w.wants(w.as(second, "GET", "/api/v1/auth/me"), 200, "")
 	session := first.text("session_id")
 	if got := w.value(`select string_agg(concat_ws(' ', token_hash, used_at is not null, answer is not null), ', ' order by used_at)
-		from refresh_tokens where session_id = $1`, session); got != tokenHash(first.text("refresh_token"))+" t t, "+tokenHash(second.text("refresh_token"))+" f f" {
+		from refresh_tokens where session_id = $1`, session); got != digest(first.text("refresh_token"))+" t t, "+digest(second.text("refresh_token"))+" f f" {
 		t.Error(got)
 	}
 	if got := w.value(`select concat_ws(' ', last_used_at > created_at, extract(epoch from expires_at - last_used_at) > 86390)
 		from sessions where session_id = $1`, session); got != "t t" {
 		t.Errorf("last_used_at, expires_at: %s", got)
 	}
-	if got := w.value(`select count(*)::text from tasks where task_id in ($1, $2)`, "token:"+tokenHash(first.text("refresh_token")), session); got != "0" {
+	if got := w.value(`select count(*)::text from tasks where task_id in ($1, $2)`, "token:"+digest(first.text("refresh_token")), session); got != "0" {
 		t.Errorf("%s tasks are left of the exchange", got)
 	}
 
@@ -225,7 +225,7 @@ func TestRefreshRefused(t *testing.T) {
 		{"ID token", refreshing(first.text("id_token")), 401, "invalid-token", ""},
 		{"cut short", refreshing(token[:len(token)-1]), 401, "invalid-token", ""},
 		{"with a blank", refreshing(token + " "), 401, "invalid-token", ""},
-		{"its hash", refreshing(tokenHash(token)), 401, "invalid-token", ""},
+		{"its hash", refreshing(digest(token)), 401, "invalid-token", ""},
 		{"of the session", refreshing(first.text("session_id")), 401, "invalid-token", ""},
 		{"no body and no cookie", call{method: "POST"}, 401, "invalid-token", ""},
 		{"a form", typed("application/x-www-form-urlencoded", "refresh_token="+token), 415, "unsupported-media-type", ""},
@@ -326,13 +326,13 @@ func TestRefreshCookie(t *testing.T) {
 		if !o.allowed {
 			w.wants(a, 403, "forbidden")
 			w.wants(w.do(withCookie(logoutPath, token, o.headers)), 403, "forbidden")
-			if c != nil || unused != tokenHash(token) || w.kc.count("refresh") != asked {
+			if c != nil || unused != digest(token) || w.kc.count("refresh") != asked {
 				t.Errorf("%s: something was exchanged: %v", o.name, a)
 			}
 			continue
 		}
 		w.wants(a, 200, "")
-		if c == nil || !lasts(float64(c.MaxAge), 86400) || unused != tokenHash(c.Value) || a.text("access_token") == "" || a.text("session_id") != session {
+		if c == nil || !lasts(float64(c.MaxAge), 86400) || unused != digest(c.Value) || a.text("access_token") == "" || a.text("session_id") != session {
 			t.Fatalf("%s: %v %v", o.name, c, a)
 		}
 		if _, there := a.JSON["refresh_token"]; there || strings.Contains(string(a.Body), c.Value) {
@@ -654,7 +654,7 @@ func TestCopyOfSessions(t *testing.T) {
 	session := first.text("session_id")
 	copied := w.value(`select (select string_agg(t::text, E'\n') from refresh_tokens t) || (select string_agg(s::text, E'\n') from sessions s) ||
 		(select string_agg(a::text, E'\n') from audit_log a) || (select string_agg(u::text, E'\n') from users u)`)
-	if !strings.Contains(copied, tokenHash(first.text("refresh_token"))) {
+	if !strings.Contains(copied, digest(first.text("refresh_token"))) {
 		t.Error("the copy does not even have the token's hash")
 	}
 	for _, a := range []answer{first, second} {
@@ -671,7 +671,7 @@ func TestCopyOfSessions(t *testing.T) {
 		t.Fatal(err)
 	}
 	for key, opens := range map[string]bool{first.text("refresh_token"): true, second.text("refresh_token"): false, second.text("access_token"): false,
-		tokenHash(first.text("refresh_token")): false, session: false, "": false} {
+		digest(first.text("refresh_token")): false, session: false, "": false} {
 		if plain, err := openSealed(key, sealed); (err == nil && strings.Contains(string(plain), second.text("refresh_token"))) != opens {
 			t.Errorf("%.20s… opens the answer: %v", key, err)
 		}
@@ -917,7 +917,7 @@ func TestForgotPassword(t *testing.T) {
 	before := w.kc.count("find_user")
 	forget(known) // too soon
 	cooled := func(email string) {
-		w.exec(`update rate_limits set resets_at = now() where key = $1`, "reset:"+tokenHash(email))
+		w.exec(`update rate_limits set resets_at = now() where key = $1`, "reset:"+digest(email))
 	}
 	cooled(known)
 	day := mailsADay(known).Key

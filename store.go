@@ -157,18 +157,9 @@ func (tx *txn) Exec(ctx context.Context, sql string, args ...any) (pgconn.Comman
 	return tx.Tx.Exec(ctx, sql, args...)
 }
 
-// logEntries logs what was written, so that there is evidence outside the database. It comes
-// after the commit: a change that was rolled back is not in the log. If the process dies in
+// tx runs f in a transaction. The audit entries that f writes are logged after the commit, so that
+// there is evidence outside the database, and nothing that was rolled back. If the process dies in
 // between, an entry has no line. The request id comes from the context.
-func (tx *txn) logEntries(ctx context.Context, log *slog.Logger) {
-	for _, e := range tx.entries {
-		log.InfoContext(ctx, "audit: entry written", "audit", true, "audit_id", string(e.ID), "actor", e.Actor,
-			"action", e.Action, "target", e.Target, "outcome", e.Outcome, "reason", e.Reason,
-			"network_id", e.NetworkID, "ip_address", e.Address, "details", e.Details)
-	}
-}
-
-// tx runs f in a transaction. The audit entries that f writes are logged after the commit.
 func (st *store) tx(ctx context.Context, f func(tx *txn)) error {
 	tx := txn{ctx: ctx}
 	err := pgx.BeginFunc(ctx, st.pool, func(begun pgx.Tx) error {
@@ -176,10 +167,15 @@ func (st *store) tx(ctx context.Context, f func(tx *txn)) error {
 		f(&tx)
 		return tx.err
 	})
-	if err == nil {
-		tx.logEntries(ctx, st.log)
+	if err != nil {
+		return storeError(err)
 	}
-	return storeError(err)
+	for _, e := range tx.entries {
+		st.log.InfoContext(ctx, "audit: entry written", "audit", true, "audit_id", string(e.ID), "actor", e.Actor,
+			"action", e.Action, "target", e.Target, "outcome", e.Outcome, "reason", e.Reason,
+			"network_id", e.NetworkID, "ip_address", e.Address, "details", e.Details)
+	}
+	return nil
 }
 
 // locked is tx in which the caller's lock of a task can't become another's. It returns errLocked.

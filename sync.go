@@ -264,14 +264,14 @@ func (s *server) importUser(ctx context.Context, c caller, ku keycloakUser) erro
 func (s *server) registrationFrom(u user, ku keycloakUser) registration {
 	reg := registration{Email: u.Email, Username: u.Username, FirstName: u.FirstName, LastName: u.LastName, State: verified,
 		KeycloakID: u.KeycloakID, Locale: templates.Language("", ku.attribute(attrLocale)), CreatedAt: s.now(),
-		Mail: mailSent, Source: sourceWeb, Role: roleUser, TokenHash: tokenHash(newToken())} // nobody's: the mail's is not known any more
+		Mail: mailSent, Source: sourceWeb, Role: roleUser, TokenHash: digest(newToken())} // nobody's: the mail's is not known any more
 	if ku.CreatedTimestamp != nil {
 		reg.CreatedAt = time.UnixMilli(*ku.CreatedTimestamp).UTC()
 	}
 	reg.ExpiresAt = reg.CreatedAt.Add(s.cfg.VerificationTTL)
 	if ku.awaitsVerification() {
 		token := ku.attribute(attrToken)
-		reg.State, reg.TokenHash, reg.CodeHash = pending, tokenHash(token), codeHash(token, ku.attribute(attrCode))
+		reg.State, reg.TokenHash, reg.CodeHash = pending, digest(token), codeHash(token, ku.attribute(attrCode))
 	}
 	return reg
 }
