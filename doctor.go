@@ -28,8 +28,6 @@ type finding struct {
 	Fix    string `json:"fix,omitempty"`    // what to do
 }
 
-const maxSkew = 10 * time.Second // between two clocks
-
 // errUnhealthy ends the program with status 1, after the report.
 var errUnhealthy = errors.New("something is wrong with this deployment")
 
@@ -205,7 +203,8 @@ func neededPrivileges() (needed []string) {
 
 func (d *doctor) checkClock(name string, theirs time.Time) {
 	skew := d.s.now().Sub(theirs).Abs().Round(time.Second)
-	d.check(name, skew < maxSkew, fmt.Sprintf("it differs from this machine's by %v", skew), "Run NTP on both machines.")
+	d.check(name, skew < 10*time.Second, fmt.Sprintf("it differs from this machine's by %v", skew),
+		"Run NTP on both machines.")
 }
 
 func (d *doctor) checkKeycloak(ctx context.Context) {

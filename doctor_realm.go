@@ -96,15 +96,16 @@ func (d *doctor) checkRealm(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, 50*time.Second) // an administrator's token lives for a minute
 	defer cancel()
 	api := &adminAPI{kc: d.s.kc, admin: d.adminUser != ""}
-	if !api.admin {
-		api.token, api.err = d.s.kc.serviceToken(ctx)
-	} else if t, err := d.s.kc.admin.LoginAdmin(ctx, d.adminUser, d.adminPassword, "master"); d.check("administrator",
-		err == nil, fmt.Sprint(keycloakError(err)), "Give a user of Keycloak's realm master, without a second factor, "+
-			"and the right password.", "Keycloak: email theme", "realm") {
+	if api.admin {
+		t, err := d.s.kc.admin.LoginAdmin(ctx, d.adminUser, d.adminPassword, "master")
+		if !d.check("administrator", err == nil, fmt.Sprint(keycloakError(err)), "Give a user of Keycloak's realm master, "+
+			"without a second factor, and the right password.", "Keycloak: email theme", "realm") {
+			return
+		}
 		defer d.s.kc.admin.Logout(context.WithoutCancel(ctx), "admin-cli", "", "master", t.RefreshToken)
 		api.token = t.AccessToken
 	} else {
-		return
+		api.token, api.err = d.s.kc.serviceToken(ctx)
 	}
 	var server struct {
 		Themes map[string][]struct{ Name string }
@@ -332,7 +333,7 @@ func (a *adminAPI) call(ctx context.Context, method, path string, body, answer a
 
 // readRealm returns the realm in the form of realm.json, as far as Keycloak shows it.
 func (a *adminAPI) readRealm(ctx context.Context) map[string]any {
-	live, backend := map[string]any{}, "service-account-"+a.kc.cfg.BackendClientID
+	live := map[string]any{}
 	if a.admin {
 		a.call(ctx, "POST", "/partial-export?exportClients=true&exportGroupsAndRoles=true", nil, &live)
 	} else {
@@ -344,7 +345,8 @@ func (a *adminAPI) readRealm(ctx context.Context) map[string]any {
 			}
 		}
 		live["defaultSignatureAlgorithm"] = token.Algorithm
-		live["users"] = []any{map[string]any{"username": backend, "clientRoles": map[string]any{"realm-management": granted}}}
+		live["users"] = []any{map[string]any{"username": "service-account-" + a.kc.cfg.BackendClientID,
+			"clientRoles": map[string]any{"realm-management": granted}}}
 	}
 	for _, client := range objects(live["clients"]) {
 		delete(client, "secret") // it is masked, and Keycloak leaves it as it is
@@ -414,17 +416,18 @@ func (a *adminAPI) writeClient(ctx context.Context, client map[string]any, scope
 // need: they would make its secret worth more to a thief.
 func (a *adminAPI) writeServiceRoles(ctx context.Context, account map[string]any) {
 	needed, _ := account["clientRoles"].(map[string]any)["realm-management"].([]any)
-	live := a.readRealm(ctx)
-	id := func(key, name string) (id string) {
-		for _, e := range objects(live[key]) {
+	live := a.readRealm(ctx) // again: the account may have come with its client
+	id := func(list any, name string) (id string) {
+		for _, e := range objects(list) {
 			if nameOf(e) == name {
 				id = text(e["id"])
 			}
 		}
 		return id
 	}
-	path := "/users/" + id("users", nameOf(account)) + "/role-mappings/clients/" + id("clients", "realm-management")
-	for list, method := range map[string]string{"/available": "POST", "": "DELETE"} {
+	path := "/users/" + id(live["users"], nameOf(account)) +
+		"/role-mappings/clients/" + id(live["clients"], "realm-management")
+	for list, method := range map[string]string{"/available": "POST", "": "DELETE"} { // in any order
 		var roles []any
 		a.call(ctx, "GET", path+list, nil, &roles)
 		for _, role := range objects(roles) {
