@@ -215,7 +215,7 @@ func (s *server) overwrite(ctx context.Context, c caller, t task, local user, re
 	if err != nil {
 		return err
 	}
-	return s.kc.push(ctx, remote, u) // O2
+	return s.kc.push(ctx, remote, u, nil) // O2
 }
 
 // importUser makes an account of somebody whom only Keycloak has. A registration that this
@@ -256,7 +256,7 @@ func (s *server) importUser(ctx context.Context, c caller, ku keycloakUser) erro
 	if reg.State == pending {
 		return nil
 	}
-	return s.kc.push(ctx, ku, u) // dying before this leaves the task, which pushes
+	return s.kc.push(ctx, ku, u, nil) // dying before this leaves the task, which pushes
 }
 
 // registrationFrom is the registration that a user of Keycloak came by, as far as Keycloak

@@ -434,7 +434,7 @@ func (s *server) syncCommand(ctx context.Context, dryRun bool, operator string, 
 		err = errors.New("a full pass is running already")
 	}
 	if err != nil {
-		return errors.Join(err, s.store.finish(ctx, t, s.now()))
+		return errors.Join(err, finish(ctx, s.store.pool, t, s.now()))
 	}
 	run, err = s.runSync(ctx, t, run, func(run syncRun) {
 		fmt.Fprintf(out, "\r%d of %d users compared, %d differences, %d repaired", run.Checked, run.Total, run.found(), run.found()-run.remaining())

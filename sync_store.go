@@ -137,8 +137,7 @@ func (st *store) syncCursor(ctx context.Context, now time.Time) (c syncCursor, e
 // takeEvents enqueues the users that events have changed, audits the events that are worth it,
 // and moves the cursor. It returns errLocked.
 func (st *store) takeEvents(ctx context.Context, t task, next syncCursor, events []keycloakEvent, now time.Time) error {
-	return st.tx(ctx, func(tx *txn) {
-		tx.check(t.held(ctx, tx))
+	return st.locked(ctx, t, func(tx *txn) {
 		var changed, users, sids []string
 		for _, e := range events {
 			if e.changesUser() {
