@@ -396,6 +396,8 @@ func TestLeeways(t *testing.T) {
 		{"sslRequired", "all", "external", true},
 		{"passwordPolicy", "length(8) and notEmail(undefined)", "length(8) and notEmail", true},
 		{"passwordPolicy", "maxLength(64)", "length(8)", false},
+		{"passwordPolicy", "length(7) and upperCase(1)", "length(8)", false},
+		{"passwordPolicy", "length(10)", "length(8)", true},
 		{"userProfile.attributes[username].validations.length.max", 101.0, 100.0, false},
 		{"clients[a].protocolMappers[b].config.claim.name", "name", "user_id", false},
 		{"clients[a.b].name", "x", "y", true},
