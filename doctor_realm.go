@@ -245,11 +245,15 @@ func allow(leaf string, is, must any) any {
 	return must
 }
 
-// including returns a list with the wanted elements that it lacks.
+// including returns a list with the wanted elements that it lacks. A pattern has those that it matches:
+// https://a/* has https://a/b.
 func including(list any, wanted []any) []any {
 	complete, _ := list.([]any)
 	for _, e := range wanted {
-		if !slices.Contains(complete, e) {
+		if !slices.ContainsFunc(complete, func(has any) bool {
+			prefix, pattern := strings.CutSuffix(text(has), "*")
+			return has == e || pattern && strings.HasPrefix(text(e), prefix)
+		}) {
 			complete = append(slices.Clip(complete), e)
 		}
 	}

@@ -403,6 +403,8 @@ func TestLeeways(t *testing.T) {
 		{"clients[a.b].name", "x", "y", true},
 		{"verifyEmail", "true", true, true},
 		{"permanentLockout", nil, false, true},
+		{"clients[a].redirectUris", []any{"https://a.example/*"}, []any{"https://a.example/auth/callback"}, true},
+		{"clients[a].redirectUris", []any{"https://a.example.org/*"}, []any{"https://a.example/auth/callback"}, false},
 	} {
 		var found []finding
 		if merge("realm."+c.leaf, c.is, c.must, &found); (len(found) == 0) != c.ok {
