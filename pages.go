@@ -120,16 +120,14 @@ func verifiedPage(email string, already bool) view {
 // and the problem of any other one.
 func (s *server) pendingByToken(ctx context.Context, token string) (registration, error) {
 	reg, err := s.store.registrationByToken(ctx, digest(token))
-	switch {
-	case errors.Is(err, errNotFound):
-		err = problemInvalidToken
-	case err != nil, reg.State == verified, reg.State == pending && s.now().Before(reg.ExpiresAt):
-	case reg.State == cancelled:
-		err = problemVerificationCancelled
-	case reg.Source == sourceInternal:
-		err = problemVerificationExpired.withDetail("The time to accept this invitation is over. Please ask for a new one.")
-	default:
-		err = problemVerificationExpired
+	if errors.Is(err, errNotFound) {
+		return reg, problemInvalidToken
+	}
+	if reg.State == pending && !s.now().Before(reg.ExpiresAt) { // a GET changes nothing; the task will
+		reg.State = expired
+	}
+	if err == nil && reg.State != verified {
+		err = reg.over()
 	}
 	return reg, err
 }

@@ -55,7 +55,11 @@ func (reg registration) over() error {
 	case verified:
 		return problemAlreadyVerified.withTarget(string(reg.ID))
 	case expired:
-		return problemVerificationExpired.withTarget(string(reg.ID))
+		p := problemVerificationExpired.withTarget(string(reg.ID))
+		if reg.Source == sourceInternal {
+			p.Detail, p.retry = "The time to accept this invitation is over. Please ask for a new one.", "/"
+		}
+		return p
 	}
 	return problemVerificationCancelled.withTarget(string(reg.ID))
 }
