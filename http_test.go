@@ -14,6 +14,7 @@ import (
 	"maps"
 	"net"
 	"net/http"
+	"net/url"
 	"net/http/httptest"
 	"net/netip"
 	"os"
@@ -732,6 +733,43 @@ func TestSubcommands(t *testing.T) {
 		t.Errorf("jobs: %v %s", err, out)
 	}
 	w.readMail(email, 1)
+}
+
+// A connection that is reset in the middle of a statement is an outage, not a fault of ours.
+func TestResetByDatabase(t *testing.T) {
+	w := sharedEnv(t)
+	proxy, err := newPostgresProxy(w.pg.target)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer proxy.close()
+	address, err := url.Parse(w.vars["DATABASE_URL"])
+	if err != nil {
+		t.Fatal(err)
+	}
+	address.Host = proxy.addr
+	st, err := openStore(t.Context(), secret(address.String()), slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer st.pool.Close()
+	answer := make(chan error, 1)
+	go func() {
+		_, err := one[struct{ Slept string }](t.Context(), st.pool, `select pg_sleep(4)::text`)
+		answer <- err
+	}()
+	w.eventually("it runs", 10*time.Second, func() bool {
+		return w.value(`select count(*)::text from pg_stat_activity where query like 'select pg_sleep(4)%'`) == "1"
+	})
+	proxy.mu.Lock()
+	for _, conn := range proxy.conns {
+		conn.(*net.TCPConn).SetLinger(0)
+		conn.Close()
+	}
+	proxy.mu.Unlock()
+	if err := <-answer; asProblem(err).Status != 503 {
+		t.Errorf("%v is answered with %d", err, asProblem(err).Status)
+	}
 }
 
 // A pool whose connections are all in use is an outage to those who wait for one,

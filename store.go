@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"strings"
 	"time"
 
@@ -226,7 +227,7 @@ func storeError(err error) error {
 		}
 		return fmt.Errorf("postgresql: %s (%s %s)", pg.Message, pg.Code, pg.ConstraintName)
 	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled), // while waiting for a connection
-		pgconn.Timeout(err), pgconn.SafeToRetry(err), errors.As(err, new(*pgconn.ConnectError)),
+		pgconn.SafeToRetry(err), errors.As(err, new(*pgconn.ConnectError)), errors.As(err, new(net.Error)), // reset, timeout
 		strings.Contains(err.Error(), "conn closed"), strings.Contains(err.Error(), "unexpected EOF"):
 		return fmt.Errorf("%w: postgresql: %w", errUnavailable, err)
 	}
