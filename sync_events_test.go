@@ -172,7 +172,7 @@ func (w *env) eventsPending() {
 		w.Errorf("PostgreSQL has %s", got)
 	}
 	w.agree(user)
-	if got := w.value(`select string_agg(action, ' ' order by at) from audit_log where target = $1 and action like 'user.%'`, user); got != "user.create user.update user.sync user.overwrite" {
+	if got := w.value(`select string_agg(action, ' ' order by at) from audit_log where target = $1 and action like 'user.%'`, user); got != "user.create user.update user.sync" {
 		w.Errorf("audited: %s", got)
 	}
 }
@@ -192,60 +192,54 @@ func (w *env) eventsFuture() {
 // eventsPages has more events than Keycloak lists at once. The next page begins with the last
 // event of the one before.
 func (w *env) eventsPages() {
-	email := newEmail()
-	w.account(email)
-	id := w.keycloakID(email)
-	w.command("jobs")
-	var credentials []struct{ ID string }
-	w.keycloakAdmin("GET", "/users/"+id+"/credentials", nil, &credentials)
-	const n = eventsPage + 10
+	const users, n = 4, eventsPage/4 + 5
 	var all sync.WaitGroup
-	for part := range 4 {
+	for range users {
+		paths := w.credentials(n)
 		all.Go(func() {
-			for i := part; i < n; i += 4 {
-				w.labels(id, credentials[0].ID, fmt.Sprint(i))
+			for _, path := range paths {
+				w.keycloakAdmin("DELETE", path, nil, nil)
 			}
 		})
 	}
 	all.Wait()
 	w.command("jobs")
-	if got := w.credentialChanges(w.userOf(email)); got != fmt.Sprint(n, " ", n) {
-		w.Errorf("audited (times, events) %s, not %d", got, n)
+	if got := w.credentialChanges(); got != fmt.Sprint(users*n, " ", users*n) {
+		w.Errorf("audited (times, events) %s, not %d", got, users*n)
 	}
 }
 
-// labels gives a credential another name in Keycloak: an event that costs little.
-func (w *env) labels(keycloakID, credential, label string) {
+// credentials imports a user with n one-time codes in Keycloak, and returns their paths: to
+// remove one is an event that costs little.
+func (w *env) credentials(n int) (paths []string) {
 	w.Helper()
-	token, err := adminToken(w.Context())
-	if err != nil {
-		w.Error(err)
+	email := newEmail()
+	code := body{"type": "otp", "secretData": `{"value":"secret"}`,
+		"credentialData": `{"subType":"totp","digits":6,"counter":0,"period":30,"algorithm":"HmacSHA1"}`}
+	w.keycloakAdmin("POST", "/partialImport", body{"ifResourceExists": "FAIL", "users": []body{{"username": email, "email": email,
+		"enabled": true, "emailVerified": true, "credentials": slices.Repeat([]body{code}, n)}}}, nil)
+	id := w.inKeycloak(email)[0]
+	var list []struct{ ID string }
+	w.keycloakAdmin("GET", "/users/"+id+"/credentials", nil, &list)
+	for _, c := range list {
+		paths = append(paths, "/users/"+id+"/credentials/"+c.ID)
 	}
-	a, err := w.send(services.KeycloakURL, call{method: "PUT", body: label, auth: []string{"Bearer " + token}, header: map[string]string{"Content-Type": "text/plain"},
-		path: "/admin/realms/" + w.realm + "/users/" + keycloakID + "/credentials/" + credential + "/userLabel"})
-	if err != nil || a.Status != 204 {
-		w.Errorf("%v %v", a, err)
-	}
+	return paths
 }
 
-// credentialChanges says how many are audited of a user, and of how many events.
-func (w *env) credentialChanges(user string) string {
+// credentialChanges says how many are audited, and of how many events.
+func (w *env) credentialChanges() string {
 	w.Helper()
-	return w.value(`select count(*)::text || ' ' || count(distinct details->>'event') from audit_log
-		where action = 'credential.change' and target = $1`, user)
+	return w.value(`select count(*)::text || ' ' || count(distinct details->>'event') from audit_log where action = 'credential.change'`)
 }
 
 // TestSyncEventsOnce: nothing is lost and nothing done twice, whoever dies.
 func TestSyncEventsOnce(t *testing.T) {
 	binary := buildBinary(t)
 	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0", "SYNC_MAX_SHARE": "100"}, newSeeds().inKeycloak(0, 1)...)
-	email := newEmail()
-	w.account(email)
-	id, user := w.keycloakID(email), w.userOf(email)
-	var credentials []struct{ ID string }
-	w.keycloakAdmin("GET", "/users/"+id+"/credentials", nil, &credentials)
 	w.command("jobs") // from now on
 	const n, rounds = 120, 6
+	credentials := w.credentials(rounds)
 	s := newSeeds()
 	w.keycloakAdmin("POST", "/partialImport", body{"ifResourceExists": "FAIL", "users": s.inKeycloak(1, 1+n)}, nil) // which tells of no user
 	var edits sync.WaitGroup
@@ -258,7 +252,7 @@ func TestSyncEventsOnce(t *testing.T) {
 	}
 	edits.Wait()
 	for kill := range rounds {
-		w.labels(id, credentials[0].ID, fmt.Sprint("round ", kill))
+		w.keycloakAdmin("DELETE", credentials[kill], nil, nil)
 		for i := range 20 {
 			w.keycloakAdmin("PUT", "/users/"+s.keycloakID(1+20*kill+i), body{"firstName": fmt.Sprint("Grace ", kill)}, nil)
 		}
@@ -275,7 +269,7 @@ func TestSyncEventsOnce(t *testing.T) {
 		where action in ('user.import', 'user.sync', 'user.overwrite') group by 1, 2 having count(*) > 1) x`); got != "" {
 		w.Errorf("done twice: %s", got)
 	}
-	if got := w.credentialChanges(user); got != fmt.Sprint(rounds, " ", rounds) {
+	if got := w.credentialChanges(); got != fmt.Sprint(rounds, " ", rounds) {
 		w.Errorf("changes of credentials are audited (times, events) %s, not %d", got, rounds)
 	}
 }
@@ -331,19 +325,22 @@ func TestSyncEventsAudited(t *testing.T) {
 	for i, deed := range deeds {
 		w.Run(deed.name, func() { deed.do(emails[i]) })
 	}
-	marker := w.createsUser(nil) // the last deed, by somebody without a row
-	w.exec(`update tasks set locked_by = 'another', locked_until = 'infinity' where task_id = $1`, kcTask(w.inKeycloak(marker)[0]))
-	w.grants(marker)
+	last := w.inKeycloak(w.createsUser(nil))[0] // without a row: its task is locked
+	w.exec(`insert into tasks (task_id, due_at, locked_by, locked_until) values ($1, now(), 'another', 'infinity')`, kcTask(last))
+	w.grants(w.fromKeycloak(last)["email"].(string))
 	w.eventually("all events are read", 30*time.Second, func() bool {
 		w.command("jobs")
-		return w.value(`select count(*)::text from audit_log where details->>'keycloak_id' = $1`, w.inKeycloak(marker)[0]) == "1"
+		return w.value(`select coalesce(string_agg(concat_ws(' ', actor, action, target), ', '), '') from audit_log
+			where details->>'keycloak_id' = $1`, last) == "anonymous keycloak.login "
 	})
-	w.command("jobs")
+	w.command("jobs") // comes to them again
 	for i, deed := range deeds {
 		if got := w.atKeycloak(w.userOf(emails[i])); got != deed.want {
 			w.Errorf("%s: audited %q, not %q", deed.name, got, deed.want)
 		}
 	}
+	w.exec(`update tasks set locked_by = null, locked_until = null where task_id = $1`, kcTask(last))
+	w.command("jobs")
 	w.straysDie()
 }
 
@@ -382,10 +379,10 @@ func (w *env) resetByAdmin(email string) {
 }
 
 func (w *env) removedByAdmin(email string) {
-	id := w.keycloakID(email)
-	var credentials []struct{ ID string }
-	w.keycloakAdmin("GET", "/users/"+id+"/credentials", nil, &credentials)
-	w.keycloakAdmin("DELETE", "/users/"+id+"/credentials/"+credentials[0].ID, nil, nil)
+	path := "/users/" + w.keycloakID(email) + "/credentials"
+	var list []struct{ ID string }
+	w.keycloakAdmin("GET", path, nil, &list)
+	w.keycloakAdmin("DELETE", path+"/"+list[0].ID, nil, nil)
 }
 
 // choosesByLink follows the link of this service's forgotten password.
