@@ -41,9 +41,9 @@ func (k *keycloak) countUsers(ctx context.Context) (n int, err error) {
 // credentials, and sign-ins. UPDATE_PASSWORD, UPDATE_TOTP and REMOVE_TOTP are not among them:
 // since Keycloak 26 they only come along with the two of credentials, for the same deed.
 var (
-	profileEvents = []string{"REGISTER", "UPDATE_PROFILE", "UPDATE_EMAIL", "VERIFY_EMAIL", "EXECUTE_ACTIONS", "DELETE_ACCOUNT",
-		"USER_DISABLED_BY_PERMANENT_LOCKOUT", "IDENTITY_PROVIDER_FIRST_LOGIN"}
-	userEventTypes = append([]string{"UPDATE_CREDENTIAL", "REMOVE_CREDENTIAL", "LOGIN", "LOGIN_ERROR"}, profileEvents...)
+	profileEvents = []string{"REGISTER", "UPDATE_PROFILE", "UPDATE_EMAIL", "VERIFY_EMAIL", "EXECUTE_ACTIONS",
+		"DELETE_ACCOUNT", "USER_DISABLED_BY_PERMANENT_LOCKOUT", "IDENTITY_PROVIDER_FIRST_LOGIN"}
+	userEventTypes = append(profileEvents, "UPDATE_CREDENTIAL", "REMOVE_CREDENTIAL", "LOGIN", "LOGIN_ERROR")
 )
 
 // eventSources are Keycloak's two logs: of what administrators do, and of what users do.
@@ -84,7 +84,8 @@ func (e keycloakEvent) changesUser() bool {
 // the session, and has audited it. So it has if it was refused a password grant.
 func (e keycloakEvent) audited(user string, ours bool) (caller, entry, bool) {
 	c := caller{Actor: cmp.Or(user, anonymous), Address: e.Address}
-	a := entry{Action: "keycloak.login", Target: user, Details: map[string]any{"event": e.ID, "type": cmp.Or(e.Type, "ADMIN")}}
+	a := entry{Action: "keycloak.login", Target: user,
+		Details: map[string]any{"event": e.ID, "type": cmp.Or(e.Type, "ADMIN")}}
 	if user == "" && e.UserID != "" {
 		a.Details["keycloak_id"] = e.UserID
 	}
@@ -108,8 +109,9 @@ const eventsPage = 1000
 // events returns what has happened since a time, according to one source, in order. It calls
 // progress after each page. The next page begins at the time of the last event, not after so
 // many, as others may have expired meanwhile: some come twice.
-func (k *keycloak) events(ctx context.Context, source int, since int64, progress func() error) (all []keycloakEvent, err error) {
-	endpoint := strings.Join([]string{k.cfg.KeycloakURL, "admin/realms", k.cfg.KeycloakRealm, eventSources[source].path}, "/")
+func (k *keycloak) events(ctx context.Context, source int, since int64, progress func() error) ([]keycloakEvent, error) {
+	var all []keycloakEvent
+	endpoint := k.cfg.KeycloakURL + "/admin/realms/" + k.cfg.KeycloakRealm + "/" + eventSources[source].path
 	for {
 		var page []keycloakEvent
 		var own tokenClaims
@@ -119,7 +121,8 @@ func (k *keycloak) events(ctx context.Context, source int, since int64, progress
 			}
 			resp, err := k.admin.GetRequestWithBearerAuth(ctx, token).SetResult(&page).
 				SetQueryParamsFromValues(eventSources[source].query).
-				SetQueryParams(map[string]string{"dateFrom": strconv.FormatInt(since, 10), "direction": "asc", "max": strconv.Itoa(eventsPage)}).
+				SetQueryParams(map[string]string{"dateFrom": strconv.FormatInt(since, 10), "direction": "asc",
+					"max": strconv.Itoa(eventsPage)}).
 				Get(endpoint)
 			return responseError(resp, err)
 		})

@@ -38,14 +38,18 @@ const (
 // descriptions are for the report of a full pass.
 var descriptions = map[difference]string{
 	diffProfile:  "E-mail address, username or names differ: Keycloak's are written to PostgreSQL.",
-	diffVerified: "One store has the address as confirmed, the other has not: Keycloak's answer is written to PostgreSQL.",
-	diffRole:     "Role, scope or user id differ: PostgreSQL's are written to Keycloak. What Keycloak had is in the audit log (user.overwrite), and may have been right if this database was restored.",
+	diffVerified: "Only one store has the address as confirmed: Keycloak's answer is written to PostgreSQL.",
+	diffRole: "Role, scope or user id differ: PostgreSQL's are written to Keycloak. What Keycloak had is in the " +
+		"audit log (user.overwrite), and may have been right if this database was restored.",
 	diffDisabled: "Disabled in Keycloak: deleted in PostgreSQL. Only restore undoes that.",
 	diffMissing:  "Not in Keycloak: deleted in PostgreSQL.",
-	diffDeleted:  "Deleted in PostgreSQL and enabled in Keycloak: disabled in Keycloak. If this database was restored, the user may have been restored since.",
-	diffUnknown:  "Only in Keycloak: imported as a user without scope. What Keycloak says of role and scope is in the audit log (user.import).",
-	diffConflict: "Another user has its address or username in PostgreSQL, or it has no address, or something too long: left as it is, for an administrator.",
-	diffUnread:   "A store has failed for this user alone: not compared.",
+	diffDeleted: "Deleted in PostgreSQL and enabled in Keycloak: disabled in Keycloak. If this database was " +
+		"restored, the user may have been restored since.",
+	diffUnknown: "Only in Keycloak: imported as a user without scope. What Keycloak says of it is in the audit log " +
+		"(user.import).",
+	diffConflict: "Another user has its address or username in PostgreSQL, or it has no address, or something too " +
+		"long: left as it is, for an administrator.",
+	diffUnread: "A store has failed for this user alone: not compared.",
 }
 
 // syncAction is the audit action of a change that applies Keycloak's.
@@ -109,8 +113,8 @@ func (ku keycloakUser) profileOf(u user) user {
 // imported is a user that only Keycloak has, as PostgreSQL should have it: without scope,
 // whatever Keycloak says. Its user id may not be one, or another's.
 func (ku keycloakUser) imported() user {
-	u := ku.profileOf(user{ID: userID(ku.attribute(attrUserID)), KeycloakID: ku.id(), Role: roleUser, Source: sourceInternal,
-		IsVerified: ku.verified(), IsActive: ku.enabled() || ku.awaitsVerification()})
+	u := ku.profileOf(user{ID: userID(ku.attribute(attrUserID)), KeycloakID: ku.id(), Role: roleUser,
+		Source: sourceInternal, IsVerified: ku.verified(), IsActive: ku.enabled() || ku.awaitsVerification()})
 	if registrationIDPattern.MatchString(ku.attribute(attrRegistrationID)) {
 		u.Source = sourceWeb
 	}
@@ -150,7 +154,8 @@ func (s *server) inspect(ctx context.Context, keycloakID string) (in inspection,
 		in.Differences[0] = diffConflict
 	}
 	if u := in.local; conflict && u != nil {
-		in.Local.Email, in.Local.Username, in.Local.FirstName, in.Local.LastName = u.Email, u.Username, u.FirstName, u.LastName
+		in.Local.Email, in.Local.Username = u.Email, u.Username
+		in.Local.FirstName, in.Local.LastName = u.FirstName, u.LastName
 	}
 	return in, err
 }
@@ -250,7 +255,8 @@ func (s *server) lostRegistration(ku keycloakUser) registration {
 	token := cmp.Or(ku.attribute(attrToken), newToken()) // nobody's: Keycloak does not know the mail's any more
 	reg := registration{ID: registrationID(ku.attribute(attrRegistrationID)), State: verified,
 		TokenHash: tokenHash(token), CodeHash: codeHash(token, ku.attribute(attrCode)),
-		Locale: templates.Language("", ku.attribute(attrLocale)), CreatedAt: time.UnixMilli(gocloak.PInt64(ku.CreatedTimestamp))}
+		Locale:    templates.Language("", ku.attribute(attrLocale)),
+		CreatedAt: time.UnixMilli(gocloak.PInt64(ku.CreatedTimestamp))}
 	if ku.awaitsVerification() {
 		reg.State = pending
 	}

@@ -30,7 +30,8 @@ func TestSyncEvents(t *testing.T) {
 func (w *env) arrives(id, condition string, args ...any) {
 	w.Helper()
 	w.eventually(condition, 20*time.Second, func() bool {
-		return w.value(`select (exists (select from users where keycloak_id = $1 and `+condition+`))::text`, append([]any{id}, args...)...) == "true"
+		return w.value(`select (exists (select from users where keycloak_id = $1 and `+condition+`))::text`,
+			append([]any{id}, args...)...) == "true"
 	})
 }
 
@@ -53,7 +54,8 @@ func (w *env) eventsDisabled() {
 	w.arrives(id, `not is_active`)
 	w.wants(w.do(refreshing(a.text("refresh_token"))), 401, "invalid-token")
 	w.keycloakAdmin("PUT", "/users/"+id, body{"enabled": true}, nil) // only restore does
-	w.eventually("disabled again in Keycloak", 20*time.Second, func() bool { return w.fromKeycloak(id)["enabled"] == false })
+	w.eventually("disabled again in Keycloak", 20*time.Second,
+		func() bool { return w.fromKeycloak(id)["enabled"] == false })
 	w.value(`select audit_id from audit_log where actor = 'system:sync' and action = 'user.sync' and target = $1`, user)
 	w.wants(w.as(w.signsIn(w.administrator()), "POST", "/api/v1/users/"+user+"/restore"), 200, "")
 	w.signsIn(email)
@@ -145,7 +147,8 @@ func (w *env) eventsNotShown() {
 	fault := "^get_user .*" + w.keycloakID(broken)
 	w.kc.on(fault, failing)
 	w.command("jobs")
-	task := w.value(`select concat_ws(' ', attempts, last_error) from tasks where task_id = $1`, kcTask(w.keycloakID(broken)))
+	task := w.value(`select concat_ws(' ', attempts, last_error) from tasks where task_id = $1`,
+		kcTask(w.keycloakID(broken)))
 	if got := w.firstName(broken) + w.firstName(other); got != "Grace" || task != "1 unavailable" {
 		w.Errorf("the names are %q, the task is %s", got, task)
 	}
@@ -156,23 +159,27 @@ func (w *env) eventsNotShown() {
 	}
 }
 
-// eventsPending changes names in Keycloak while a change of the role here has not reached it.
+// eventsPending changes names in Keycloak while our change of the role has not reached it.
 func (w *env) eventsPending() {
 	email := newEmail()
 	w.account(email)
 	id, user := w.keycloakID(email), w.userOf(email)
 	admin := w.signsIn(w.administrator())
 	w.kc.on("^push_user ", lost)
-	w.wants(w.do(managing(admin, "PATCH", "/"+user, body{"role": roleOperator, "network_id": "N1", "station_id": "S1"})), 200, "")
-	w.keycloakAdmin("PUT", "/users/"+id, body{"email": email, "username": email, "firstName": "Grace", "lastName": "Hopper"}, nil)
+	w.wants(w.do(managing(admin, "PATCH", "/"+user, body{"role": roleOperator, "network_id": "N1",
+		"station_id": "S1"})), 200, "")
+	w.keycloakAdmin("PUT", "/users/"+id, body{"email": email, "username": email, "firstName": "Grace",
+		"lastName": "Hopper"}, nil)
 	w.command("jobs") // has the names, and can't push
 	w.kc.on("^push_user ", 0)
 	w.command("jobs")
-	if got := w.value(`select concat_ws(' ', first_name, last_name, role, network_id, station_id) from users where user_id = $1`, user); got != "Grace Hopper operator N1 S1" {
+	if got := w.value(`select concat_ws(' ', first_name, last_name, role, network_id, station_id) from users
+		where user_id = $1`, user); got != "Grace Hopper operator N1 S1" {
 		w.Errorf("PostgreSQL has %s", got)
 	}
 	w.agree(user)
-	if got := w.value(`select string_agg(action, ' ' order by at) from audit_log where target = $1 and action like 'user.%'`, user); got != "user.create user.update user.sync" {
+	if got := w.value(`select string_agg(action, ' ' order by at) from audit_log where target = $1
+		and action like 'user.%'`, user); got != "user.create user.update user.sync" {
 		w.Errorf("audited: %s", got)
 	}
 }
@@ -216,7 +223,8 @@ func (w *env) credentials(n int) (paths []string) {
 	email := newEmail()
 	code := body{"type": "otp", "secretData": `{"value":"secret"}`,
 		"credentialData": `{"subType":"totp","digits":6,"counter":0,"period":30,"algorithm":"HmacSHA1"}`}
-	w.keycloakAdmin("POST", "/partialImport", body{"ifResourceExists": "FAIL", "users": []body{{"username": email, "email": email,
+	w.keycloakAdmin("POST", "/partialImport", body{"ifResourceExists": "FAIL", "users": []body{{"username": email,
+		"email":   email,
 		"enabled": true, "emailVerified": true, "credentials": slices.Repeat([]body{code}, n)}}}, nil)
 	id := w.inKeycloak(email)[0]
 	var list []struct{ ID string }
@@ -230,7 +238,8 @@ func (w *env) credentials(n int) (paths []string) {
 // credentialChanges says how many are audited, and of how many events.
 func (w *env) credentialChanges() string {
 	w.Helper()
-	return w.value(`select count(*)::text || ' ' || count(distinct details->>'event') from audit_log where action = 'credential.change'`)
+	return w.value(`select count(*)::text || ' ' || count(distinct details->>'event') from audit_log
+		where action = 'credential.change'`)
 }
 
 // TestSyncEventsOnce: nothing is lost and nothing done twice, whoever dies.
@@ -241,7 +250,8 @@ func TestSyncEventsOnce(t *testing.T) {
 	const n, rounds = 120, 6
 	credentials := w.credentials(rounds)
 	s := newSeeds()
-	w.keycloakAdmin("POST", "/partialImport", body{"ifResourceExists": "FAIL", "users": s.inKeycloak(1, 1+n)}, nil) // which tells of no user
+	w.keycloakAdmin("POST", "/partialImport", body{"ifResourceExists": "FAIL", "users": s.inKeycloak(1, 1+n)},
+		nil) // which tells of no user
 	var edits sync.WaitGroup
 	for part := range 4 { // some in the same millisecond
 		edits.Go(func() {
@@ -254,7 +264,8 @@ func TestSyncEventsOnce(t *testing.T) {
 	for kill := range rounds {
 		w.keycloakAdmin("DELETE", credentials[kill], nil, nil)
 		for i := range 20 {
-			w.keycloakAdmin("PUT", "/users/"+s.keycloakID(1+20*kill+i), body{"firstName": fmt.Sprint("Grace ", kill)}, nil)
+			w.keycloakAdmin("PUT", "/users/"+s.keycloakID(1+20*kill+i), body{"firstName": fmt.Sprint("Grace ",
+				kill)}, nil)
 		}
 		w.killed(binary, kill)
 	}
@@ -265,8 +276,10 @@ func TestSyncEventsOnce(t *testing.T) {
 	})
 	v.eventually("all are in sync", 60*time.Second, func() bool { return len(w.outOfSync()) == 0 })
 	v.settle()
-	if got := w.value(`select coalesce(string_agg(n || ' ' || action, ', '), '') from (select target, action, count(*) n from audit_log
-		where action in ('user.import', 'user.sync', 'user.overwrite') group by 1, 2 having count(*) > 1) x`); got != "" {
+	if got := w.value(`select coalesce(string_agg(n || ' ' || action, ', '), '') from (select target, action,
+		count(*) n from audit_log
+		where action in ('user.import', 'user.sync', 'user.overwrite') group by 1, 2
+			having count(*) > 1) x`); got != "" {
 		w.Errorf("done twice: %s", got)
 	}
 	if got := w.credentialChanges(); got != fmt.Sprint(rounds, " ", rounds) {
@@ -297,23 +310,30 @@ func (w *env) killed(binary string, round int) {
 // TestSyncEventsAudited: what happens at Keycloak itself is in the audit log once, with who did
 // it to whom; what this service does is not in it again.
 func TestSyncEventsAudited(t *testing.T) {
-	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0", "PUBLIC_URL": "http://localhost:3000", "CORS_ALLOWED_ORIGINS": app})
+	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0", "PUBLIC_URL": "http://localhost:3000",
+		"CORS_ALLOWED_ORIGINS": app})
 	deeds := []struct {
 		name string
 		do   func(email string)
 		want string // the entries: actor > target, action, outcome, reason, type of the event
 	}{
-		{name: "sign-in here", do: func(email string) { w.signsIn(email) }},
-		{name: "failed sign-in here", do: func(email string) { w.wants(w.login(email, "wrong"), 401, "invalid-credentials") }},
-		{name: "sign-in here by the code flow", do: w.signsInByCodeFlow},
+		{name: "sign-in by this service", do: func(email string) { w.signsIn(email) }},
+		{name: "failed sign-in by this service", do: func(email string) {
+			w.wants(w.login(email, "wrong"), 401, "invalid-credentials")
+		}},
+		{name: "sign-in by the code flow", do: w.signsInByCodeFlow},
 		{name: "direct grant", do: w.grants, want: "user > user keycloak.login ok LOGIN"},
 		{name: "sign-in page", do: w.signsInAtKeycloak, want: "user > user keycloak.login ok LOGIN"},
-		{name: "failed sign-in page", do: w.failsAtKeycloak, want: "anonymous > user keycloak.login refused invalid-credentials LOGIN_ERROR"},
+		{name: "failed sign-in page", do: w.failsAtKeycloak,
+			want: "anonymous > user keycloak.login refused invalid-credentials LOGIN_ERROR"},
 		{name: "administrator's reset", do: w.resetByAdmin, want: "keycloak:admin > user credential.change ok ADMIN"},
-		{name: "administrator's removal", do: w.removedByAdmin, want: "keycloak:admin > user credential.change ok ADMIN"},
+		{name: "administrator's removal", do: w.removedByAdmin,
+			want: "keycloak:admin > user credential.change ok ADMIN"},
 		{name: "forgotten password", do: w.choosesByLink, want: "user > user credential.change ok UPDATE_CREDENTIAL"},
-		{name: "forgotten password, Keycloak's own link", do: w.choosesByKeycloaksLink, want: "user > user credential.change ok UPDATE_CREDENTIAL, user > user keycloak.login ok LOGIN"},
-		{name: "password changed at the sign-in", do: w.choosesAtSignIn, want: "user > user credential.change ok UPDATE_CREDENTIAL, user > user keycloak.login ok LOGIN"},
+		{name: "forgotten password, Keycloak's own link", do: w.choosesByKeycloaksLink,
+			want: "user > user credential.change ok UPDATE_CREDENTIAL, user > user keycloak.login ok LOGIN"},
+		{name: "password changed at the sign-in", do: w.choosesAtSignIn,
+			want: "user > user credential.change ok UPDATE_CREDENTIAL, user > user keycloak.login ok LOGIN"},
 	}
 	var emails []string
 	for range deeds {
@@ -325,8 +345,10 @@ func TestSyncEventsAudited(t *testing.T) {
 	for i, deed := range deeds {
 		w.Run(deed.name, func() { deed.do(emails[i]) })
 	}
+	w.failsAtKeycloak("nobody")
 	last := w.inKeycloak(w.createsUser(nil))[0] // without a row: its task is locked
-	w.exec(`insert into tasks (task_id, due_at, locked_by, locked_until) values ($1, now(), 'another', 'infinity')`, kcTask(last))
+	w.exec(`insert into tasks (task_id, due_at, locked_by, locked_until) values ($1, now(), 'another', 'infinity')`,
+		kcTask(last))
 	w.grants(w.fromKeycloak(last)["email"].(string))
 	w.eventually("all events are read", 30*time.Second, func() bool {
 		w.command("jobs")
@@ -339,6 +361,10 @@ func TestSyncEventsAudited(t *testing.T) {
 			w.Errorf("%s: audited %q, not %q", deed.name, got, deed.want)
 		}
 	}
+	if got := w.value(`select string_agg(actor || ' ' || outcome, ', ') from audit_log
+		where action = 'keycloak.login' and target = '' and not details ? 'keycloak_id'`); got != "anonymous refused" {
+		w.Errorf("nobody's sign-in is audited as %s", got)
+	}
 	w.exec(`update tasks set locked_by = null, locked_until = null where task_id = $1`, kcTask(last))
 	w.command("jobs")
 	w.straysDie()
@@ -347,7 +373,8 @@ func TestSyncEventsAudited(t *testing.T) {
 // atKeycloak are the entries about a user that come from Keycloak's events.
 func (w *env) atKeycloak(user string) string {
 	w.Helper()
-	text := w.value(`select coalesce(string_agg(concat_ws(' ', actor, '>', target, action, outcome, nullif(reason, ''), details->>'type'), ', ' order by action), '')
+	text := w.value(`select coalesce(string_agg(concat_ws(' ', actor, '>', target, action, outcome, nullif(reason,
+		''), details->>'type'), ', ' order by action), '')
 		from audit_log where details ? 'event' and target = $1`, user)
 	return strings.ReplaceAll(text, user, "user")
 }
@@ -375,7 +402,8 @@ func (w *env) failsAtKeycloak(email string) {
 }
 
 func (w *env) resetByAdmin(email string) {
-	w.keycloakAdmin("PUT", "/users/"+w.keycloakID(email)+"/reset-password", body{"type": "password", "value": password + "2"}, nil)
+	w.keycloakAdmin("PUT", "/users/"+w.keycloakID(email)+"/reset-password", body{"type": "password",
+		"value": password + "2"}, nil)
 }
 
 func (w *env) removedByAdmin(email string) {
@@ -434,7 +462,8 @@ func (w *env) choosesByKeycloaksLink(email string) {
 	if forgot == nil {
 		w.Fatalf("the page has no such link: %v", a)
 	}
-	p.fillsIn(p.visit(services.KeycloakURL+html.UnescapeString(string(forgot[1])), call{}), url.Values{"username": {email}})
+	p.fillsIn(p.visit(services.KeycloakURL+html.UnescapeString(string(forgot[1])), call{}),
+		url.Values{"username": {email}})
 	p.chooses(w.resetLink(email, 2))
 }
 

@@ -224,7 +224,9 @@ func (p *pass) repair(ctx context.Context) (err error) {
 
 // each does something with one user after the other, and returns those for whom it has failed.
 // They hold up nobody, unless Keycloak fails for all.
-func (p *pass) each(ctx context.Context, ids []string, do func(ctx context.Context, id string) error) (failed []string, err error) {
+func (p *pass) each(ctx context.Context, ids []string, do func(context.Context, string) error) ([]string, error) {
+	var failed []string
+	var err error
 	for _, id := range ids {
 		one, cancel := detached(ctx, flowTime)
 		failure := do(one, id)
@@ -247,7 +249,8 @@ func (p *pass) each(ctx context.Context, ids []string, do func(ctx context.Conte
 // go on.
 func (p *pass) progress(ctx context.Context) error {
 	found, repaired, _ := p.run.counts()
-	fmt.Fprintf(p.out, "\r%d of %d users compared, %d differences, %d repaired", p.run.Checked, p.run.Total, found, repaired)
+	fmt.Fprintf(p.out, "\r%d of %d users compared, %d differences, %d repaired",
+		p.run.Checked, p.run.Total, found, repaired)
 	err := cmp.Or(p.store.extend(ctx, p.task, p.now()), p.store.saveSync(ctx, p.run))
 	if err == nil && !p.run.DryRun {
 		err = p.checkLimit()
@@ -365,7 +368,8 @@ func (s *server) syncCommand(ctx context.Context, dryRun bool, operator string, 
 	fmt.Fprintf(out, "\n%s %s\n", run.Status, run.Detail)
 	for _, d := range slices.Sorted(maps.Keys(run.Differences)) {
 		class := run.Differences[d]
-		fmt.Fprintf(out, "%-22s %6d found %6d repaired  %s\n    %s\n", d, class.Found, class.Repaired, strings.Join(class.Examples, " "), class.Description)
+		fmt.Fprintf(out, "%-22s %6d found %6d repaired  %s\n    %s\n", d, class.Found, class.Repaired,
+			strings.Join(class.Examples, " "), class.Description)
 	}
 	switch found, repaired, _ := run.counts(); {
 	case run.Status != "done":

@@ -134,7 +134,8 @@ func (p *passEnv) commandKilled() {
 	if wrong := p.outOfSync(); len(wrong) > 0 {
 		p.Errorf("after %d kills: %s", kills, strings.Join(wrong, "\n"))
 	}
-	if got := p.value(`select count(*)::text || ' ' || count(distinct target) from audit_log where action = 'user.sync'`); got != "60 60" {
+	if got := p.value(`select count(*)::text || ' ' || count(distinct target) from audit_log
+		where action = 'user.sync'`); got != "60 60" {
 		p.Errorf("user.sync is audited (times, users) %s", got)
 	}
 	p.Logf("%d kills", kills)
@@ -153,7 +154,8 @@ func (p *passEnv) onceADay() {
 	if runs() != before {
 		p.Error("twice a day")
 	}
-	p.exec(`update sync_runs set started_at = started_at - interval '25 hours', ended_at = ended_at - interval '25 hours'`)
+	p.exec(`update sync_runs set started_at = started_at - interval '25 hours',
+		ended_at = ended_at - interval '25 hours'`)
 	if runs() == before {
 		p.Error("not once a day")
 	}
@@ -185,13 +187,15 @@ func (p *passEnv) begunAnew() {
 	if got := p.value(`select count(*)::text from sync_runs`); got != runs {
 		p.Errorf("%s runs, not %s", got, runs)
 	}
-	if got := p.value(`select string_agg(action, ' ' order by at) from audit_log where target = $1`, id); got != "sync.begin sync.end" {
+	if got := p.value(`select string_agg(action, ' ' order by at) from audit_log where target = $1`,
+		id); got != "sync.begin sync.end" {
 		p.Errorf("audited: %s", got)
 	}
 }
 
 func (p *passEnv) tooMany() {
-	p.exec(`update users set is_active = false, deleted_at = now() where keycloak_id like $1 || '%' and keycloak_id > $2`,
+	p.exec(`update users set is_active = false, deleted_at = now() where keycloak_id like $1 || '%'
+		and keycloak_id > $2`,
 		string(p.seeds), p.seeds.keycloakID(passUsers-80))
 	before := p.localUsers()
 	_, _, out, err := p.sync(nil)
@@ -202,7 +206,8 @@ func (p *passEnv) tooMany() {
 	if diff := cmp.Diff(before, p.localUsers()); diff != "" {
 		p.Error(diff)
 	}
-	if _, repaired, out, err := p.sync(map[string]string{"SYNC_MAX_SHARE": "100"}); err != nil || repaired[diffDeleted] != 79 {
+	if _, repaired, out, err := p.sync(map[string]string{"SYNC_MAX_SHARE": "100"}); err != nil ||
+		repaired[diffDeleted] != 79 {
 		p.Errorf("%v: %s", err, out)
 	}
 }
@@ -227,10 +232,12 @@ func (p *passEnv) notCompared() {
 	}
 	p.kc.on("^get_user .*"+broken, failing)
 	found, repaired, out, err := p.sync(nil)
-	if !errors.Is(err, errDiffer) || !strings.Contains(out, descriptions[diffUnread]) || !strings.Contains(out, broken) {
+	if !errors.Is(err, errDiffer) || !strings.Contains(out, descriptions[diffUnread]) || !strings.Contains(out,
+		broken) {
 		p.Errorf("%v: %s", err, out)
 	}
-	if diff := cmp.Diff(map[difference]int{diffUnread: 1, diffRole: 1}, found); diff != "" || repaired[diffRole] != 1 || repaired[diffUnread] != 0 {
+	if diff := cmp.Diff(map[difference]int{diffUnread: 1, diffRole: 1}, found); diff != "" ||
+		repaired[diffRole] != 1 || repaired[diffUnread] != 0 {
 		p.Errorf("%s\n%s", diff, out)
 	}
 	p.kc.on("^get_user .*"+broken, 0)
@@ -270,7 +277,8 @@ func (p *passEnv) oneAtATime(v *env) {
 	admin := p.signsIn(p.admin)
 	p.eventually("its progress", 10*time.Second, func() bool {
 		a := p.as(admin, "GET", "/api/v1/sync/"+id)
-		return a.text("status") == "running" && a.JSON["checked"] == float64(syncPage) && a.JSON["total"] == float64(passUsers+1)
+		return a.text("status") == "running" && a.JSON["checked"] == float64(syncPage) &&
+			a.JSON["total"] == float64(passUsers+1)
 	})
 	releaseSecond()
 	if a := p.ended(id); a.text("status") != "done" || a.JSON["checked"] != float64(passUsers+1) {
@@ -349,11 +357,13 @@ type restored struct {
 
 // TestSyncRestored: a copy of the database that is older than Keycloak is put back.
 func TestSyncRestored(t *testing.T) {
-	r := &restored{env: newEnv(t, map[string]string{"JOB_INTERVAL": "0", "SYNC_MAX_SHARE": "100"}), emails: map[string]string{}}
+	r := &restored{env: newEnv(t, map[string]string{"JOB_INTERVAL": "0", "SYNC_MAX_SHARE": "100"}),
+		emails: map[string]string{}}
 	r.changes()
 	found, repaired, out, err := r.sync(nil)
 	t.Logf("%v\n%s", err, out)
-	want := map[difference]int{diffUnknown: 4, diffProfile: 1, diffRole: 2, diffDisabled: 1, diffMissing: 1, diffDeleted: 1}
+	want := map[difference]int{diffUnknown: 4, diffProfile: 1, diffRole: 2, diffDisabled: 1, diffMissing: 1,
+		diffDeleted: 1}
 	for class, n := range want {
 		if found[class] != n || repaired[class] != n {
 			t.Errorf("%s: found %d, repaired %d, not %d", class, found[class], repaired[class], n)
@@ -376,7 +386,8 @@ func (r *restored) id(name string) string { return r.userOf(r.emails[name]) }
 
 // changes makes accounts, a copy of the database, and changes after it, and puts the copy back.
 func (r *restored) changes() {
-	for _, name := range []string{"stays", "moves", "promoted", "demoted", "deleted", "signs in", "restored", "deleted in Keycloak"} {
+	for _, name := range []string{"stays", "moves", "promoted", "demoted", "deleted", "signs in", "restored",
+		"deleted in Keycloak"} {
 		r.emails[name] = newEmail()
 		r.account(r.emails[name])
 	}
@@ -403,7 +414,8 @@ func (r *restored) changes() {
 	r.moved = newEmail()
 	r.keycloakAdmin("PUT", "/users/"+r.keycloakID(r.emails["moves"]), body{"email": r.moved}, nil)
 	r.keycloakAdmin("DELETE", "/users/"+r.keycloakID(r.emails["deleted in Keycloak"]), nil, nil)
-	r.wants(r.do(managing(admin, "PATCH", "/"+r.id("promoted"), body{"role": roleOperator, "network_id": "NET-1", "station_id": "STA-1"})), 200, "")
+	r.wants(r.do(managing(admin, "PATCH", "/"+r.id("promoted"), body{"role": roleOperator, "network_id": "NET-1",
+		"station_id": "STA-1"})), 200, "")
 	r.wants(r.do(managing(admin, "PATCH", "/"+r.id("demoted"), body{"role": roleUser})), 200, "")
 	r.wants(r.as(admin, "DELETE", "/api/v1/users/"+r.id("deleted")), 204, "")
 	r.wants(r.as(admin, "POST", "/api/v1/users/"+r.id("restored")+"/restore"), 200, "")
@@ -429,7 +441,8 @@ func (r *restored) outcomes() {
 	if got := role("promoted") + " " + role("demoted"); got != "user admin" {
 		r.Errorf("the roles are not those of the copy: %s", got)
 	}
-	got := r.value(`select details->>'keycloak' from audit_log where action = 'user.overwrite' and target = $1`, r.id("promoted"))
+	got := r.value(`select details->>'keycloak' from audit_log where action = 'user.overwrite' and target = $1`,
+		r.id("promoted"))
 	if !strings.Contains(got, roleOperator) || !strings.Contains(got, "NET-1") {
 		r.Errorf("what Keycloak had is audited as %s", got)
 	}

@@ -24,7 +24,8 @@ type rules struct {
 func (r *rules) is(email, want string) {
 	r.Helper()
 	got := r.value(`select coalesce(min(case when is_active then 'active' else 'deleted' end ||
-		case when is_verified then '' else ', not confirmed' end), 'none') from users where lower(email) = lower($1)`, email)
+		case when is_verified then '' else ', not confirmed' end), 'none') from users
+			where lower(email) = lower($1)`, email)
 	if got != want {
 		r.Errorf("%s is %s, not %s", email, got, want)
 	}
@@ -150,7 +151,8 @@ func (r *rules) tokenRemoved() {
 			r.mail.Close()
 		}
 		r.register(email)
-		r.keycloakAdmin("PUT", "/users/"+r.keycloakID(email), body{"email": email, "username": email, "attributes": body{}}, nil)
+		r.keycloakAdmin("PUT", "/users/"+r.keycloakID(email), body{"email": email, "username": email,
+			"attributes": body{}}, nil)
 		if !mailed {
 			if err := r.mail.Restart(); err != nil {
 				r.Fatal(err)
@@ -186,7 +188,8 @@ func (r *rules) codeBeforeR2() {
 	email := newEmail()
 	l := registered(r.env, email)
 	r.keycloakAdmin("DELETE", "/users/"+r.keycloakID(email), nil, nil)
-	r.exec(`update user_registrations set keycloak_id = null, user_id = null, mail_state = 'queued' where email = $1`, email) // R1
+	r.exec(`update user_registrations set keycloak_id = null, user_id = null, mail_state = 'queued'
+		where email = $1`, email) // R1
 	r.exec(`delete from users where email = $1`, email)
 	r.wants(r.do(typing(email, other(l.Code))), 400, "invalid-code")
 	r.wants(r.do(verifying(r.readMail(email, 2))), 200, "")
@@ -201,7 +204,8 @@ func (r *rules) managedUnconfirmed() {
 	r.wants(r.do(forgetting(email)), 202, "")
 	r.eventually("the mail", 20*time.Second, func() bool { return len(r.mail.To(email)) == 1 })
 	admin, path := r.signsIn(r.administrator()), "/"+r.userOf(email)
-	r.wants(r.do(managing(admin, "PATCH", path, body{"role": "operator", "network_id": "N1", "station_id": "S1"})), 200, "")
+	r.wants(r.do(managing(admin, "PATCH", path, body{"role": "operator", "network_id": "N1", "station_id": "S1"})),
+		200, "")
 	r.wants(r.do(managing(admin, "DELETE", path+"/sessions", nil)), 204, "")
 	r.wants(r.do(managing(admin, "DELETE", path, nil)), 204, "")
 	r.wants(r.do(managing(admin, "POST", path+"/restore", nil)), 200, "")
@@ -236,7 +240,8 @@ func (r *rules) refreshTells() {
 	email, a := r.signedIn()
 	r.edits(r.keycloakID(email), body{attrRoles: []string{roleAdmin}, attrNetworkID: []string{"NET-1"}})
 	a = r.refreshed(a)
-	if claims := unpacked(a.text("access_token"), 1); fmt.Sprintf("%v %v", claims["roles"], claims["network_id"]) != "[user] X" {
+	if claims := unpacked(a.text("access_token"), 1); fmt.Sprintf("%v %v", claims["roles"],
+		claims["network_id"]) != "[user] X" {
 		r.Errorf("the token says %v", claims)
 	}
 	r.wants(r.do(bearing(validatePath, r.refreshed(a).text("access_token"))), 200, "")
@@ -260,14 +265,16 @@ func (r *rules) parallelOverwrite() {
 		pushed := r.kc.count("push_user")
 		for _, a := range r.at([]string{r.url, r.other}, slices.Repeat([]call{signingIn(email, password)}, 3)...) {
 			r.wants(a, 200, "")
-			if claims := unpacked(a.text("access_token"), 1); fmt.Sprintf("%v %v", claims["roles"], claims["network_id"]) != "[user] X" {
+			if claims := unpacked(a.text("access_token"), 1); fmt.Sprintf("%v %v", claims["roles"],
+				claims["network_id"]) != "[user] X" {
 				r.Errorf("the token says %v", claims)
 			}
 		}
 		if pushed = r.kc.count("push_user") - pushed; pushed != 1 {
 			r.Errorf("Keycloak was written %d times", pushed)
 		}
-		if got := r.value(`select count(*)::text from audit_log where action = 'user.overwrite' and target = $1`, r.userOf(email)); got != "1" {
+		if got := r.value(`select count(*)::text from audit_log where action = 'user.overwrite' and target = $1`,
+			r.userOf(email)); got != "1" {
 			r.Errorf("audited %s times", got)
 		}
 	}
@@ -311,7 +318,8 @@ func (r *rules) addressesMove() {
 	for range 3 { // a conflict is tried again
 		r.command("jobs")
 	}
-	if got := r.value(`select string_agg(email, ' ' order by created_at) from users where keycloak_id = any($1)`, ids); got != strings.Join(emails, " ") {
+	if got := r.value(`select string_agg(email, ' ' order by created_at) from users where keycloak_id = any($1)`,
+		ids); got != strings.Join(emails, " ") {
 		r.Errorf("they have %s", got)
 	}
 }
@@ -331,7 +339,8 @@ func (r *rules) registrationLocked() {
 
 // TestSyncSignIn: whoever signs in and is known to Keycloak only gets the right claims at once.
 func TestSyncSignIn(t *testing.T) {
-	r := &rules{env: newEnv(t, map[string]string{"JOB_INTERVAL": "0", "CORS_ALLOWED_ORIGINS": app, "PUBLIC_URL": "http://localhost:3000"})}
+	r := &rules{env: newEnv(t, map[string]string{"JOB_INTERVAL": "0", "CORS_ALLOWED_ORIGINS": app,
+		"PUBLIC_URL": "http://localhost:3000"})}
 	r.command("jobs") // from now on
 	r.Run("by password", r.importedByPassword)
 	r.Run("by the code flow", r.importedByCodeFlow)
@@ -440,7 +449,8 @@ func (r *rules) disabledMeanwhile() {
 	r.edits(id, body{attrRoles: []string{roleAdmin}})
 	a := r.signsInDuring(email, func() { r.keycloakAdmin("PUT", "/users/"+id, body{"enabled": false}, nil) })
 	r.wants(a, 403, "account-disabled")
-	if got := r.value(`select actor from audit_log where action = 'user.sync' and target = $1`, r.userOf(email)); got != "system:sync" {
+	if got := r.value(`select actor from audit_log where action = 'user.sync' and target = $1`,
+		r.userOf(email)); got != "system:sync" {
 		r.Errorf("it is audited as done by %s", got)
 	}
 }
@@ -474,10 +484,12 @@ func (r *rules) refusedByProfile() {
 
 func (r *rules) foreignAttributes() {
 	locale := []string{"de-Latn-DE-1996-x-something"}
-	email := r.imports(body{"attributes": body{attrLocale: locale, attrUserID: []string{"7"}, attrRegistrationID: []string{"7"}}})
+	email := r.imports(body{"attributes": body{attrLocale: locale, attrUserID: []string{"7"},
+		attrRegistrationID: []string{"7"}}})
 	r.says(email, r.signsIn(email))
 	r.edits(r.keycloakID(email), body{attrRegistrationID: []string{}})
-	email = r.imports(body{"attributes": body{attrLocale: locale, attrRegistrationID: []string{string(newRegistrationID())}}})
+	email = r.imports(body{"attributes": body{attrLocale: locale,
+		attrRegistrationID: []string{string(newRegistrationID())}}})
 	r.says(email, r.signsIn(email))
 }
 

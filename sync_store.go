@@ -44,14 +44,16 @@ func (st *store) conflicts(ctx context.Context, u user) (conflict bool, err erro
 
 // overwrite revokes the tokens that say something else than what is true of a user, and audits
 // what Keycloak had, unless the task has failed before (O1). It returns the user as it is now.
-func (st *store) overwrite(ctx context.Context, c caller, t task, id userID, has map[string][]string, now time.Time) (u user, err error) {
+func (st *store) overwrite(ctx context.Context, c caller, t task, id userID, has map[string][]string,
+	now time.Time) (u user, err error) {
 	err = st.tx(ctx, func(tx *txn) {
 		u, err = one[user](ctx, tx, `select `+userColumns+` from users where user_id = $1 for update`, id)
 		tx.check(err)
 		tx.check(revoke(ctx, tx, u.revocation()))
 		if t.Attempts == 0 {
-			tx.audit(c, now, entry{Action: "user.overwrite", Target: string(u.ID), Network: u.NetworkID, Details: map[string]any{
-				"role": u.Role, "network_id": u.NetworkID, "station_id": u.StationID, "is_active": u.IsActive, "keycloak": has}})
+			tx.audit(c, now, entry{Action: "user.overwrite", Target: string(u.ID), Network: u.NetworkID,
+				Details: map[string]any{"role": u.Role, "network_id": u.NetworkID, "station_id": u.StationID,
+					"is_active": u.IsActive, "keycloak": has}})
 		}
 	})
 	return u, err
@@ -67,14 +69,16 @@ func (st *store) importUser(ctx context.Context, c caller, u user, reg registrat
 			insert into users (user_id, keycloak_id, email, username, first_name, last_name, is_verified, role, source,
 				is_active, deleted_at, created_at, updated_at)
 			values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $12)`,
-			u.ID, u.KeycloakID, u.Email, u.Username, nullString(u.FirstName), nullString(u.LastName), u.IsVerified, u.Role, u.Source,
-			u.IsActive, u.DeletedAt, now)
+			u.ID, u.KeycloakID, u.Email, u.Username, nullString(u.FirstName), nullString(u.LastName), u.IsVerified,
+			u.Role, u.Source, u.IsActive, u.DeletedAt, now)
 		if reg.ID != "" {
 			tx.exec(`
-				insert into user_registrations (registration_id, email, username, first_name, last_name, user_id, keycloak_id,
-					verification_token, verification_code, status, verified_at, expires_at, created_at, locale, mail_state)
-				select $1, email, username, first_name, last_name, user_id, keycloak_id,
-					$3, $4, $5::text, case when is_verified then created_at end, $6, $7, $8, 'sent' from users where user_id = $2
+				insert into user_registrations (registration_id, email, username, first_name, last_name, user_id,
+					keycloak_id, verified_at, verification_token, verification_code, status, expires_at, created_at,
+					locale, mail_state)
+				select $1, email, username, first_name, last_name, user_id,
+					keycloak_id, case when is_verified then created_at end, $3, $4, $5, $6::timestamptz,
+					$7::timestamptz, $8, 'sent' from users where user_id = $2
 				on conflict (registration_id) do nothing`,
 				reg.ID, u.ID, reg.TokenHash, reg.CodeHash, reg.State, reg.ExpiresAt, reg.CreatedAt, reg.Locale)
 		}
@@ -169,7 +173,8 @@ func (st *store) beginSync(ctx context.Context, c caller, dryRun bool, now time.
 		tx.exec(`insert into sync_runs (sync_id, dry_run, status, started_by, started_at) values ($1, $2, $3, $4, $5)`,
 			run.ID, dryRun, run.Status, run.StartedBy, now)
 		tx.check(enqueue(ctx, tx, now, "job:sync"))
-		tx.audit(c, now, entry{Action: "sync.begin", Target: string(run.ID), Details: map[string]any{"dry_run": dryRun}})
+		tx.audit(c, now, entry{Action: "sync.begin", Target: string(run.ID),
+			Details: map[string]any{"dry_run": dryRun}})
 	})
 	if errors.Is(err, errConflict) {
 		if open, lookup := st.lastSync(ctx); lookup == nil {
@@ -182,10 +187,11 @@ func (st *store) beginSync(ctx context.Context, c caller, dryRun bool, now time.
 // saveSync records a full pass's progress, or its end, which is audited.
 func (st *store) saveSync(ctx context.Context, run syncRun) error {
 	return st.tx(ctx, func(tx *txn) {
-		if tx.exec(`
+		saved := tx.exec(`
 			update sync_runs set checked = $2, total = $3, differences = $4, detail = $5, status = $6, ended_at = $7
 			where sync_id = $1 and status = 'running'`,
-			run.ID, run.Checked, run.Total, run.Differences, run.Detail, run.Status, run.EndedAt) == 0 || run.EndedAt == nil {
+			run.ID, run.Checked, run.Total, run.Differences, run.Detail, run.Status, run.EndedAt)
+		if saved == 0 || run.EndedAt == nil {
 			return
 		}
 		outcome := "ok"
@@ -193,7 +199,7 @@ func (st *store) saveSync(ctx context.Context, run syncRun) error {
 			outcome = "failed"
 		}
 		found, repaired, _ := run.counts()
-		tx.audit(caller{Actor: run.StartedBy}, *run.EndedAt, entry{Action: "sync.end", Target: string(run.ID), Outcome: outcome,
-			Reason: run.Status, Details: map[string]any{"found": found, "repaired": repaired}})
+		tx.audit(caller{Actor: run.StartedBy}, *run.EndedAt, entry{Action: "sync.end", Target: string(run.ID),
+			Outcome: outcome, Reason: run.Status, Details: map[string]any{"found": found, "repaired": repaired}})
 	})
 }

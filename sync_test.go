@@ -38,9 +38,11 @@ func (s seeds) inKeycloak(first, last int) (users []body) {
 		if n%2 == 0 {
 			role, network, station = roleOperator, "NET-1", "STA-1"
 		}
-		users = append(users, body{"id": s.keycloakID(n), "username": fmt.Sprintf("zz%04d", n), "email": fmt.Sprintf("zz%04d@seed.test", n),
+		users = append(users, body{"id": s.keycloakID(n), "username": fmt.Sprintf("zz%04d", n),
+			"email":     fmt.Sprintf("zz%04d@seed.test", n),
 			"firstName": "First", "lastName": "Last", "enabled": true, "emailVerified": true,
-			"attributes": body{attrUserID: []string{s.userID(n)}, attrRoles: []string{role}, attrNetworkID: []string{network},
+			"attributes": body{attrUserID: []string{s.userID(n)}, attrRoles: []string{role},
+				attrNetworkID: []string{network},
 				attrStationID: []string{station}}})
 	}
 	return users
@@ -49,13 +51,17 @@ func (s seeds) inKeycloak(first, last int) (users []body) {
 // inPostgreSQL writes their rows.
 func (s seeds) inPostgreSQL(w *env, first, last int) {
 	w.Helper()
-	w.exec(`insert into users (user_id, keycloak_id, email, username, first_name, last_name, is_verified, role, network_id, station_id, source)
-		select 'USR-' || lpad(n::text, 16, '0'), $1 || lpad(n::text, 12, '0'), 'ZZ' || lpad(n::text, greatest(4, length(n::text)), '0') || '@seed.test',
-			'zz' || lpad(n::text, greatest(4, length(n::text)), '0'), 'First', 'Last', true, case when n % 2 = 0 then 'operator' else 'user' end,
+	w.exec(`insert into users (user_id, keycloak_id, email, username, first_name, last_name, is_verified, role,
+		network_id, station_id, source)
+		select 'USR-' || lpad(n::text, 16, '0'), $1 || lpad(n::text, 12, '0'), 'ZZ' || lpad(n::text, greatest(4,
+			length(n::text)), '0') || '@seed.test',
+			'zz' || lpad(n::text, greatest(4, length(n::text)), '0'), 'First', 'Last', true,
+				case when n % 2 = 0 then 'operator' else 'user' end,
 			case when n % 2 = 0 then 'NET-1' else '' end, case when n % 2 = 0 then 'STA-1' else '' end, 'internal'
 		from generate_series($2::int, $3::int - 1) n`, string(s), first, last)
 	w.exec(`insert into audit_log (audit_id, at, actor, action, target, outcome)
-		select 'AUD-' || lpad(n::text, 16, '0'), now(), 'system:seed', 'user.create', 'USR-' || lpad(n::text, 16, '0'), 'ok'
+		select 'AUD-' || lpad(n::text, 16, '0'), now(), 'system:seed', 'user.create', 'USR-' || lpad(n::text, 16,
+			'0'), 'ok'
 		from generate_series($1::int, $2::int - 1) n`, first, last)
 }
 
@@ -140,9 +146,11 @@ func (w *env) sync(settings map[string]string, args ...string) (found, repaired 
 	var stdout bytes.Buffer
 	env := maps.Clone(w.vars)
 	maps.Copy(env, settings)
-	err = run(w.Context(), append([]string{"sync"}, args...), func(name string) string { return env[name] }, &stdout, w.logs)
+	err = run(w.Context(), append([]string{"sync"}, args...), func(name string) string { return env[name] }, &stdout,
+		w.logs)
 	found, repaired = map[difference]int{}, map[difference]int{}
-	for _, m := range regexp.MustCompile(`(?m)^(\w+) +(\d+) found +(\d+) repaired`).FindAllStringSubmatch(stdout.String(), -1) {
+	line := regexp.MustCompile(`(?m)^(\w+) +(\d+) found +(\d+) repaired`)
+	for _, m := range line.FindAllStringSubmatch(stdout.String(), -1) {
 		found[difference(m[1])], _ = strconv.Atoi(m[2])
 		repaired[difference(m[1])], _ = strconv.Atoi(m[3])
 	}
@@ -154,9 +162,11 @@ func (w *env) sync(settings map[string]string, args ...string) (found, repaired 
 func (w *env) command(args ...string) {
 	w.Helper()
 	if args[0] == "jobs" {
-		w.exec(`update tasks set due_at = now() where locked_by is null and (task_id = 'job:events' or task_id like 'kc:%')`)
+		w.exec(`update tasks set due_at = now() where locked_by is null and (task_id = 'job:events'
+			or task_id like 'kc:%')`)
 	}
-	if err := run(w.Context(), args, func(name string) string { return w.vars[name] }, new(bytes.Buffer), w.logs); err != nil {
+	if err := run(w.Context(), args, func(name string) string { return w.vars[name] }, new(bytes.Buffer),
+		w.logs); err != nil {
 		w.Fatalf("%v: %v", args, err)
 	}
 }
@@ -213,7 +223,8 @@ func (w *env) noEvents() {
 // settleNow makes the registrations of an address due.
 func (w *env) settleNow(email string) {
 	w.Helper()
-	w.exec(`update tasks set due_at = now() where task_id = (select registration_id from user_registrations where email = $1)`, email)
+	w.exec(`update tasks set due_at = now() where task_id = (select registration_id from user_registrations
+		where email = $1)`, email)
 }
 
 // inKeycloak returns the ids of Keycloak's users who have an address.
@@ -254,16 +265,21 @@ func drifts() []drift {
 	conflict := []difference{diffConflict}
 	return []drift{
 		{name: "e-mail", users: 12, remote: address, found: profile},
-		{name: "username", users: 3, remote: func(ku body, n int) { ku["username"] = fmt.Sprintf("zznew%d", n) }, found: profile},
+		{name: "username", users: 3, remote: func(ku body, n int) { ku["username"] = fmt.Sprintf("zznew%d", n) },
+			found: profile},
 		{name: "first name", users: 3, remote: keycloakHas("firstName", "Grace"), found: profile},
 		{name: "last name", users: 3, remote: keycloakHas("lastName", nil), found: profile},
 		{name: "verified in Keycloak", users: 4, sql: rowHas(`is_verified = false`), found: []difference{diffVerified}},
-		{name: "not verified in Keycloak", users: 4, remote: keycloakHas("emailVerified", false), found: []difference{diffVerified}},
-		{name: "disabled in Keycloak", users: 5, remote: keycloakHas("enabled", false), found: []difference{diffDisabled}},
+		{name: "not verified in Keycloak", users: 4, remote: keycloakHas("emailVerified", false),
+			found: []difference{diffVerified}},
+		{name: "disabled in Keycloak", users: 5, remote: keycloakHas("enabled", false),
+			found: []difference{diffDisabled}},
 		{name: "deleted in Keycloak", users: 5, remote: gone, found: []difference{diffMissing}},
 		{name: "created in Keycloak", users: 4, remote: asAdmin, sql: none, found: unknown},
-		{name: "created without attributes", users: 4, remote: keycloakHas("attributes", nil), sql: none, found: unknown},
-		{name: "created, not verified", users: 2, remote: keycloakHas("emailVerified", false), sql: none, found: unknown},
+		{name: "created without attributes", users: 4, remote: keycloakHas("attributes", nil), sql: none,
+			found: unknown},
+		{name: "created, not verified", users: 2, remote: keycloakHas("emailVerified", false), sql: none,
+			found: unknown},
 		{name: "created, disabled", users: 2, remote: keycloakHas("enabled", false), sql: none, found: unknown},
 		{name: "created without an address", users: 3, remote: keycloakHas("email", nil), sql: none, found: conflict},
 		{name: "role edited", users: 4, remote: asAdmin, found: role},
@@ -274,13 +290,16 @@ func drifts() []drift {
 		{name: "user_id edited", users: 2, remote: attribute(attrUserID, "USR-aaaaaaaaaaaaaaaa"), found: role},
 		{name: "attributes removed", users: 2, remote: keycloakHas("attributes", nil), found: role},
 		{name: "deleted in PostgreSQL", users: 5, sql: deleted, found: []difference{diffDeleted}},
-		{name: "deleted in PostgreSQL, disabled in Keycloak", users: 2, remote: keycloakHas("enabled", false), sql: deleted},
-		{name: "deleted in PostgreSQL, role edited in Keycloak", users: 2, sql: deleted, found: role, remote: func(ku body, n int) {
-			asAdmin(ku, n)
-			ku["enabled"] = false
-		}},
+		{name: "deleted in PostgreSQL, disabled in Keycloak", users: 2, remote: keycloakHas("enabled", false),
+			sql: deleted},
+		{name: "deleted in PostgreSQL, role edited in Keycloak", users: 2, sql: deleted, found: role,
+			remote: func(ku body, n int) {
+				asAdmin(ku, n)
+				ku["enabled"] = false
+			}},
 		{name: "deleted in both stores", users: 2, remote: gone, sql: deleted},
-		{name: "several", users: 2, found: []difference{diffProfile, diffDisabled, diffRole}, remote: func(ku body, n int) {
+		{name: "several", users: 2, found: []difference{diffProfile, diffDisabled, diffRole}, remote: func(ku body,
+			n int) {
 			address(ku, n)
 			asAdmin(ku, n)
 			ku["enabled"] = false
@@ -288,7 +307,8 @@ func drifts() []drift {
 		{name: "an address that the next one has given up", users: 1, found: conflict,
 			remote: func(ku body, n int) { ku["email"] = fmt.Sprintf("zz%04d@seed.test", n+1) }},
 		{name: "the next one", users: 1, remote: address, found: profile},
-		{name: "without an address, with the next one's in PostgreSQL", users: 1, remote: keycloakHas("email", nil), found: conflict,
+		{name: "without an address, with the next one's in PostgreSQL", users: 1, remote: keycloakHas("email", nil),
+			found: conflict,
 			sql: func(n int) string {
 				return fmt.Sprintf(`update users set email = 'zz%04d@seed.test' where user_id = $1`, n+1)
 			}},
@@ -311,7 +331,8 @@ type drifted struct {
 const driftedUsers = 2000
 
 func newDrifted(t *testing.T) *drifted {
-	d := &drifted{seeds: newSeeds(), found: map[difference]int{}, examples: map[difference][]string{}, names: map[string]string{}}
+	d := &drifted{seeds: newSeeds(), found: map[difference]int{}, examples: map[difference][]string{},
+		names: map[string]string{}}
 	users := d.seeds.inKeycloak(0, driftedUsers)
 	var sql, whose []string
 	i := 0
@@ -333,7 +354,8 @@ func newDrifted(t *testing.T) *drifted {
 			i++
 		}
 	}
-	d.env = newEnv(t, map[string]string{"JOB_INTERVAL": "0"}, slices.DeleteFunc(users, func(ku body) bool { return len(ku) == 0 })...)
+	d.env = newEnv(t, map[string]string{"JOB_INTERVAL": "0"}, slices.DeleteFunc(users,
+		func(ku body) bool { return len(ku) == 0 })...)
 	d.inPostgreSQL(d.env, 0, driftedUsers)
 	for i := len(sql) - 1; i >= 0; i-- { // those first whose address the one before takes
 		d.exec(sql[i], whose[i])
@@ -349,9 +371,12 @@ func (d *drifted) registers() {
 	for _, email := range []string{pending, confirmed, ended} {
 		registered(d.env, email)
 	}
-	d.keycloakAdmin("PUT", "/users/"+d.env.keycloakID(confirmed), body{"enabled": true, "emailVerified": true}, nil) // V3
-	d.exec(`with e as (update user_registrations set status = 'expired', ended_at = now(), user_id = null, email = '', username = '', phone = null,
-			first_name = null, last_name = null, ip_address = null, user_agent = null where email = $1 returning registration_id, keycloak_id), -- E1
+	d.keycloakAdmin("PUT", "/users/"+d.env.keycloakID(confirmed), body{"enabled": true, "emailVerified": true},
+		nil) // V3
+	d.exec(`with e as (update user_registrations set status = 'expired', ended_at = now(), user_id = null,
+		email = '', username = '', phone = null,
+			first_name = null, last_name = null, ip_address = null, user_agent = null where email = $1
+				returning registration_id, keycloak_id), -- E1
 		u as (delete from users where email = $1)
 		insert into audit_log (audit_id, at, actor, action, target, outcome)
 			select 'AUD-expired', now(), 'system:expiry', 'registration.expired', registration_id, 'ok' from e`, ended)
@@ -441,9 +466,11 @@ func (d *drifted) repairs() {
 		}
 	}
 	d.equal("audit entries about users in sync", "0",
-		d.value(`select count(*)::text from audit_log where action like 'user.%' and actor <> 'system:seed' and target = any($1)`, others))
+		d.value(`select count(*)::text from audit_log where action like 'user.%' and actor <> 'system:seed'
+			and target = any($1)`, others))
 	d.equal("audited twice", "", d.value(`select coalesce(string_agg(target || ' ' || action, ', '), '') from (
-		select target, action from audit_log where action in ('user.sync', 'user.import', 'user.overwrite') group by 1, 2 having count(*) > 1) x`))
+		select target, action from audit_log where action in ('user.sync', 'user.import', 'user.overwrite')
+			group by 1, 2 having count(*) > 1) x`))
 }
 
 func (d *drifted) outcomes() {
