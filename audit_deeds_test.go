@@ -222,7 +222,7 @@ func (d *deeds) registrations() {
 		{name: "resend, unknown address", do: posts(resendPath, body{"email": d.mail("nobody")}), status: 200},
 		{name: "verify, wrong code", before: func() { d.readMail(d.mail("ada"), 3) }, do: d.guesses("ada"), status: 400,
 			want: []string{"verify anonymous > reg:ada refused invalid-code"}},
-		{name: "verify, too many codes", before: func() { d.exec(`update user_registrations set code_attempts = $1`, codeAttempts) }, do: d.guesses("ada"), status: 429,
+		{name: "verify, too many codes", before: func() { d.usesUp(codesOf(d.mail("ada"))) }, do: d.guesses("ada"), status: 429,
 			want: []string{"verify anonymous > reg:ada refused too-many-attempts"}},
 		{name: "verify, unknown address", do: posts(verifyPath, body{"email": d.mail("nobody"), "code": "123456"}), status: 400,
 			want: []string{"verify anonymous > refused invalid-code"}},

@@ -11,19 +11,19 @@ import (
 	"net/http"
 	"net/url"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
 
 	"github.com/coreos/go-oidc/v3/oidc"
-	"github.com/go-jose/go-jose/v4"
 	"golang.org/x/oauth2"
 )
 
-// loginLimit bounds the attempts on one account, from wherever they come. Keycloak
-// locks an account after wrong passwords; this keeps the guessing away from it.
+// loginLimit bounds the attempts on one account, from wherever they come. Keycloak locks an account after wrong
+// passwords; this keeps the guessing away from it.
 func loginLimit(login string) rateLimit {
-	return rateLimit{"login:" + tokenHash(strings.ToLower(login)), 20, time.Minute, problemTooManyRequests}
+	return rateLimit{addressKey("login", login), 20, time.Minute, problemTooManyRequests}
 }
 
 type loginIn struct {
@@ -46,16 +46,12 @@ type loginUser struct {
 	StationID string   `json:"station_id"`
 }
 
-// login signs a person in: L1 Keycloak's tokens, L2 our session. No tokens are
-// handed out without their row.
+// login signs a person in: L1 Keycloak's tokens, L2 our session. No tokens are handed out without their row.
 func (s *server) login(ctx context.Context, c caller, in loginIn) (loginOut, error) {
-	name := in.Username
-	if name == "" {
-		name = in.Email
-	}
 	if (in.Username == "") == (in.Email == "") {
 		return loginOut{}, invalid(fieldError{"username", "is required, or else email"})
 	}
+	name := cmp.Or(in.Username, in.Email)
 	if err := s.store.hit(ctx, loginLimit(name), s.now()); err != nil {
 		return loginOut{}, err
 	}
@@ -66,18 +62,19 @@ func (s *server) login(ctx context.Context, c caller, in loginIn) (loginOut, err
 	return s.openSession(ctx, c, token, "") // L2
 }
 
-// openSession stores the session of fresh tokens (L2) and makes the answer. Without
-// its row a session is ended again in Keycloak. The nonce is that of a code flow.
-func (s *server) openSession(ctx context.Context, c caller, token *oauth2.Token, nonce string) (out loginOut, err error) {
+// openSession stores the session of fresh tokens (L2) and makes the answer. Without its row a session is ended again
+// in Keycloak. The nonce is that of a code flow.
+func (s *server) openSession(
+	ctx context.Context, c caller, token *oauth2.Token, nonce string,
+) (out loginOut, err error) {
 	claims, err := readClaims(token.AccessToken)
-	if err == nil && claims.SessionID == "" {
-		err = errors.New("keycloak's access token: sid is missing")
+	if err == nil && (claims.SessionID == "" || token.RefreshToken == "") {
+		err = errors.New("keycloak: tokens without sid or without a refresh token; see the client's settings")
 	}
 	if err != nil {
-		return loginOut{}, err
+		return out, err
 	}
-	// Dying here (L1) leaves a session in Keycloak that nobody has the tokens of; it
-	// dies of idleness.
+	// Dying here (L1) leaves a session in Keycloak that nobody has the tokens of; it dies of idleness.
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, s.kc.endSession(ctx, claims.SessionID))
@@ -85,53 +82,41 @@ func (s *server) openSession(ctx context.Context, c caller, token *oauth2.Token,
 	}()
 	if nonce != "" {
 		if err := s.verifier.idToken(ctx, token, nonce); errors.Is(err, errUnavailable) {
-			return loginOut{}, err
+			return out, err
 		} else if err != nil {
-			return loginOut{}, problemSignInIncomplete.withCause(err)
+			return out, problemSignInIncomplete.withCause(err)
 		}
 	}
-	if token.RefreshToken == "" {
-		return loginOut{}, errors.New("keycloak issues no refresh tokens; see the client's setting \"use refresh tokens\"")
+	u, err := s.accountOf(ctx, claims.Subject)
+	if err != nil {
+		return out, err
 	}
-	out = loginOut{tokenResponse: newTokenResponse(token, newSessionID())}
-	row := session{ID: out.SessionID, KeycloakID: claims.SessionID,
-		ExpiresAt: s.now().Add(time.Duration(out.RefreshExpiresIn) * time.Second)}
-	u, err := s.store.addSession(ctx, c, claims.Subject, row, tokenHash(out.RefreshToken), s.now())
-	if errors.Is(err, errNotFound) {
-		if _, err = s.accountOf(ctx, claims.Subject); err == nil {
-			u, err = s.store.addSession(ctx, c, claims.Subject, row, tokenHash(out.RefreshToken), s.now())
-		}
+	if token, err = s.matching(ctx, token, u); err == nil {
+		out.tokenResponse = newTokenResponse(token, newSessionID())
+		out.User = loginUser{u.ID, u.Email, u.Username, []string{u.Role}, u.NetworkID, u.StationID}
+		err = s.store.addSession(ctx, c, u.ID, claims.SessionID, out.tokenResponse, s.now())
 	}
-	if err == nil && !claims.match(u) {
-		row.UserID = u.ID
-		if out.tokenResponse, err = s.exchangeFirst(ctx, c, row, u, token.RefreshToken); err != nil { // nobody has its tokens
-			_, ended := s.signOut(ctx, c, u, row.ID, entry{Action: "session.end", Reason: "unfinished"})
-			if errors.Is(err, problemInvalidRefreshToken) { // disabled at this moment
-				err = problemAccountDisabled.withTarget(string(u.ID))
-			}
-			return loginOut{}, errors.Join(err, ended)
-		}
+	if errors.Is(err, errInvalidGrant) || errors.Is(err, errNotFound) { // disabled at this moment
+		err = problemAccountDisabled.withTarget(string(u.ID))
 	}
-	out.User = loginUser{u.ID, u.Email, u.Username, []string{u.Role}, u.NetworkID, u.StationID}
 	return out, err
 }
 
-// exchangeFirst replaces fresh tokens that do not say what is true of the user in PostgreSQL.
-func (s *server) exchangeFirst(ctx context.Context, c caller, row session, u user, token string) (tokenResponse, error) {
-	t, err := s.store.lock(ctx, "token:"+tokenHash(token), rotationLock, s.now)
-	if err != nil {
-		return tokenResponse{}, err
+// matching returns tokens that say what is true of u in PostgreSQL. If somebody has changed that in Keycloak, the
+// user is reconciled and the tokens are exchanged.
+func (s *server) matching(ctx context.Context, token *oauth2.Token, u user) (*oauth2.Token, error) {
+	claims, err := readClaims(token.AccessToken)
+	if err != nil || claims.match(u) {
+		return token, err
 	}
-	answer, err := s.rotate(ctx, c, t, row, u, token)
-	if err != nil {
-		s.release(ctx, t, never, nil)
+	if err := s.doNow(ctx, kcTask(u.KeycloakID)); err != nil && !errors.Is(err, errConflict) {
+		return token, err
 	}
-	return answer, err
+	return s.kc.refresh(ctx, token.RefreshToken)
 }
 
-// accountOf returns the account that Keycloak has just let in, if it is one in PostgreSQL, too.
-// Somebody whom only Keycloak has is imported. A verification that died between the two stores
-// (V3) is concluded first.
+// accountOf returns the account that Keycloak has just let in, if it is one in PostgreSQL, too. Somebody whom only
+// Keycloak has is imported. A verification that died between the two stores (V3) is concluded first.
 func (s *server) accountOf(ctx context.Context, subject string) (user, error) {
 	u, err := s.store.userByKeycloakID(ctx, subject)
 	if err == nil && u.RegistrationOpen {
@@ -144,36 +129,34 @@ func (s *server) accountOf(ctx context.Context, subject string) (user, error) {
 		}
 		u, err = s.store.userByKeycloakID(ctx, subject)
 	}
+	var unfit error
 	// Created in Keycloak; or it has a new address, confirmed in Keycloak.
 	if errors.Is(err, errNotFound) || err == nil && u.IsActive && !u.IsVerified {
-		unfit := s.doNow(ctx, kcTask(subject))
-		if unfit != nil && !errors.Is(unfit, errConflict) {
+		if unfit = s.doNow(ctx, kcTask(subject)); unfit != nil && !errors.Is(unfit, errConflict) {
 			return u, unfit
 		}
 		u, err = s.store.userByKeycloakID(ctx, subject) // also if another sign-in was faster
-		if errors.Is(err, errNotFound) && unfit != nil {
-			return u, problemAccountUnfit
-		}
 	}
 	switch {
+	case errors.Is(err, errNotFound) && unfit != nil:
+		return u, problemAccountUnfit
 	case errors.Is(err, errNotFound): // it is gone again, or its registration has just ended
 		return u, problemAccountSetupRequired
 	case err != nil:
 		return u, err
 	case !u.IsActive:
 		return u, problemAccountDisabled.withTarget(string(u.ID)) // the stricter store wins
-	case u.IsVerified:
-		return u, nil
+	case !u.IsVerified:
+		return u, problemAccountNotVerified.withTarget(string(u.ID))
 	}
-	return u, problemAccountNotVerified.withTarget(string(u.ID))
+	return u, nil
 }
 
-// loginError says why Keycloak has let nobody in. An account that waits for its
-// confirmation is disabled in Keycloak, whatever the password, and only not fully
-// set up while its mail is being sent.
+// loginError says why Keycloak has let nobody in. An account that waits for its confirmation is disabled in Keycloak,
+// whatever the password, and only not fully set up while its mail is being sent.
 func (s *server) loginError(ctx context.Context, name string, err error) error {
-	wrong := errors.Is(err, errInvalidCredentials)
-	if !wrong && !errors.Is(err, errAccountDisabled) && !errors.Is(err, errSetupRequired) {
+	wrong, disabled := errors.Is(err, errInvalidCredentials), errors.Is(err, errAccountDisabled)
+	if !wrong && !disabled && !errors.Is(err, errSetupRequired) {
 		return err
 	}
 	account, lookup := s.store.accountByLogin(ctx, name) // whether there is one or not: that takes as long
@@ -187,56 +170,37 @@ func (s *server) loginError(ctx context.Context, name string, err error) error {
 		return problemAccountNotVerified.withTarget(string(reg.ID))
 	} else if !errors.Is(lookup, errNotFound) {
 		return lookup
-	}
-	if errors.Is(err, errAccountDisabled) {
+	} else if disabled {
 		return problemAccountDisabled.withTarget(account)
 	}
 	u, lookup := s.kc.userByLogin(ctx, name)
 	if lookup != nil {
 		return lookup
 	}
-	return setupRequired(u)
-}
-
-// setupRequired says what Keycloak still wants from a person whose password is right.
-func setupRequired(u keycloakUser) problem {
-	p := problemAccountSetupRequired.withTarget(u.attribute(attrUserID))
-	sentences := map[string]string{
-		"UPDATE_PASSWORD":                "A new password has to be chosen first. Follow the link in your mail, or ask for a new one with \"forgot password\".",
-		"CONFIGURE_TOTP":                 "A one-time-code app has to be set up first. Please sign in on the sign-in server's page.",
-		"VERIFY_EMAIL":                   "The e-mail address has to be confirmed first. Please sign in on the sign-in server's page.",
-		"UPDATE_PROFILE":                 "The profile has to be completed first. Please sign in on the sign-in server's page.",
-		"VERIFY_PROFILE":                 "The profile has to be completed first. Please sign in on the sign-in server's page.",
-		"TERMS_AND_CONDITIONS":           "The terms have to be accepted first. Please sign in on the sign-in server's page.",
-		"webauthn-register":              "A security key has to be set up first. Please sign in on the sign-in server's page.",
-		"webauthn-register-passwordless": "A passkey has to be set up first. Please sign in on the sign-in server's page.",
-	}
+	detail := "Something has to be set up" + onSignInPage
 	if u.RequiredActions != nil {
-		for _, action := range *u.RequiredActions {
-			if sentence, ok := sentences[action]; ok {
-				return p.withDetail(sentence)
-			}
+		for _, action := range slices.Backward(*u.RequiredActions) { // the first one counts
+			detail = cmp.Or(setupDetails[action], detail)
 		}
 	}
-	return p.withDetail("Something has to be set up first. Please sign in on the sign-in server's page.")
+	return problemAccountSetupRequired.withTarget(u.attribute(attrUserID)).withDetail(detail)
 }
 
-// readClaims reads a token that has just come from Keycloak's token endpoint itself;
-// no signature is needed to know its origin (OpenID Connect Core §3.1.3.7).
-func readClaims(token string) (tokenClaims, error) {
-	var c tokenClaims
-	signed, err := jose.ParseSignedCompact(token, tokenAlgorithms)
-	if err == nil {
-		c, err = claimsOf(signed)
-	}
-	if err == nil && c.Subject == "" {
-		err = errors.New("sub is missing")
-	}
-	if err != nil {
-		return c, fmt.Errorf("keycloak's access token: %w", err)
-	}
-	return c, nil
+// setupDetails are what Keycloak still wants of a person whose password is right, by required action.
+var setupDetails = map[string]string{
+	"UPDATE_PASSWORD": "A new password has to be chosen first. Follow the link in your mail, or ask for a new one " +
+		"with \"forgot password\".",
+
+	"CONFIGURE_TOTP":                 "A one-time-code app has to be set up" + onSignInPage,
+	"VERIFY_EMAIL":                   "The e-mail address has to be confirmed" + onSignInPage,
+	"UPDATE_PROFILE":                 "The profile has to be completed" + onSignInPage,
+	"VERIFY_PROFILE":                 "The profile has to be completed" + onSignInPage,
+	"TERMS_AND_CONDITIONS":           "The terms have to be accepted" + onSignInPage,
+	"webauthn-register":              "A security key has to be set up" + onSignInPage,
+	"webauthn-register-passwordless": "A passkey has to be set up" + onSignInPage,
 }
+
+const onSignInPage = " first. Please sign in on the sign-in server's page."
 
 // me is the account of the access token, as PostgreSQL knows it now.
 func (s *server) me(ctx context.Context, c caller, _ struct{}) (user, error) {
@@ -257,11 +221,11 @@ type forgotIn struct {
 // resetLifespan is how long Keycloak's link to choose a new password works.
 const resetLifespan = time.Hour
 
-// forgotPassword has Keycloak mail its link to choose a new password. The answer is the
-// same, and comes as fast, whether there is such an account or not, and when a limit
-// stands against the mail.
+// forgotPassword has Keycloak mail its link to choose a new password. The answer is the same, and comes as fast,
+// whether there is such an account or not, and when a limit stands against the mail.
 func (s *server) forgotPassword(ctx context.Context, c caller, in forgotIn) (noContent, error) {
-	for _, l := range []rateLimit{{"reset:" + tokenHash(strings.ToLower(in.Email)), 1, s.cfg.ResendCooldown, problemTooManyRequests}, mailsADay(in.Email)} {
+	tooSoon := rateLimit{addressKey("reset", in.Email), 1, s.cfg.ResendCooldown, problemTooManyRequests}
+	for _, l := range []rateLimit{tooSoon, mailsADay(in.Email)} {
 		var limited problem
 		if err := s.store.hit(ctx, l, s.now()); errors.As(err, &limited) {
 			s.recordRefusal(ctx, c, "forgotPassword", limited)
@@ -277,11 +241,11 @@ func (s *server) forgotPassword(ctx context.Context, c caller, in forgotIn) (noC
 		if errors.Is(err, errNotFound) || err == nil && (!u.enabled() || u.awaitsVerification()) {
 			return
 		}
+		actions := choosePassword
+		if !u.verified() { // a new address: the link proves it
+			actions = []string{"VERIFY_EMAIL", "UPDATE_PASSWORD"}
+		}
 		if err == nil {
-			actions := choosePassword
-			if !u.verified() { // a new address: the link proves it
-				actions = []string{"VERIFY_EMAIL", "UPDATE_PASSWORD"}
-			}
 			err = s.kc.sendMail(ctx, u.id(), u.attribute(attrLocale), resetLifespan, actions)
 		}
 		if err == nil {
@@ -294,15 +258,12 @@ func (s *server) forgotPassword(ctx context.Context, c caller, in forgotIn) (noC
 	return noContent{}, nil
 }
 
-// The code flow (OpenID Connect Core §3.1 with PKCE, RFC 7636). Nothing of it is
-// stored: the browser has a secret in a cookie, and whatever else must be known at its
-// return is in the state, or made of both.
+// The code flow (OpenID Connect Core §3.1 with PKCE, RFC 7636). Nothing of it is stored: the browser has a secret in
+// a cookie, and whatever else must be known at its return is in the state, or made of both.
 const (
-	signInTime     = 10 * time.Minute // to sign in on Keycloak's page
-	afterSignIn    = "/account/signed-in"
-	maxReturnTo    = 2000
-	signInCookie   = "sign_in"
-	hostOnlyPrefix = "__Host-" // no other host of the domain can set it (RFC 6265bis §4.1.3.2); wants https
+	signInTime  = 10 * time.Minute // to sign in on Keycloak's page
+	afterSignIn = "/account/signed-in"
+	maxReturnTo = 2000
 )
 
 // signIn is one sign-in by the code flow, bound to the browser that began it.
@@ -312,52 +273,51 @@ type signIn struct {
 	returnTo string
 }
 
-// derive makes a value that only this browser and this sign-in have: the state's own
-// MAC, the nonce and the verifier of PKCE, 43 characters each.
+func (flow signIn) nonce() string    { return derive(flow.browser, "nonce", flow.state) }
+func (flow signIn) verifier() string { return derive(flow.browser, "verifier", flow.state) } // of PKCE
+
+// derive makes a value that only this browser and this sign-in have, of 43 characters.
 func derive(browser, purpose, state string) string {
 	mac := hmac.New(sha256.New, []byte(browser))
 	fmt.Fprintf(mac, "%s %s", purpose, state)
 	return base64.RawURLEncoding.EncodeToString(mac.Sum(nil))
 }
 
-// newSignIn begins a sign-in. The state says when it ends and where it leads.
+// newSignIn begins a sign-in. The state says when it ends and where it leads, and has a MAC.
 func newSignIn(browser, returnTo string, now time.Time) signIn {
-	content := fmt.Sprintf("%s %d %s", newToken(), now.Add(signInTime).Unix(), returnTo)
-	state := base64.RawURLEncoding.EncodeToString([]byte(content))
+	content := fmt.Appendf(nil, "%s %d %s", newToken(), now.Add(signInTime).Unix(), returnTo)
+	state := base64.RawURLEncoding.EncodeToString(content)
 	return signIn{browser, state + "." + derive(browser, "state", state), returnTo}
 }
 
-// resumeSignIn reads the state that Keycloak has sent back. It fails for one of another
-// browser, one that was altered, and one that took too long.
+// resumeSignIn reads the state that Keycloak has sent back. It fails for one of another browser, one that was
+// altered, and one that took too long.
 func resumeSignIn(browser, state string, now time.Time) (signIn, error) {
-	notBegun := problemSignInIncomplete.withDetail("This sign-in was not begun in this browser.")
 	encoded, mac, _ := strings.Cut(state, ".")
-	if browser == "" || !sameSecret(mac, derive(browser, "state", encoded)) {
-		return signIn{}, notBegun
-	}
 	content, err := base64.RawURLEncoding.DecodeString(encoded)
 	parts := strings.SplitN(string(content), " ", 3)
-	if err != nil || len(parts) < 3 { // whoever has the browser knows its secret, and can sign anything
-		return signIn{}, notBegun
+	if browser == "" || !sameSecret(mac, derive(browser, "state", encoded)) || err != nil || len(parts) < 3 {
+		return signIn{}, problemSignInIncomplete.withDetail("This sign-in was not begun in this browser.")
 	}
-	ends, err := strconv.ParseInt(parts[1], 10, 64)
-	if err != nil || now.Unix() > ends {
-		return signIn{browser, state, parts[2]}, problemSignInIncomplete.withDetail("This sign-in took too long.")
+	flow := signIn{browser, state, parts[2]}
+	if ends, err := strconv.ParseInt(parts[1], 10, 64); err != nil || now.Unix() > ends {
+		return flow, problemSignInIncomplete.withDetail("This sign-in took too long.")
 	}
-	return signIn{browser, state, parts[2]}, nil
+	return flow, nil
 }
 
-// returnURL is where the browser goes after signing in: an origin that is allowed and
-// what follows it. It is put together from the allowed origin itself, so whatever
-// returnTo contains, it leads nowhere else.
-func returnURL(returnTo, own string, allowed []string) (string, bool) {
-	if len(returnTo) > maxReturnTo || strings.ContainsFunc(returnTo, func(r rune) bool { return r <= ' ' || r == '\\' || r >= 0x7f }) {
-		return "", false // browsers drop tabs and line breaks, and take \ for /
+// returnURL is where the browser goes after signing in: an origin that is allowed and what follows it. It is put
+// together from the allowed origin itself, so whatever returnTo contains, it leads nowhere else.
+func (cfg config) returnURL(returnTo string) (string, bool) {
+	// Browsers drop tabs and line breaks, and take \ for /.
+	odd := func(r rune) bool { return r <= ' ' || r == '\\' || r >= 0x7f }
+	if len(returnTo) > maxReturnTo || strings.ContainsFunc(returnTo, odd) {
+		return "", false
 	}
 	if strings.HasPrefix(returnTo, "/") && !strings.HasPrefix(returnTo, "//") {
-		return own + returnTo, true
+		return origin(cfg.PublicURL) + returnTo, true
 	}
-	for _, origin := range allowed {
+	for _, origin := range cfg.CORSOrigins {
 		rest, ok := strings.CutPrefix(returnTo, origin)
 		if ok && (rest == "" || strings.ContainsRune("/?#", rune(rest[0]))) {
 			return origin + rest, true
@@ -366,18 +326,21 @@ func returnURL(returnTo, own string, allowed []string) (string, bool) {
 	return "", false
 }
 
-func (s *server) signInCookieName() string {
+// signInCookie keeps the secret of a browser.
+func (s *server) signInCookie(secret string) *http.Cookie {
+	name := "sign_in"
 	if s.cfg.https() {
-		return hostOnlyPrefix + signInCookie
+		name = "__Host-" + name // no other host of the domain can set it (RFC 6265bis §4.1.3.2)
 	}
-	return signInCookie
+	return &http.Cookie{Name: name, Value: secret, MaxAge: int(signInTime.Seconds()), Path: "/",
+		HttpOnly: true, Secure: true, SameSite: http.SameSiteLaxMode}
 }
 
 var browserSecret = regexp.MustCompile(`^[A-Za-z0-9_-]{32}$`)
 
 // browserOf returns the secret of the browser's cookie, or "".
 func (s *server) browserOf(r *http.Request) string {
-	if cookie, err := r.Cookie(s.signInCookieName()); err == nil && browserSecret.MatchString(cookie.Value) {
+	if cookie, err := r.Cookie(s.signInCookie("").Name); err == nil && browserSecret.MatchString(cookie.Value) {
 		return cookie.Value
 	}
 	return ""
@@ -386,42 +349,49 @@ func (s *server) browserOf(r *http.Request) string {
 // signInPage sends the browser to Keycloak.
 func (s *server) signInPage(_ context.Context, _ caller, r *http.Request) (view, error) {
 	returnTo := cmp.Or(r.FormValue("return_to"), afterSignIn)
-	if _, ok := returnURL(returnTo, origin(s.cfg.PublicURL), s.cfg.CORSOrigins); !ok {
-		return view{}, problemInvalidRequest.withDetail("return_to must be a path of this site or begin with an origin that is allowed.")
+	if _, ok := s.cfg.returnURL(returnTo); !ok {
+		detail := "return_to must be a path of this site or begin with an origin that is allowed."
+		return view{}, problemInvalidRequest.withDetail(detail)
 	}
 	flow := newSignIn(cmp.Or(s.browserOf(r), newToken()), returnTo, s.now())
-	return view{Status: http.StatusSeeOther,
-		Location: s.kc.oauth().AuthCodeURL(flow.state, oidc.Nonce(derive(flow.browser, "nonce", flow.state)),
-			oauth2.S256ChallengeOption(derive(flow.browser, "verifier", flow.state))),
-		Cookie: &http.Cookie{Name: s.signInCookieName(), Value: flow.browser, MaxAge: int(signInTime.Seconds()), Path: "/",
-			HttpOnly: true, Secure: true, SameSite: http.SameSiteLaxMode}}, nil
+	location := s.kc.oauth().AuthCodeURL(flow.state, oidc.Nonce(flow.nonce()), oauth2.S256ChallengeOption(flow.verifier()))
+	return view{Status: http.StatusSeeOther, Location: location, Cookie: s.signInCookie(flow.browser)}, nil
 }
 
-// callbackPage is where Keycloak sends the browser back to: L0 the state, once; L1
-// Keycloak's tokens for the code; L2 our session. The refresh token goes into a cookie,
-// the access token nowhere: the frontend asks refresh for one.
+// callbackPage is where Keycloak sends the browser back to: L0 the state, once; L1 Keycloak's tokens for the code; L2
+// our session. The refresh token goes into a cookie, the access token nowhere: the frontend asks refresh for one.
 func (s *server) callbackPage(ctx context.Context, c caller, r *http.Request) (view, error) {
 	flow, err := resumeSignIn(s.browserOf(r), r.FormValue("state"), s.now()) // L0
+	var out loginOut
 	if err == nil {
-		used := problemSignInIncomplete.withDetail("This sign-in is over already. Perhaps the page was loaded twice.")
-		err = s.store.hit(ctx, rateLimit{"sign-in:" + tokenHash(flow.state), 1, 2 * signInTime, used}, s.now())
+		out, err = s.finishSignIn(ctx, c, r, flow)
 	}
 	if err != nil {
-		return view{}, signInAgain(flow, err)
+		p := asProblem(err)
+		if p.Status < http.StatusTooManyRequests {
+			p.Wait = 0 // a used state never comes back: another try need not wait
+		}
+		p.retry = "/auth/login"
+		if flow.returnTo != "" {
+			p.retry += "?return_to=" + url.QueryEscape(flow.returnTo)
+		}
+		return view{}, p
 	}
-	out, err := s.finishSignIn(ctx, c, r, flow)
-	if err != nil {
-		return view{}, signInAgain(flow, err)
-	}
-	target, ok := returnURL(flow.returnTo, origin(s.cfg.PublicURL), s.cfg.CORSOrigins)
+	target, ok := s.cfg.returnURL(flow.returnTo)
 	if !ok { // an origin that is no longer allowed
 		target = origin(s.cfg.PublicURL) + afterSignIn
 	}
-	return view{Status: http.StatusSeeOther, Location: target, Cookie: refreshCookie(out.RefreshToken, out.RefreshExpiresIn)}, nil
+	cookie := refreshCookie(out.RefreshToken, out.RefreshExpiresIn)
+	return view{Status: http.StatusSeeOther, Location: target, Cookie: cookie}, nil
 }
 
 // finishSignIn reads what Keycloak says (RFC 6749 §4.1.2, RFC 9207) and redeems the code.
 func (s *server) finishSignIn(ctx context.Context, c caller, r *http.Request, flow signIn) (loginOut, error) {
+	used := problemSignInIncomplete.withDetail("This sign-in is over already. Perhaps the page was loaded twice.")
+	err := s.store.hit(ctx, rateLimit{"sign-in:" + digest(flow.state), 1, 2 * signInTime, used}, s.now())
+	if err != nil {
+		return loginOut{}, err
+	}
 	switch code := r.FormValue("error"); {
 	case code == "access_denied":
 		return loginOut{}, problemSignInIncomplete.withDetail("The sign-in was cancelled.")
@@ -430,24 +400,12 @@ func (s *server) finishSignIn(ctx context.Context, c caller, r *http.Request, fl
 	case r.FormValue("code") == "", r.FormValue("iss") != s.verifier.issuer:
 		return loginOut{}, problemSignInIncomplete.withCause(errors.New("the answer comes from another issuer"))
 	}
-	token, err := s.kc.redeem(ctx, r.FormValue("code"), derive(flow.browser, "verifier", flow.state)) // L1
+	token, err := s.kc.redeem(ctx, r.FormValue("code"), flow.verifier()) // L1
 	if errors.Is(err, errInvalidGrant) {
-		return loginOut{}, problemSignInIncomplete.withCause(err)
-	} else if err != nil {
+		err = problemSignInIncomplete.withCause(err)
+	}
+	if err != nil {
 		return loginOut{}, err
 	}
-	return s.openSession(ctx, c, token, derive(flow.browser, "nonce", flow.state)) // L2
-}
-
-// signInAgain is err with the way to another try.
-func signInAgain(flow signIn, err error) problem {
-	p := asProblem(err)
-	if p.Status < http.StatusTooManyRequests {
-		p.Wait = 0 // a used state never comes back: another try need not wait
-	}
-	p.retry = "/auth/login"
-	if flow.returnTo != "" {
-		p.retry += "?return_to=" + url.QueryEscape(flow.returnTo)
-	}
-	return p
+	return s.openSession(ctx, c, token, flow.nonce()) // L2
 }

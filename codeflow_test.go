@@ -178,7 +178,7 @@ func TestCodeFlow(t *testing.T) {
 		t.Errorf("refresh_token: %v", first)
 	}
 	session := w.value(`select session_id from sessions join refresh_tokens using (session_id) where token_hash = $1 and ip_address = $2 and user_agent = 'person'`,
-		tokenHash(first.Value), p.from)
+		digest(first.Value), p.from)
 	if got := w.value(`select concat_ws(' ', action, outcome, details->>'session_id') from audit_log where request_id = $1`, a.Header.Get("X-Request-Id")); got != "login ok "+session {
 		t.Errorf("audit: %s", got)
 	}
@@ -234,20 +234,29 @@ func derived(state string) string {
 	return regexp.MustCompile(`^[\w-]{60,}\.[\w-]{43}$`).FindString(state)
 }
 
-// The browser comes back in every way but the right one.
-func TestCodeFlowRefused(t *testing.T) {
-	w := codeFlowEnv(t)
-	email, username, id := w.member()
-	const (
-		after      = app + "/after?x=1"
-		incomplete = "The sign-in did not come to an end. Please try again."
-		notBegun   = "This sign-in was not begun in this browser."
-		tooLong    = "This sign-in took too long."
-	)
-	w.keycloakAdmin("POST", "/users", body{"username": "k" + username, "enabled": true, "email": "k" + email, "emailVerified": true,
-		"credentials": []body{{"type": "password", "value": password}}}, nil)
-	stranger := w.userID("k" + username) // only Keycloak knows
-	type spoil = func(p *person, q url.Values)
+// What the page says to a browser that comes back in another way than the right one.
+const (
+	afterApp   = app + "/after?x=1"
+	incomplete = "The sign-in did not come to an end. Please try again."
+	notBegun   = "This sign-in was not begun in this browser."
+	tooLong    = "This sign-in took too long."
+)
+
+// spoil changes the browser, or what it comes back with.
+type spoil = func(p *person, q url.Values)
+
+// spoiled is a sign-in that does not come to its end.
+type spoiled struct {
+	name     string
+	asked    string // of Keycloak, "name=value", instead of what the service says
+	spoil    spoil  // before the callback
+	sentence string
+	slug     string // "": sign-in-incomplete
+	ended    bool   // Keycloak's session, too; else nobody has tokens of it
+}
+
+// spoiledSignIns are those of an account; only Keycloak knows the stranger.
+func (w *env) spoiledSignIns(email, stranger string) []spoiled {
 	nothing := func(*person, url.Values) {}
 	with := func(name, value string) spoil { return func(_ *person, q url.Values) { q.Set(name, value) } }
 	without := func(name string) spoil { return func(_ *person, q url.Values) { q.Del(name) } }
@@ -264,19 +273,12 @@ func TestCodeFlowRefused(t *testing.T) {
 		})
 	}
 	old := func(age time.Duration) spoil {
-		return state(func(_, browser string) string { return newSignIn(browser, after, time.Now().Add(-age)).state })
+		return state(func(_, browser string) string { return newSignIn(browser, afterApp, time.Now().Add(-age)).state })
 	}
 	here := func(set string) spoil {
 		return func(*person, url.Values) { w.exec(`update users set `+set+` where email = $1`, email) }
 	}
-	for _, c := range []struct {
-		name     string
-		asked    string // of Keycloak, "name=value", instead of what the service says
-		spoil    spoil  // before the callback
-		sentence string
-		slug     string // "": sign-in-incomplete
-		ended    bool   // Keycloak's session, too; else nobody has tokens of it
-	}{
+	return []spoiled{
 		{name: "no state", spoil: without("state"), sentence: notBegun},
 		{name: "altered state", spoil: state(func(s, _ string) string { return "x" + s[1:] }), sentence: notBegun},
 		{name: "altered MAC", spoil: state(func(s, _ string) string { return s + "x" }), sentence: notBegun},
@@ -285,17 +287,17 @@ func TestCodeFlowRefused(t *testing.T) {
 		{name: "another browser's cookie", spoil: cookie(newToken()), sentence: notBegun},
 		{name: "no browser's cookie", spoil: cookie("x"), sentence: notBegun},
 		{name: "no secret", spoil: func(p *person, q url.Values) {
-			q.Set("state", newSignIn("", after, time.Now()).state)
+			q.Set("state", newSignIn("", afterApp, time.Now()).state)
 			p.cookies["sign_in"].Value = ""
 		}, sentence: notBegun},
 		{name: "the browser's own rubbish", spoil: signed("rubbish"), sentence: notBegun},
-		{name: "the browser's own time", spoil: signed("a b " + after), sentence: tooLong},
+		{name: "the browser's own time", spoil: signed("a b " + afterApp), sentence: tooLong},
 		{name: "too late", spoil: old(signInTime + 2*time.Second), sentence: tooLong},
 		{name: "not too late, but another's code", spoil: old(signInTime - time.Minute), sentence: incomplete},
 		{name: "another tab's code", spoil: func(p *person, q url.Values) { q.Set("code", p.signsIn(p.begins("/"), "").Get("code")) }, sentence: incomplete},
 		{name: "another browser's code", spoil: func(_ *person, q url.Values) {
 			other := w.person()
-			q.Set("code", other.signsIn(other.begins("/"), "k"+username).Get("code"))
+			q.Set("code", other.signsIn(other.begins("/"), stranger).Get("code"))
 		}, sentence: incomplete},
 		{name: "wrong code", spoil: with("code", "rubbish"), sentence: incomplete},
 		{name: "long code", spoil: with("code", strings.Repeat("x", 5000)), sentence: incomplete},
@@ -309,47 +311,61 @@ func TestCodeFlowRefused(t *testing.T) {
 		{name: "no nonce", asked: "nonce=", spoil: nothing, sentence: incomplete, ended: true},
 		{name: "deleted here", spoil: here("is_active = false, deleted_at = now()"), sentence: "This account is disabled.", slug: "account-disabled", ended: true},
 		{name: "all well again", spoil: nothing},
-	} {
-		w.Run(c.name, func() {
-			visitor := w.person()
-			keycloak := visitor.begins(after)
-			if name, value, ok := strings.Cut(c.asked, "="); ok {
-				keycloak = regexp.MustCompile(`\b`+name+`=[^&]*`).ReplaceAllString(keycloak, name+"="+value)
-			}
-			query := visitor.signsIn(keycloak, email)
-			c.spoil(visitor, query)
-			a := visitor.comesBack(query)
-			here("is_active = true, deleted_at = null")(nil, nil)
+	}
+}
 
-			p, sessions := problems[cmp.Or(c.slug, "sign-in-incomplete")], "0 1"
-			audit, again := "login refused "+p.slug(), "/auth/login?return_to="+url.QueryEscape(after)
-			switch {
-			case c.sentence == notBegun:
-				again = "/auth/login"
-			case c.sentence == "":
-				audit, sessions = "login ok ", "1 1"
-			}
-			if c.sentence == "" {
-				visitor.isBack(a, after)
-			} else {
-				visitor.isTold(a, p.Status, p.Title, c.sentence, again)
-			}
-			if c.ended {
-				sessions = "0 0"
-			}
-			if got := w.live(id); got != sessions {
-				w.Errorf("sessions here and in Keycloak: %s, want %s", got, sessions)
-			}
-			if got := w.value(`select coalesce(string_agg(action || ' ' || outcome || ' ' || reason, ', '), '') from audit_log where request_id = $1`,
-				a.Header.Get("X-Request-Id")); got != audit {
-				w.Errorf("audit: %q, want %q", got, audit)
-			}
-			for _, user := range []string{id, stranger} {
-				if c.sentence != "" { // Keycloak still knows the browser
-					w.keycloakAdmin("POST", "/users/"+user+"/logout", nil, nil)
-				}
-			}
-		})
+// The browser comes back in every way but the right one.
+func TestCodeFlowRefused(t *testing.T) {
+	w := codeFlowEnv(t)
+	email, username, id := w.member()
+	w.keycloakAdmin("POST", "/users", body{"username": "k" + username, "enabled": true, "email": "k" + email, "emailVerified": true,
+		"credentials": []body{{"type": "password", "value": password}}}, nil)
+	stranger := w.userID("k" + username) // only Keycloak knows
+	for _, c := range w.spoiledSignIns(email, "k"+username) {
+		w.Run(c.name, func() { w.refuses(c, email, id, stranger) })
+	}
+}
+
+// refuses fails unless the person is told, and nothing is left of the sign-in.
+func (w *env) refuses(c spoiled, email, id, stranger string) {
+	w.Helper()
+	visitor := w.person()
+	keycloak := visitor.begins(afterApp)
+	if name, value, ok := strings.Cut(c.asked, "="); ok {
+		keycloak = regexp.MustCompile(`\b`+name+`=[^&]*`).ReplaceAllString(keycloak, name+"="+value)
+	}
+	query := visitor.signsIn(keycloak, email)
+	c.spoil(visitor, query)
+	a := visitor.comesBack(query)
+	w.exec(`update users set is_active = true, deleted_at = null where email = $1`, email)
+
+	p, sessions := problems[cmp.Or(c.slug, "sign-in-incomplete")], "0 1"
+	audit, again := "login refused "+p.slug(), "/auth/login?return_to="+url.QueryEscape(afterApp)
+	switch {
+	case c.sentence == notBegun:
+		again = "/auth/login"
+	case c.sentence == "":
+		audit, sessions = "login ok ", "1 1"
+	}
+	if c.sentence == "" {
+		visitor.isBack(a, afterApp)
+	} else {
+		visitor.isTold(a, p.Status, p.Title, c.sentence, again)
+	}
+	if c.ended {
+		sessions = "0 0"
+	}
+	if got := w.live(id); got != sessions {
+		w.Errorf("sessions here and in Keycloak: %s, want %s", got, sessions)
+	}
+	if got := w.value(`select coalesce(string_agg(action || ' ' || outcome || ' ' || reason, ', '), '') from audit_log where request_id = $1`,
+		a.Header.Get("X-Request-Id")); got != audit {
+		w.Errorf("audit: %q, want %q", got, audit)
+	}
+	for _, user := range []string{id, stranger} {
+		if c.sentence != "" { // Keycloak still knows the browser
+			w.keycloakAdmin("POST", "/users/"+user+"/logout", nil, nil)
+		}
 	}
 }
 
@@ -422,7 +438,7 @@ func TestIDToken(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	kc := newKeycloak(cfg, newMetrics())
+	kc := newKeycloak(cfg, newMetrics(nil, time.Now))
 	verifierAt := func(cfg config, later time.Duration) *verifier {
 		v := newVerifier(cfg, kc, func() time.Time { return time.Now().Add(later) })
 		v.refreshKeys(t.Context())
@@ -474,7 +490,10 @@ func TestIDToken(t *testing.T) {
 
 const own = "https://auth.example"
 
-var allowed = []string{app, "http://localhost:5173"}
+var (
+	allowed   = []string{app, "http://localhost:5173"}
+	ownConfig = config{PublicURL: own, CORSOrigins: allowed}
+)
 
 // Where one may want to return to, and where that leads ("" = refused).
 var returnTargets = map[string]string{
@@ -497,7 +516,7 @@ func TestReturnTo(t *testing.T) {
 	v, _ := w.another(map[string]string{"PUBLIC_URL": own, "CORS_ALLOWED_ORIGINS": strings.Join(allowed, ",")})
 	cookie := regexp.MustCompile(`^__Host-sign_in=[\w-]{32}; Path=/; Max-Age=600; HttpOnly; Secure; SameSite=Lax$`) // of https
 	for returnTo, want := range returnTargets {
-		if got, ok := returnURL(returnTo, own, allowed); got != want || ok != (want != "") {
+		if got, ok := ownConfig.returnURL(returnTo); got != want || ok != (want != "") {
 			t.Errorf("%q leads to %q, want %q", returnTo, got, want)
 		}
 		a := v.get("/auth/login?return_to=" + url.QueryEscape(returnTo))
@@ -547,7 +566,7 @@ func FuzzReturnURL(f *testing.F) {
 	}
 	origins := append([]string{own}, allowed...)
 	f.Fuzz(func(t *testing.T, returnTo string) {
-		target, ok := returnURL(returnTo, own, allowed)
+		target, ok := ownConfig.returnURL(returnTo)
 		if !ok {
 			return
 		}

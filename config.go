@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -11,7 +12,6 @@ import (
 	"net/url"
 	"os"
 	"reflect"
-	"slices"
 	"strings"
 	"time"
 
@@ -113,126 +113,99 @@ func (secret) MarshalText() ([]byte, error) { return []byte("[redacted]"), nil }
 func loadConfig(getenv func(string) string) (config, error) {
 	var cfg config
 	var mistakes []error
-	wrong := func(format string, args ...any) { mistakes = append(mistakes, fmt.Errorf(format, args...)) }
+	must := func(ok bool, format string, args ...any) {
+		if !ok {
+			mistakes = append(mistakes, fmt.Errorf(format, args...))
+		}
+	}
 
 	environment := map[string]string{}
 	variables := map[string]string{} // field name → variable
 	for _, f := range reflect.VisibleFields(reflect.TypeFor[config]()) {
 		name, _, _ := strings.Cut(f.Tag.Get("env"), ",")
-		if name == "" {
-			continue
-		}
-		variables[f.Name] = name
 		value := getenv(name)
 		if f.Type == reflect.TypeFor[secret]() {
 			var err error
-			if value, err = secretValue(name, value, getenv(name+"_FILE")); err != nil {
-				wrong("%w", err)
-				value = "unreadable" // reported already; not also "required"
-			}
+			value, err = secretValue(name, value, getenv(name+"_FILE"))
+			must(err == nil, "%w", err)
 		}
-		if value != "" {
+		if variables[f.Name] = name; value != "" {
 			environment[name] = value
 		}
 	}
-
 	var aggregate envparse.AggregateError
-	if err := envparse.ParseWithOptions(&cfg, envparse.Options{Environment: environment}); errors.As(err, &aggregate) {
-		for _, e := range aggregate.Errors {
-			var missing envparse.VarIsNotSetError
-			var parse envparse.ParseError
-			switch {
-			case errors.As(e, &missing):
-				wrong("%s is required", missing.Key)
-			case errors.As(e, &parse):
-				wrong("%s: %w", variables[parse.Name], parse.Err)
-			default:
-				wrong("%w", e)
-			}
+	errors.As(envparse.ParseWithOptions(&cfg, envparse.Options{Environment: environment}), &aggregate)
+	for _, err := range aggregate.Errors {
+		var missing envparse.VarIsNotSetError
+		var parse envparse.ParseError
+		switch {
+		case errors.As(err, &missing):
+			err = fmt.Errorf("%s is required", missing.Key)
+		case errors.As(err, &parse):
+			err = fmt.Errorf("%s: %w", variables[parse.Name], parse.Err)
 		}
-	} else if err != nil {
-		wrong("%w", err)
+		must(false, "%w", err)
 	}
-
-	cfg.check(getenv, wrong)
+	cfg.check(getenv, must)
 	return cfg, errors.Join(mistakes...)
 }
 
-// secretValue returns the value of a secret's variable or the content of its
-// file. Both at once is a mistake: nobody could tell which one counts.
+// secretValue returns the value of a secret's variable or the content of its file. Both at once
+// is a mistake: nobody could tell which one counts. With an error it returns a value that raises
+// no second one.
 func secretValue(name, value, file string) (string, error) {
+	const unreadable = "host=unreadable"
 	switch {
 	case file == "":
 		return value, nil
 	case value != "":
-		return "", fmt.Errorf("%s and %s_FILE are both set; use one", name, name)
+		return unreadable, fmt.Errorf("%s and %s_FILE are both set; use one", name, name)
 	}
 	content, err := os.ReadFile(file)
 	if err != nil {
-		return "", fmt.Errorf("%s_FILE: %w", name, err)
+		return unreadable, fmt.Errorf("%s_FILE: %w", name, err)
 	}
 	if value = strings.TrimSpace(string(content)); value == "" {
-		return "", fmt.Errorf("%s_FILE: %s is empty", name, file)
+		return unreadable, fmt.Errorf("%s_FILE: %s is empty", name, file)
 	}
 	return value, nil
 }
 
 // check finds what the types can't, and fills in what follows from other values.
-func (cfg *config) check(getenv func(string) string, wrong func(string, ...any)) {
-	if cfg.DatabaseURL != "" && cfg.DatabaseURL != "unreadable" {
-		if _, err := pgxpool.ParseConfig(string(cfg.DatabaseURL)); err != nil {
-			wrong("DATABASE_URL is not a connection string that PostgreSQL's driver understands") // err may quote it
-		}
-	}
-	if cfg.KeycloakPublicURL == "" {
-		cfg.KeycloakPublicURL = cfg.KeycloakURL
-	}
+func (cfg *config) check(getenv func(string) string, must func(ok bool, format string, args ...any)) {
+	_, err := pgxpool.ParseConfig(string(cfg.DatabaseURL)) // err may quote it
+	must(err == nil, "DATABASE_URL is not a connection string that PostgreSQL's driver understands")
+	cfg.KeycloakPublicURL = cmp.Or(cfg.KeycloakPublicURL, cfg.KeycloakURL)
 	for name, value := range map[string]*string{
 		"KEYCLOAK_URL": &cfg.KeycloakURL, "KEYCLOAK_PUBLIC_URL": &cfg.KeycloakPublicURL, "PUBLIC_URL": &cfg.PublicURL,
 	} {
 		*value = strings.TrimRight(*value, "/")
-		if *value == "" {
-			continue // reported as required already
-		}
-		if u, err := url.Parse(*value); err != nil || (u.Scheme != "http" && u.Scheme != "https") || u.Host == "" {
-			wrong("%s must be a URL that begins with http:// or https://", name)
-		}
+		u, err := url.Parse(*value)
+		must(*value == "" || err == nil && (u.Scheme == "http" || u.Scheme == "https") && u.Host != "", // "": is required
+			"%s must be a URL that begins with http:// or https://", name)
 	}
-	if (cfg.TLSCertFile == "") != (cfg.TLSKeyFile == "") {
-		wrong("TLS_CERT_FILE and TLS_KEY_FILE must be set together")
-	} else if cfg.TLSCertFile != "" {
-		if _, err := tls.LoadX509KeyPair(cfg.TLSCertFile, cfg.TLSKeyFile); err != nil {
-			wrong("TLS_CERT_FILE, TLS_KEY_FILE: %w", err)
-		}
+	if both := cfg.TLSCertFile != "" && cfg.TLSKeyFile != ""; both {
+		_, err := tls.LoadX509KeyPair(cfg.TLSCertFile, cfg.TLSKeyFile)
+		must(err == nil, "TLS_CERT_FILE, TLS_KEY_FILE: %w", err)
+	} else {
+		must(cfg.TLSCertFile+cfg.TLSKeyFile == "", "TLS_CERT_FILE and TLS_KEY_FILE must be set together")
 	}
-	if _, err := newCORS(cfg.CORSOrigins); err != nil {
-		wrong("CORS_ALLOWED_ORIGINS: %w", err)
-	}
-	if slices.ContainsFunc(cfg.CORSOrigins, func(origin string) bool { return strings.Contains(origin, "*") }) {
-		wrong("CORS_ALLOWED_ORIGINS must list each origin in full, without *")
-	}
-	if _, _, err := net.SplitHostPort(cfg.ManagementAddr); err != nil {
-		wrong("MANAGEMENT_ADDR: %w", err)
-	}
-	if cfg.LogFormat != "json" && cfg.LogFormat != "text" {
-		wrong("LOG_FORMAT must be json or text")
-	}
+	_, err = newCORS(cfg.CORSOrigins)
+	must(err == nil, "CORS_ALLOWED_ORIGINS: %w", err)
+	must(!strings.Contains(strings.Join(cfg.CORSOrigins, ""), "*"),
+		"CORS_ALLOWED_ORIGINS must list each origin in full, without *")
+	_, _, err = net.SplitHostPort(cfg.ManagementAddr)
+	must(err == nil, "MANAGEMENT_ADDR: %w", err)
 	for name, d := range map[string]time.Duration{
-		"VERIFICATION_TTL": cfg.VerificationTTL, "INVITATION_TTL": cfg.InvitationTTL, "RESEND_COOLDOWN": cfg.ResendCooldown, "REFRESH_GRACE": cfg.RefreshGrace,
+		"VERIFICATION_TTL": cfg.VerificationTTL, "INVITATION_TTL": cfg.InvitationTTL,
+		"RESEND_COOLDOWN": cfg.ResendCooldown, "REFRESH_GRACE": cfg.RefreshGrace,
 	} {
-		if d <= 0 {
-			wrong("%s must be longer than 0", name)
-		}
+		must(d > 0, "%s must be longer than 0", name)
 	}
-	if cfg.ResendLimit < 1 {
-		wrong("RESEND_LIMIT must be at least 1")
-	}
-	if cfg.JobInterval < 0 {
-		wrong("JOB_INTERVAL must not be negative")
-	}
-	if cfg.SyncMaxShare < 0 || cfg.SyncMaxShare > 100 {
-		wrong("SYNC_MAX_SHARE must be between 0 and 100")
-	}
+	must(cfg.ResendLimit >= 1, "RESEND_LIMIT must be at least 1")
+	must(cfg.JobInterval >= 0, "JOB_INTERVAL must not be negative")
+	must(cfg.SyncMaxShare >= 0 && cfg.SyncMaxShare <= 100, "SYNC_MAX_SHARE must be between 0 and 100")
+	must(cfg.LogFormat == "json" || cfg.LogFormat == "text", "LOG_FORMAT must be json or text")
 
 	level, name := cfg.LogLevel, "LOG_LEVEL"
 	if level == "" {
@@ -244,7 +217,5 @@ func (cfg *config) check(getenv func(string) string, wrong func(string, ...any))
 			}
 		}
 	}
-	if level != "" && cfg.logLevel.UnmarshalText([]byte(level)) != nil {
-		wrong("%s must be debug, info, warn or error", name)
-	}
+	must(level == "" || cfg.logLevel.UnmarshalText([]byte(level)) == nil, "%s must be debug, info, warn or error", name)
 }

@@ -204,7 +204,7 @@ func registrationCrashes() []crash {
 		{window: "R2", do: register, at: "create_user", after: true, repairs: created, ends: confirmable},
 		{window: "R2, at our row", do: register, at: "create_user", after: true, lock: "users", repairs: created, ends: confirmable},
 		{window: "R3", do: register, at: "create_user", after: true, lock: "rate_limits", repairs: mailed, ends: confirmable},
-		{window: "R4, enabled or not", do: register, at: "enable_user", repairs: mailed, ends: confirmable},
+		{window: "R4, enabled or not", do: register, at: "prepare_mail", repairs: mailed, ends: confirmable},
 		{window: "R4, enabled, no mail", do: register, at: "send_mail", repairs: mailed, ends: confirmable},
 		{window: "R4, mailed", do: register, at: "send_mail", after: true, repairs: mailed, ends: confirmable},
 		{window: "R4, mailed, enabled", do: register, at: "disable_user", repairs: mailed, ends: confirmable},

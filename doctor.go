@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"io"
 	"regexp"
-	"slices"
 	"strings"
 	"time"
 
@@ -29,8 +28,6 @@ type finding struct {
 	Fix    string `json:"fix,omitempty"`    // what to do
 }
 
-const maxSkew = 10 * time.Second // between two clocks
-
 // errUnhealthy ends the program with status 1, after the report.
 var errUnhealthy = errors.New("something is wrong with this deployment")
 
@@ -42,14 +39,15 @@ type doctor struct {
 	findings                 []finding
 }
 
-// check reports one condition.
-func (d *doctor) check(name string, ok bool, detail, fix string) bool {
-	f := finding{Name: name, Status: "ok"}
-	if !ok {
-		f = finding{Name: name, Status: "wrong", Detail: detail, Fix: fix}
+// check reports a condition. If it is wrong, those that depend on it are unknown.
+func (d *doctor) check(name string, ok bool, detail, fix string, dependent ...string) bool {
+	if ok {
+		d.findings = append(d.findings, finding{Name: name, Status: "ok"})
+		return true
 	}
-	d.findings = append(d.findings, f)
-	return ok
+	d.findings = append(d.findings, finding{Name: name, Status: "wrong", Detail: detail, Fix: fix})
+	d.unknown(name+" is wrong", "", dependent...)
+	return false
 }
 
 // warn reports a condition without which the service works, but less safely.
@@ -114,48 +112,34 @@ func (d *doctor) checkAll(ctx context.Context) {
 	d.warn("PUBLIC_URL", d.s.cfg.https(), "it is not https: links, passwords and tokens can be read on the way",
 		"Put TLS in front of the service, or set TLS_CERT_FILE and TLS_KEY_FILE.")
 	d.checkPostgreSQL(ctx)
-	if d.checkKeycloak(ctx) {
-		d.checkRealm(ctx)
-		d.checkServiceAccount(ctx) // last: -fix may have created it
-	}
+	d.checkKeycloak(ctx)
 }
 
-// report writes all findings.
+// report writes all findings, and returns errUnhealthy if one says so.
 func (d *doctor) report(out io.Writer) error {
-	var report strings.Builder
-	if d.json {
-		encoder := json.NewEncoder(&report)
-		encoder.SetEscapeHTML(false)
-		encoder.SetIndent("", "  ")
-		if err := encoder.Encode(d.findings); err != nil {
-			return err
-		}
-	}
-	for i, f := range d.findings {
-		if d.json {
-			break
-		}
-		fmt.Fprintf(&report, "%-8s %s", f.Status, f.Name)
+	var text []byte
+	unhealthy := false
+	for _, f := range d.findings {
+		unhealthy = unhealthy || f.Status == "wrong" || f.Status == "planned"
+		text = fmt.Appendf(text, "%-8s %s", f.Status, f.Name)
 		switch {
 		case f.Detail != "":
-			fmt.Fprintf(&report, ": %s", f.Detail)
-		case f.Status == "wrong":
-			fmt.Fprintf(&report, ": is %s, must be %s", f.Is, f.Must)
+			text = fmt.Appendf(text, ": %s", f.Detail)
 		case f.Is != "":
-			fmt.Fprintf(&report, ": %s → %s", f.Is, f.Must)
+			text = fmt.Appendf(text, ": is %s, must be %s", f.Is, f.Must)
 		}
-		if f.Fix != "" && (i+1 == len(d.findings) || d.findings[i+1].Fix != f.Fix) { // once for all in a row
-			fmt.Fprintf(&report, "\n         → %s", f.Fix)
+		if f.Fix != "" {
+			text = fmt.Appendf(text, "\n         → %s", f.Fix)
 		}
-		fmt.Fprintln(&report)
+		text = append(text, '\n')
 	}
-	if _, err := io.WriteString(out, report.String()); err != nil {
+	if d.json {
+		text, _ = json.MarshalIndent(d.findings, "", "  ") // strings, that is
+	}
+	if _, err := out.Write(text); err != nil || !unhealthy {
 		return err
 	}
-	if slices.ContainsFunc(d.findings, func(f finding) bool { return f.Status == "wrong" || f.Status == "planned" }) {
-		return errUnhealthy
-	}
-	return nil
+	return errUnhealthy
 }
 
 // roleFix is how the service gets a role with the privileges that it needs, and no others.
@@ -165,41 +149,38 @@ const roleFix = "As the owner of the tables: create role auth_service login pass
 func (d *doctor) checkPostgreSQL(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
+	pool := d.s.store.pool
 	var version int
 	var now time.Time
-	err := d.s.store.pool.QueryRow(ctx, `
-		select current_setting('server_version_num')::int, clock_timestamp()`).Scan(&version, &now)
+	err := pool.QueryRow(ctx, `select current_setting('server_version_num')::int, clock_timestamp()`).Scan(&version, &now)
 	if !d.check("PostgreSQL: reachable", err == nil, fmt.Sprint(storeError(err)),
-		"Check DATABASE_URL, the network, and the role's password.") {
-		d.unknown("PostgreSQL does not answer", "", "PostgreSQL: version", "PostgreSQL: clock", "PostgreSQL: schema",
-			"PostgreSQL: privileges", "PostgreSQL: audit log")
+		"Check DATABASE_URL, the network, and the role's password.", "PostgreSQL: version", "PostgreSQL: clock",
+		"PostgreSQL: schema", "PostgreSQL: privileges", "PostgreSQL: audit log") {
 		return
 	}
 	d.check("PostgreSQL: version", version >= 150000, fmt.Sprintf("it is %d", version/10000), "Use 15 or newer.")
-	d.checkClock("PostgreSQL: clock", d.s.now().Sub(now))
+	d.checkClock("PostgreSQL: clock", now)
 
 	var have int
 	var pg *pgconn.PgError
-	err = d.s.store.pool.QueryRow(ctx, `select version from schema_version`).Scan(&have)
+	err = pool.QueryRow(ctx, `select version from schema_version`).Scan(&have)
 	if errors.As(err, &pg) && pg.Code == "42501" { // insufficient_privilege
 		d.unknown("the role may not read schema_version", roleFix, "PostgreSQL: schema")
 	} else if !d.check("PostgreSQL: schema", err == nil && have == schemaVersion, "it is not this version's",
-		"Run \"auth-service migrate\" as the owner of the tables. (A service that owns them does so when it starts.)") {
-		d.unknown("the schema is not this version's", "", "PostgreSQL: privileges", "PostgreSQL: audit log")
+		"Run \"auth-service migrate\" as the owner of the tables. (A service that owns them does so when it starts.)",
+		"PostgreSQL: privileges", "PostgreSQL: audit log") {
 		return
 	}
 	var missing string
 	var mayAlter bool
-	if err := d.s.store.pool.QueryRow(ctx, `
-		select coalesce(string_agg(privilege, ', ' order by privilege), ''),
+	err = pool.QueryRow(ctx, `
+		select coalesce(string_agg(p, ', ' order by p), ''),
 			(select pg_has_role(relowner, 'usage') or has_table_privilege(oid, 'update, delete, truncate')
 			from pg_class where oid = 'audit_log'::regclass)
-		from unnest($1::text[]) as privilege,
-			split_part(privilege, ' on ', 1) as action, split_part(privilege, ' on ', 2) as name
-		where not case action
-			when 'usage' then has_sequence_privilege(name, action)
-			when 'delete' then has_table_privilege(name, action)
-			else has_any_column_privilege(name, action) end`, neededPrivileges()).Scan(&missing, &mayAlter); err != nil {
+		from unnest($1::text[]) as p
+		where not has_table_privilege(split_part(p, ' on ', 2), split_part(p, ' on ', 1))`,
+		neededPrivileges()).Scan(&missing, &mayAlter)
+	if err != nil {
 		d.unknown(storeError(err).Error(), "", "PostgreSQL: privileges", "PostgreSQL: audit log")
 		return
 	}
@@ -209,51 +190,41 @@ func (d *doctor) checkPostgreSQL(ctx context.Context) {
 
 // neededPrivileges are those that schema.sql grants to auth_service, each as "select on users".
 func neededPrivileges() (needed []string) {
-	grant := regexp.MustCompile(`grant ([^;]+?) on (?:sequence )?([^;]+?) to auth_service;`)
-	columns := regexp.MustCompile(`\([^)]*\)`)
-	for _, m := range grant.FindAllStringSubmatch(schemaSQL, -1) {
-		for action := range strings.SplitSeq(columns.ReplaceAllString(m[1], ""), ",") {
-			for name := range strings.SplitSeq(m[2], ",") {
-				needed = append(needed, strings.TrimSpace(action)+" on "+strings.TrimSpace(name))
+	grants := regexp.MustCompile(`grant ([^;]+) on ([^;]+) to auth_service;`)
+	for _, grant := range grants.FindAllStringSubmatch(schemaSQL, -1) {
+		for action := range strings.SplitSeq(grant[1], ",") {
+			for table := range strings.SplitSeq(grant[2], ",") {
+				needed = append(needed, strings.TrimSpace(action)+" on "+strings.TrimSpace(table))
 			}
 		}
 	}
 	return needed
 }
 
-func (d *doctor) checkClock(name string, skew time.Duration) {
-	skew = skew.Abs().Round(time.Second)
-	d.check(name, skew < maxSkew, fmt.Sprintf("it differs from this machine's by %v", skew), "Run NTP on both machines.")
+func (d *doctor) checkClock(name string, theirs time.Time) {
+	skew := d.s.now().Sub(theirs).Abs().Round(time.Second)
+	d.check(name, skew < 10*time.Second, fmt.Sprintf("it differs from this machine's by %v", skew),
+		"Run NTP on both machines.")
 }
 
-// checkKeycloak says whether the realm answers.
-func (d *doctor) checkKeycloak(ctx context.Context) bool {
+func (d *doctor) checkKeycloak(ctx context.Context) {
 	var discovery struct{ Issuer string }
 	err := d.s.kc.getJSON(ctx, "discovery", keycloakTimeout, ".well-known/openid-configuration", &discovery)
 	if !d.check("Keycloak: reachable", err == nil, fmt.Sprint(err),
-		"Check KEYCLOAK_URL, KEYCLOAK_REALM and the network.") {
-		d.unknown("Keycloak does not answer", "", "Keycloak: issuer", "Keycloak: email theme", "realm",
-			"Keycloak: service account", "Keycloak: clock")
-		return false
+		"Check KEYCLOAK_URL, KEYCLOAK_REALM and the network.", "Keycloak: issuer", "Keycloak: email theme", "realm",
+		"Keycloak: service account", "Keycloak: clock") {
+		return
 	}
 	issuer := d.s.cfg.issuer()
 	d.check("Keycloak: issuer", discovery.Issuer == issuer,
 		fmt.Sprintf("tokens say %s, expected is %s", discovery.Issuer, issuer),
 		"Set KEYCLOAK_PUBLIC_URL to what Keycloak calls itself, or Keycloak's hostname to that.")
-	return true
-}
-
-func (d *doctor) checkServiceAccount(ctx context.Context) {
-	token, err := d.s.kc.serviceToken(ctx)
-	if !d.check("Keycloak: service account", err == nil, fmt.Sprint(err), "Check KEYCLOAK_BACKEND_CLIENT_ID and "+
-		"KEYCLOAK_BACKEND_CLIENT_SECRET. The realm, that client and its \"Service account roles\" must be enabled.") {
-		d.unknown("the service account can't sign in", "", "Keycloak: clock")
-		return
-	}
-	if t, err := readServiceToken(token); err != nil {
-		d.unknown(err.Error(), "", "Keycloak: clock")
-	} else { // Keycloak sends no Date
-		d.checkClock("Keycloak: clock", d.s.now().Sub(time.Unix(t.IssuedAt, 0)))
+	d.checkRealm(ctx)
+	token, err := d.s.kc.serviceToken(ctx) // after checkRealm: -fix may have created the account
+	if d.check("Keycloak: service account", err == nil, fmt.Sprint(err), "Check KEYCLOAK_BACKEND_CLIENT_ID and "+
+		"KEYCLOAK_BACKEND_CLIENT_SECRET. The realm, that client and its \"Service account roles\" must be enabled.",
+		"Keycloak: clock") {
+		d.checkClock("Keycloak: clock", time.Unix(readServiceToken(token).IssuedAt, 0)) // Keycloak sends no Date
 	}
 }
 
@@ -265,12 +236,10 @@ type serviceToken struct {
 }
 
 // readServiceToken reads a token whatever its algorithm: it comes from Keycloak itself.
-func readServiceToken(token string) (t serviceToken, err error) {
-	for _, part := range strings.Split(token+".", ".")[:2] {
-		text, err := base64.RawURLEncoding.DecodeString(part)
-		if err := errors.Join(err, json.Unmarshal(text, &t)); err != nil {
-			return t, fmt.Errorf("the service account's token can't be read: %w", err)
-		}
+func readServiceToken(token string) (t serviceToken) {
+	for part := range strings.SplitSeq(token, ".") {
+		text, _ := base64.RawURLEncoding.DecodeString(part)
+		_ = json.Unmarshal(text, &t) // the signature is no JSON
 	}
-	return t, nil
+	return t
 }

@@ -2,14 +2,18 @@ package main
 
 import (
 	"cmp"
+	"context"
 	_ "embed"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"maps"
+	"net/url"
+	"reflect"
 	"regexp"
 	"slices"
-	"strconv"
 	"strings"
+	"time"
 )
 
 // keycloak/realm.json is the realm as the service needs it. A new realm is imported from it. The
@@ -18,38 +22,28 @@ import (
 //go:embed keycloak/realm.json
 var realmJSON string
 
-// leeways are the leaves of realm.json that may have other values. All others must be as they are
-// there, lists in any order.
-var leeways = []struct {
-	leaves  *regexp.Regexp
-	values  *regexp.Regexp // that will do, too; nil for lists
-	atLeast []any          // elements of a list that may have more; nil for all of realm.json's
-}{
-	// Taste: texts, Keycloak's own pages, how long a session or a link lasts, how soon guessing is
-	// slowed down (that it is, is required). The sign-in of the service account checks its secret.
-	{leaf(`displayName|rememberMe|resetPasswordAllowed|supportedLocales|defaultLocale|eventsListeners`), value(`.*`), nil},
-	{leaf(`ssoSession.*|actionToken.*|failureFactor|.*Seconds|quickLoginCheckMilliSeconds`), value(`.*`), nil},
-	{leaf(`.*\]\.(name|description|displayName|secret|optionalClientScopes|.*length\.min)`), value(`.*`), nil},
-	{leaf(`.*\]\.attributes\.(post\.logout|oauth2\.device|oidc\.ciba)\..*`), value(`.*`), nil},
-	{leaf(`.*\]\.config\.(id|userinfo|introspection)\.token\.claim`), value(`.*`), nil},
-	// Bounds: stricter is fine. stricterPolicy does the same for passwordPolicy.
-	{leaf(`sslRequired`), value(`all`), nil},
-	{leaf(`(e|.*E)ventsExpiration`), value(`0?|\d{6,}`), nil}, // sync needs a day, 86,400 s; 0 is for ever
-	{leaf(`(.*\.)?access(TokenLifespan|\.token\.lifespan)`), // seconds, at most tokenLife
-		value(`[1-9]\d{0,2}|[12]\d{3}|3[0-5]\d\d|3600`), nil},
-	{leaf(`(.*\.)?(defaultSignatureAlgorithm|access\.token\.signed\.response\.alg)`), // tokenAlgorithms
-		value(`[REP]S256|EdDSA`), nil},
-	{leaf(`.*\[(username|firstName|lastName)\]\..*length\.max`), value(`[1-9]\d?|100`), nil}, // what columns hold
-	{leaf(`.*\.use\.refresh\.tokens`), value(``), nil},                                       // Keycloak's default is true
-	// At least: others may have their own use.
-	{leaf(`enabledEventTypes|.*\.(redirectUris|webOrigins)`), nil, nil},
-	{leaf(`.*\.defaultClientScopes`), nil, []any{"basic"}}, // it has the claim sub
-	{leaf(`.*\[(email|firstName|lastName|locale)\]\.permissions\..*`), nil, []any{"admin"}},
-	{leaf(`.*\[username\]\.permissions\.view`), nil, []any{"admin"}},
+// leeways are the leaves of realm.json that may have other values, and which. All other leaves must be
+// as they are there, lists in any order. allow has the exceptions for lists and the password policy.
+var leeways = []struct{ leaves, values *regexp.Regexp }{
+	// Taste: texts, languages, how long a session or a link lasts, how soon guessing is slowed down
+	// (that it is, is required). The sign-in of the service account checks its secret.
+	{all(`displayName|rememberMe|resetPasswordAllowed|supportedLocales|defaultLocale|eventsListeners`), all(`.*`)},
+	{all(`ssoSession.*|actionToken.*|failureFactor|.*Seconds|quickLoginCheckMilliSeconds`), all(`.*`)},
+	{all(`.*\]\.(name|description|displayName|secret|webOrigins|optionalClientScopes|.*length\.min)`), all(`.*`)},
+	{all(`.*\]\.attributes\.(post\.logout|oauth2\.device|oidc\.ciba)\..*`), all(`.*`)},
+	{all(`.*\]\.config\.(id|userinfo|introspection)\.token\.claim`), all(`.*`)},
+	// Bounds: stricter is fine. Sync needs events of a day, 86,400 s, and 0 is for ever. A column holds a
+	// name of 100. The others are tokenLife, tokenAlgorithms, and a client's default.
+	{all(`sslRequired`), all(`all`)},
+	{all(`(.*E|e)ventsExpiration`), all(`0?|\d{6,}`)},
+	{all(`.*access(TokenLifespan|\.token\.lifespan)`), all(`[1-9]\d{0,2}|[12]\d{3}|3[0-5]\d\d|3600`)},
+	{all(`.*(SignatureAlgorithm|signed\.response\.alg)`), all(`[REP]S256|EdDSA`)},
+	{all(`.*\[(username|firstName|lastName)\]\..*length\.max`), all(`[1-9]\d?|100`)},
+	{all(`.*\.use\.refresh\.tokens`), all(``)},
 }
 
-func leaf(path string) *regexp.Regexp    { return regexp.MustCompile(`^realm\.(` + path + `)$`) }
-func value(values string) *regexp.Regexp { return regexp.MustCompile(`^(` + values + `)$`) }
+// all is a pattern of all of a text.
+func all(pattern string) *regexp.Regexp { return regexp.MustCompile(`^(?s:` + pattern + `)$`) }
 
 // unsaid are leaves that realm.json leaves out, because Keycloak's default is right. They must have no value.
 var unsaid = []string{"access.token.lifespan", "access.token.signed.response.alg", "multivalued", "required"}
@@ -58,176 +52,224 @@ var unsaid = []string{"access.token.lifespan", "access.token.signed.response.alg
 const operators = "set by the operator"
 
 // wantedRealm is realm.json for this deployment, without the leaves that are the operator's, and with
-// some for which an import relies on Keycloak's defaults: an existing realm may have other values.
+// those that Keycloak has in other documents, or that an import must not mention.
 func wantedRealm(cfg config) (must map[string]any, err error) {
 	quoted := func(s string) string { q, _ := json.Marshal(s); return string(q) }
 	document := []byte(strings.NewReplacer(
 		`"auth-client"`, quoted(cfg.AuthClientID), `"backend-admin"`, quoted(cfg.BackendClientID),
 		`"${KEYCLOAK_BACKEND_CLIENT_SECRET}"`, quoted(string(cfg.BackendClientSecret)),
 		"${PUBLIC_URL:http://localhost:3000}", cfg.PublicURL, "${REALM:myrealm}", cfg.KeycloakRealm).Replace(realmJSON))
-	var types []any
-	var profile map[string]any
 	var parts struct {
-		Users      []struct{ ClientRoles map[string]any }
+		Users      []struct{ ClientRoles any }
 		Components map[string][]struct{ Config map[string][]string }
 	}
 	if err := errors.Join(json.Unmarshal(document, &must), json.Unmarshal(document, &parts)); err != nil {
 		return nil, err
 	}
-	escaped := parts.Components["org.keycloak.userprofile.UserProfileProvider"][0].Config["kc.user.profile.config"][0]
-	err = errors.Join(json.Unmarshal([]byte(escaped), &profile), json.Unmarshal([]byte(text(userEventTypes)), &types))
+	delete(must, "components")
 	operatorsOwn := func(v any) bool { return strings.Contains(text(v), "${") }
 	for _, client := range objects(must["clients"]) {
-		client["enabled"] = true
-		if attributes, ok := client["attributes"].(map[string]any); ok {
-			attributes["use.refresh.tokens"] = "true"
-		}
 		client["redirectUris"] = slices.DeleteFunc(client["redirectUris"].([]any), operatorsOwn)
 		maps.DeleteFunc(client, func(_ string, v any) bool { return operatorsOwn(v) })
 	}
-	delete(must, "components")
 	maps.DeleteFunc(must, func(_ string, v any) bool { return operatorsOwn(v) })
+	profile := parts.Components["org.keycloak.userprofile.UserProfileProvider"][0].Config["kc.user.profile.config"][0]
 	account := "service-account-" + cfg.BackendClientID
-	maps.Copy(must, map[string]any{
-		"userProfile": profile, "defaultSignatureAlgorithm": "RS256", "enabledEventTypes": types,
+	more, err := json.Marshal(map[string]any{
+		"userProfile": json.RawMessage(profile), "enabledEventTypes": userEventTypes,
 		"smtpServer": map[string]any{"host": operators, "from": operators},
 		"users":      []any{map[string]any{"username": account, "clientRoles": parts.Users[0].ClientRoles}},
 		"requiredActions": []any{ // an import that lists some switches Keycloak's others off
 			map[string]any{"alias": "VERIFY_EMAIL", "enabled": true},      // keeps unconfirmed accounts out
 			map[string]any{"alias": "UPDATE_PASSWORD", "enabled": true}}}) // invitations and forgotten passwords use it
-	return must, err
+	return must, errors.Join(err, json.Unmarshal(more, &must))
+}
+
+const (
+	giveAdmin = "Give an administrator of Keycloak: -admin-user NAME -admin-password-file FILE."
+	runFix    = "-fix sets it; -fix -dry-run shows what it would set. " + giveAdmin
+	byHand    = "Set it in Keycloak's admin console → Realm settings; -fix leaves it to you."
+)
+
+// checkRealm compares the realm with realm.json, as an administrator or as the service account.
+func (d *doctor) checkRealm(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, 50*time.Second) // an administrator's token lives for a minute
+	defer cancel()
+	api := &adminAPI{kc: d.s.kc, admin: d.adminUser != ""}
+	if api.admin {
+		t, err := d.s.kc.admin.LoginAdmin(ctx, d.adminUser, d.adminPassword, "master")
+		if !d.check("administrator", err == nil, fmt.Sprint(keycloakError(err)), "Give a user of Keycloak's realm master, "+
+			"without a second factor, and the right password.", "Keycloak: email theme", "realm") {
+			return
+		}
+		defer d.s.kc.admin.Logout(context.WithoutCancel(ctx), "admin-cli", "", "master", t.RefreshToken)
+		api.token = t.AccessToken
+	} else {
+		api.token, api.err = d.s.kc.serviceToken(ctx)
+	}
+	var server struct {
+		Themes map[string][]struct{ Name string }
+	}
+	if api.call(ctx, "GET", "serverinfo", nil, &server); api.err != nil {
+		d.unknown(api.err.Error(), giveAdmin, "Keycloak: email theme", "realm")
+		return
+	}
+	d.check("Keycloak: email theme", slices.Contains(server.Themes["email"], struct{ Name string }{"auth-service"}),
+		"it is not installed", "Copy keycloak/themes/auth-service into the directory themes of Keycloak, and restart it.")
+	switch d.compareRealm(ctx, api); {
+	case api.err != nil:
+		d.unknown(api.err.Error(), giveAdmin, "realm")
+	case !api.admin:
+		d.unknown("Keycloak shows the rest of it to administrators only", giveAdmin, "realm")
+	}
+}
+
+// compareRealm reports what differs, or with -fix what it has set and what differs still.
+func (d *doctor) compareRealm(ctx context.Context, api *adminAPI) {
+	must, err := wantedRealm(d.s.cfg)
+	live := api.readRealm(ctx)
+	if api.err = cmp.Or(api.err, err); api.err != nil {
+		return
+	}
+	if !api.admin {
+		maps.DeleteFunc(must, func(key string, _ any) bool { return live[key] == nil })
+	}
+	var found, left []finding
+	should := merge("realm", live, must, &found).(map[string]any)
+	if left = found; d.fix && !d.dryRun {
+		err := api.writeRealm(ctx, live, should)
+		d.check("-fix", err == nil, fmt.Sprint(err), "Does the administrator have the right to manage the realm?")
+		left = nil
+		if merge("realm", api.readRealm(ctx), must, &left); api.err != nil {
+			return
+		}
+	}
+	for _, f := range found {
+		if !slices.ContainsFunc(left, func(l finding) bool { return l.Name == f.Name }) {
+			d.findings = append(d.findings, finding{Name: f.Name, Status: "fixed", Is: f.Is, Must: f.Must})
+		}
+	}
+	for _, f := range left {
+		if d.dryRun && f.Fix == runFix {
+			f.Status, f.Fix = "planned", ""
+		}
+		d.findings = append(d.findings, f)
+	}
+	if len(left) == 0 && api.admin {
+		d.check("realm", true, "", "")
+	}
 }
 
 // merge returns what is with each leaf as it must be, and adds a finding for each that differs. What
 // must does not mention stays.
 func merge(path string, is, must any, found *[]finding) any {
-	switch must := must.(type) {
-	case map[string]any:
-		live, ok := is.(map[string]any)
-		if !ok && (len(must) == 0 || nameOf(must) != "") { // a client, a mapper, an attribute, a validator
-			*found = append(*found, wrongLeaf(path, is, "as in keycloak/realm.json", runFix)) // a client has a secret
+	add := func(path string, is, must any, fix string) {
+		*found = append(*found, finding{path, "wrong", cmp.Or(text(is), "nothing"), cmp.Or(text(must), "nothing"), "", fix})
+	}
+	if wanted, ok := must.(map[string]any); ok {
+		live, _ := is.(map[string]any)
+		if live == nil && (len(wanted) == 0 || nameOf(wanted) != "") { // a client, a mapper, an attribute, a validator
+			add(path, is, "as in keycloak/realm.json", runFix) // a client has a secret
 			return must
 		}
 		merged := map[string]any{}
 		maps.Copy(merged, live)
-		for _, key := range slices.Sorted(maps.Keys(must)) {
-			if v := merge(path+"."+key, live[key], must[key], found); v != nil {
+		keys := append(slices.Collect(maps.Keys(wanted)), unsaid...)
+		slices.Sort(keys)
+		for _, key := range slices.Compact(keys) {
+			if v := merge(path+"."+key, live[key], wanted[key], found); v != nil || live[key] != nil {
 				merged[key] = v
 			}
 		}
-		for _, key := range unsaid {
-			if live[key] != nil && must[key] == nil {
-				merged[key] = merge(path+"."+key, live[key], nil, found)
+		return merged
+	}
+	if elements := objects(must); len(elements) > 0 {
+		merged, _ := is.([]any)
+		merged = slices.Clone(merged)
+		for _, e := range objects(merged) { // whoever lacks a required attribute can't sign in
+			if e["required"] != nil && indexOf(must, e) < 0 {
+				add(path+"["+nameOf(e)+"].required", e["required"], nil, byHand)
 			}
 		}
-		return merged
-	case []any:
-		if len(objects(must)) > 0 {
-			return mergeNamed(path, is, must, found)
+		for _, e := range elements {
+			i := indexOf(merged, e)
+			if i < 0 {
+				i, merged = len(merged), append(merged, nil)
+			}
+			merged[i] = merge(path+"["+nameOf(e)+"]", merged[i], e, found)
 		}
+		return merged
 	}
-	switch must = allow(path, is, must); {
-	case must == operators && text(is) != "", canonical(is) == canonical(must):
+	switch must = allow(strings.TrimPrefix(path, "realm."), is, must); {
+	case canonical(is) == canonical(must):
 		return is
 	case must == operators:
-		*found = append(*found, wrongLeaf(path, is, must, byHand))
+		add(path, is, must, byHand)
 		return is
 	}
-	*found = append(*found, wrongLeaf(path, is, must, runFix))
+	add(path, is, must, runFix)
 	return must
 }
 
-// mergeNamed is merge for a list of elements with names.
-func mergeNamed(path string, is any, must []any, found *[]finding) []any {
-	live, _ := is.([]any)
-	merged := slices.Clone(live)
-	for _, e := range objects(merged) { // whoever lacks a required attribute can't sign in
-		if e["required"] != nil && indexOf(must, e) < 0 {
-			*found = append(*found, wrongLeaf(path+"["+nameOf(e)+"].required", e["required"], nil, byHand))
-		}
-	}
-	for _, e := range objects(must) {
-		path := path + "[" + nameOf(e) + "]"
-		if i := indexOf(merged, e); i >= 0 {
-			merged[i] = merge(path, merged[i], e, found)
-		} else {
-			merged = append(merged, merge(path, nil, e, found))
-		}
-	}
-	return merged
-}
-
-// indexOf returns the index of the mapper that has the same effect, whatever its name, else of the
-// element that has the same name, or -1.
-func indexOf(list []any, element map[string]any) int {
+// indexOf returns the index of the element that has the same name, or is a mapper with the same effect; or -1.
+func indexOf(list any, element map[string]any) int {
 	effect := func(e map[string]any) string {
 		config, _ := e["config"].(map[string]any)
 		return text(config["claim.name"]) + text(config["included.client.audience"])
 	}
-	i := slices.IndexFunc(objects(list), func(e map[string]any) bool {
-		return e["protocolMapper"] == element["protocolMapper"] && effect(e) != "" && effect(e) == effect(element)
+	return slices.IndexFunc(objects(list), func(e map[string]any) bool {
+		return nameOf(e) == nameOf(element) || effect(e) != "" && effect(e) == effect(element)
 	})
-	if i < 0 {
-		i = slices.IndexFunc(objects(list), func(e map[string]any) bool { return nameOf(e) == nameOf(element) })
-	}
-	return i
 }
 
-// allow returns what a leaf should be: what it is, as far as leeways and stricterPolicy allow.
-func allow(path string, is, must any) any {
+// allow returns what a leaf should be: what it is, as far as that will do, else what it must be.
+func allow(leaf string, is, must any) any {
 	for _, l := range leeways {
-		switch {
-		case !l.leaves.MatchString(path):
-		case l.values != nil && l.values.MatchString(text(is)):
+		if l.leaves.MatchString(leaf) && l.values.MatchString(text(is)) {
 			return is
-		case l.values == nil:
-			elements, _ := must.([]any)
-			if l.atLeast != nil {
-				elements = l.atLeast
-			}
-			return including(is, elements)
 		}
 	}
-	if path == "realm.passwordPolicy" {
+	wanted, _ := must.([]any)
+	switch {
+	case leaf == "enabledEventTypes", strings.HasSuffix(leaf, ".redirectUris"):
+		return including(is, wanted)
+	case strings.HasSuffix(leaf, ".defaultClientScopes"):
+		return including(is, []any{"basic"}) // it has the claim sub
+	case strings.Contains(leaf, "].permissions.") && slices.Contains(wanted, any("user")):
+		return including(is, []any{"admin"}) // what users may do themselves is a matter of taste
+	case leaf == "passwordPolicy":
 		return stricterPolicy(text(is), text(must))
+	case must == operators && text(is) != "":
+		return is
 	}
 	return must
 }
 
-// including returns the list with the elements of must that it lacks. A pattern of redirect URIs has
-// those that it matches: https://a/* has https://a/b.
-func including(is any, must []any) any {
-	list, _ := is.([]any)
-	for _, e := range must {
-		if !slices.ContainsFunc(list, func(has any) bool {
-			prefix, wild := strings.CutSuffix(text(has), "*")
-			return has == e || wild && strings.HasPrefix(text(e), prefix)
+// including returns a list with the wanted elements that it lacks. A pattern has those that it matches:
+// https://a/* has https://a/b.
+func including(list any, wanted []any) []any {
+	complete, _ := list.([]any)
+	for _, e := range wanted {
+		if !slices.ContainsFunc(complete, func(has any) bool {
+			prefix, pattern := strings.CutSuffix(text(has), "*")
+			return has == e || pattern && strings.HasPrefix(text(e), prefix)
 		}) {
-			list = append(slices.Clip(list), e)
+			complete = append(slices.Clip(complete), e)
 		}
 	}
-	return list
+	return complete
 }
 
 // stricterPolicy returns a password policy with the rules of must that it lacks, and as long.
 func stricterPolicy(policy, must string) string {
+	policy = regexp.MustCompile(`\blength\([0-7]\)`).ReplaceAllString(policy, "length(8)")
 	for rule := range strings.SplitSeq(must, " and ") {
-		name, bound, _ := strings.Cut(strings.TrimSuffix(rule, ")"), "(")
-		has := regexp.MustCompile(`\b` + name + `\b(?:\((\w*)\))?`).FindStringSubmatch(policy)
-		if has == nil {
+		name, _, _ := strings.Cut(rule, "(")
+		if !regexp.MustCompile(`\b` + name + `\b`).MatchString(policy) {
 			policy = strings.TrimPrefix(policy+" and "+rule, " and ")
-			continue
-		}
-		length, _ := strconv.Atoi(has[1])
-		if least, _ := strconv.Atoi(bound); name == "length" && length < least {
-			policy = strings.Replace(policy, has[0], rule, 1)
 		}
 	}
 	return policy
-}
-
-func wrongLeaf(path string, is, must any, fix string) finding {
-	return finding{path, "wrong", cmp.Or(text(is), "nothing"), cmp.Or(text(must), "nothing"), "", fix}
 }
 
 func nameOf(e map[string]any) string {
@@ -263,4 +305,139 @@ func canonical(v any) string {
 		return t
 	}
 	return ""
+}
+
+// adminAPI is Keycloak's admin API. After an error it makes no more calls.
+type adminAPI struct {
+	kc    *keycloak
+	token string
+	admin bool // the token is an administrator's, not the service account's
+	err   error
+}
+
+// call sends body and reads answer. path is serverinfo or that below the realm.
+func (a *adminAPI) call(ctx context.Context, method, path string, body, answer any) {
+	if a.err != nil {
+		return
+	}
+	if path != "serverinfo" {
+		path = "realms/" + url.PathEscape(a.kc.cfg.KeycloakRealm) + path
+	}
+	resp, err := a.kc.admin.RestyClient().R().SetContext(ctx).SetAuthToken(a.token).SetBody(body).
+		Execute(method, a.kc.cfg.KeycloakURL+"/admin/"+path)
+	switch {
+	case err != nil:
+		a.err = keycloakError(err)
+	case resp.IsError():
+		a.err = fmt.Errorf("the admin API answers %s to %s %s: %.300s", resp.Status(), method, path, resp.Body())
+	case answer != nil:
+		a.err = json.Unmarshal(resp.Body(), answer)
+	}
+}
+
+// readRealm returns the realm in the form of realm.json, as far as Keycloak shows it.
+func (a *adminAPI) readRealm(ctx context.Context) map[string]any {
+	live := map[string]any{}
+	if a.admin {
+		a.call(ctx, "POST", "/partial-export?exportClients=true&exportGroupsAndRoles=true", nil, &live)
+	} else {
+		token := readServiceToken(a.token)
+		granted := []any{}
+		for _, role := range token.Access["realm-management"].Roles {
+			if role != "query-groups" && role != "query-users" { // they are part of view-users
+				granted = append(granted, role)
+			}
+		}
+		live["defaultSignatureAlgorithm"] = token.Algorithm
+		live["users"] = []any{map[string]any{"username": "service-account-" + a.kc.cfg.BackendClientID,
+			"clientRoles": map[string]any{"realm-management": granted}}}
+	}
+	for _, client := range objects(live["clients"]) {
+		delete(client, "secret") // it is masked, and Keycloak leaves it as it is
+		uris, _ := client["redirectUris"].([]any)
+		for i, uri := range uris {
+			if strings.HasPrefix(text(uri), "/") {
+				uris[i] = text(client["rootUrl"]) + text(uri)
+			}
+		}
+	}
+	var profile any
+	a.call(ctx, "GET", "/events/config", nil, &live) // has all types of events where the realm has none
+	a.call(ctx, "GET", "/users/profile", nil, &profile)
+	live["userProfile"] = profile
+	return live
+}
+
+// writeRealm writes what differs, with as few calls as Keycloak allows. a is a copy: after an error,
+// the realm can still be read.
+func (a adminAPI) writeRealm(ctx context.Context, live, should map[string]any) error {
+	changed := maps.Clone(should)
+	maps.DeleteFunc(changed, func(key string, v any) bool { return reflect.DeepEqual(v, live[key]) })
+	part := func(key string) []map[string]any { // the elements of a list that differ
+		list := objects(changed[key])
+		delete(changed, key)
+		return slices.DeleteFunc(list, func(e map[string]any) bool {
+			return slices.ContainsFunc(objects(live[key]), func(was map[string]any) bool { return reflect.DeepEqual(e, was) })
+		})
+	}
+	for _, client := range part("clients") {
+		a.writeClient(ctx, client, objects(live["clientScopes"]))
+	}
+	for _, account := range part("users") { // after the clients: it may be new
+		a.writeServiceRoles(ctx, account)
+	}
+	for _, action := range part("requiredActions") {
+		a.call(ctx, "PUT", "/authentication/required-actions/"+nameOf(action), action, nil)
+	}
+	if profile := changed["userProfile"]; profile != nil {
+		a.call(ctx, "PUT", "/users/profile", profile, nil)
+		delete(changed, "userProfile")
+	}
+	if len(changed) > 0 { // Keycloak leaves the rest as it is
+		a.call(ctx, "PUT", "", changed, nil)
+	}
+	return a.err
+}
+
+// writeClient sends all of a client: Keycloak resets some of what is left out. Default scopes are
+// added one by one.
+func (a *adminAPI) writeClient(ctx context.Context, client map[string]any, scopes []map[string]any) {
+	if client["id"] == nil {
+		a.call(ctx, "POST", "/clients", client, nil)
+		return
+	}
+	path := "/clients/" + text(client["id"])
+	a.call(ctx, "PUT", path, client, nil)
+	defaults, _ := client["defaultClientScopes"].([]any)
+	for _, scope := range scopes {
+		if slices.Contains(defaults, scope["name"]) {
+			a.call(ctx, "PUT", path+"/default-client-scopes/"+text(scope["id"]), nil, nil)
+		}
+	}
+}
+
+// writeServiceRoles grants the roles that are missing and revokes those that the service does not
+// need: they would make its secret worth more to a thief.
+func (a *adminAPI) writeServiceRoles(ctx context.Context, account map[string]any) {
+	needed, _ := account["clientRoles"].(map[string]any)["realm-management"].([]any)
+	live := a.readRealm(ctx) // again: the account may have come with its client
+	id := func(list any, name string) (id string) {
+		for _, e := range objects(list) {
+			if nameOf(e) == name {
+				id = text(e["id"])
+			}
+		}
+		return id
+	}
+	path := "/users/" + id(live["users"], nameOf(account)) +
+		"/role-mappings/clients/" + id(live["clients"], "realm-management")
+	for list, method := range map[string]string{"/available": "POST", "": "DELETE"} { // in any order
+		var roles []any
+		a.call(ctx, "GET", path+list, nil, &roles)
+		for _, role := range objects(roles) {
+			if slices.Contains(needed, role["name"]) == (method == "POST") {
+				a.call(ctx, method, path, []any{role}, nil)
+			}
+		}
+	}
 }

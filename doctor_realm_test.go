@@ -396,11 +396,15 @@ func TestLeeways(t *testing.T) {
 		{"sslRequired", "all", "external", true},
 		{"passwordPolicy", "length(8) and notEmail(undefined)", "length(8) and notEmail", true},
 		{"passwordPolicy", "maxLength(64)", "length(8)", false},
+		{"passwordPolicy", "length(7) and upperCase(1)", "length(8)", false},
+		{"passwordPolicy", "length(10)", "length(8)", true},
 		{"userProfile.attributes[username].validations.length.max", 101.0, 100.0, false},
 		{"clients[a].protocolMappers[b].config.claim.name", "name", "user_id", false},
 		{"clients[a.b].name", "x", "y", true},
 		{"verifyEmail", "true", true, true},
 		{"permanentLockout", nil, false, true},
+		{"clients[a].redirectUris", []any{"https://a.example/*"}, []any{"https://a.example/auth/callback"}, true},
+		{"clients[a].redirectUris", []any{"https://a.example.org/*"}, []any{"https://a.example/auth/callback"}, false},
 	} {
 		var found []finding
 		if merge("realm."+c.leaf, c.is, c.must, &found); (len(found) == 0) != c.ok {

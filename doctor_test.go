@@ -223,7 +223,7 @@ func TestDoctorFaults(t *testing.T) {
 	admin := asAdmin(t, services.AdminUser, services.AdminPassword)
 	ofPostgreSQL := []string{"PostgreSQL: version", "PostgreSQL: clock", "PostgreSQL: schema", "PostgreSQL: privileges", "PostgreSQL: audit log"}
 	ofKeycloak := []string{"Keycloak: issuer", "Keycloak: email theme", "realm", "Keycloak: service account", "Keycloak: clock"}
-	account := "realm.users[service-account-nobody].clientRoles.realm-management"
+	account := "realm.users[service-account-nobody]"
 	database := func(change func(*url.URL)) map[string]string {
 		u, err := url.Parse(w.vars["DATABASE_URL"])
 		if err != nil {
@@ -251,7 +251,7 @@ func TestDoctorFaults(t *testing.T) {
 		{"Keycloak is down", map[string]string{"KEYCLOAK_URL": "http://127.0.0.1:1"}, admin, []string{"Keycloak: reachable"}, ofKeycloak},
 		{"wrong realm", map[string]string{"KEYCLOAK_REALM": "nowhere"}, admin, []string{"Keycloak: reachable"}, ofKeycloak},
 		{"wrong secret", map[string]string{"KEYCLOAK_BACKEND_CLIENT_SECRET": "s3cret"}, nil,
-			[]string{"Keycloak: service account"}, []string{"realm", "Keycloak: email theme", "Keycloak: clock"}},
+			[]string{"Keycloak: service account"}, []string{"Keycloak: email theme", "realm", "Keycloak: clock"}},
 		{"wrong secret, as an administrator", map[string]string{"KEYCLOAK_BACKEND_CLIENT_SECRET": "s3cret"}, admin,
 			[]string{"Keycloak: service account"}, []string{"Keycloak: clock"}},
 		{"wrong backend client", map[string]string{"KEYCLOAK_BACKEND_CLIENT_ID": "nobody"}, admin,
@@ -260,7 +260,7 @@ func TestDoctorFaults(t *testing.T) {
 		{"wrong issuer", map[string]string{"KEYCLOAK_PUBLIC_URL": "https://id.example"}, admin, []string{"Keycloak: issuer"}, nil},
 		{"another PUBLIC_URL", map[string]string{"PUBLIC_URL": "https://people.example"}, admin,
 			[]string{"realm.clients[auth-client].redirectUris"}, nil},
-		{"wrong administrator", nil, asAdmin(t, services.AdminUser, "s3cret"), []string{"administrator"}, []string{"realm", "Keycloak: email theme"}},
+		{"wrong administrator", nil, asAdmin(t, services.AdminUser, "s3cret"), []string{"administrator"}, []string{"Keycloak: email theme", "realm"}},
 		{"PostgreSQL is down", database(func(u *url.URL) { u.Host = "127.0.0.1:1" }), admin, []string{"PostgreSQL: reachable"}, ofPostgreSQL},
 		{"wrong password of PostgreSQL", database(func(u *url.URL) { u.User = url.UserPassword(u.User.Username(), "s3cret") }), admin,
 			[]string{"PostgreSQL: reachable"}, ofPostgreSQL},

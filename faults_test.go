@@ -97,9 +97,9 @@ func registrationOperations() []faultedOperation {
 	}
 	byCode := func(email string, l link) call { return typing(email, l.Code) }
 	return []faultedOperation{
-		{name: "register", calls: "service_token create_user enable_user" + mailing, try: register, success: 201, after: getsIn},
+		{name: "register", calls: "service_token create_user prepare_mail" + mailing, try: register, success: 201, after: getsIn},
 		{name: "register again", calls: "service_token get_user prepare_mail" + mailing, before: registered, try: register, success: 201, after: getsIn},
-		{name: "register after a creation without answer", calls: "create_user enable_user" + mailing, before: unanswered,
+		{name: "register after a creation without answer", calls: "create_user prepare_mail" + mailing, before: unanswered,
 			try: register, success: 201, after: getsIn},
 		{name: "verify", calls: "service_token get_user activate_user", before: registered, try: verify, success: 200, after: getsIn},
 		{name: "verify by code", calls: "service_token get_user activate_user", before: registered, try: byCode, success: 200, after: getsIn},
@@ -182,7 +182,7 @@ func userOperations(admin string) []faultedOperation {
 		w.wants(w.do(signingIn(email, password)), 403, "account-disabled")
 	}
 	return []faultedOperation{
-		{name: "invite", calls: "service_token create_user enable_user" + mailing, before: manager, try: invite, success: 201, after: invited},
+		{name: "invite", calls: "service_token create_user prepare_mail" + mailing, before: manager, try: invite, success: 201, after: invited},
 		{name: "invite after a registration", calls: "service_token get_user prepare_mail" + mailing, before: stranger, try: invite, success: 201, after: invited},
 		{name: "change role and scope", calls: "service_token get_user push_user", before: joined,
 			try: manages("PATCH", "", body{"role": "partner", "network_id": "N2"}), success: 200, after: says("[partner] N2")},

@@ -4,10 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"fmt"
 	"net/http"
-	"net/url"
-	"regexp"
 	"strings"
 	"sync"
 	"time"
@@ -15,8 +12,6 @@ import (
 	"auth-service/templates"
 
 	"github.com/a-h/templ"
-	"github.com/swaggest/rest"
-	"github.com/swaggest/rest/request"
 )
 
 // maxBody is the largest request body, in bytes.
@@ -27,34 +22,37 @@ const (
 	envoyPath    = "/api/v1/auth/ext-authz/" // not below the other: validate/?role= must not be one without required
 )
 
-// access says who may call a route. The zero value is not allowed to start.
-type access int
+// access says who may call a route: everybody, or whoever has a valid access token (the zero value).
+type access bool
 
 const (
-	public   access = iota + 1
-	signedIn        // whoever has a valid access token
+	public   access = true
+	signedIn access = false
 )
 
-// budget is how many requests of a kind one client address may make in a window.
+// budget is how many requests of a kind one client address may make in a minute. Routes that do
+// the same share it.
 type budget struct {
-	Name   string // shared by the routes that do the same
-	N      int
-	Window time.Duration
+	Name string
+	N    int
 }
 
 var (
 	unlimited  = budget{}
-	onRegister = budget{"register", 30, time.Minute}
-	onVerify   = budget{"verify", 60, time.Minute}
-	onResend   = budget{"resend", 30, time.Minute}
-	onStatus   = budget{"status", 300, time.Minute}
-	onLogin    = budget{"login", 60, time.Minute}
-	onSignIn   = budget{"sign-in", 60, time.Minute}
-	onForgot   = budget{"forgot", 30, time.Minute}
-	onRefresh  = budget{"refresh", 600, time.Minute}
-	onUsers    = budget{"users", 600, time.Minute}
-	onAccount  = budget{"account", 300, time.Minute}
+	onRegister = budget{"register", 30}
+	onVerify   = budget{"verify", 60}
+	onResend   = budget{"resend", 30}
+	onStatus   = budget{"status", 300}
+	onLogin    = budget{"login", 60}
+	onSignIn   = budget{"sign-in", 60}
+	onForgot   = budget{"forgot", 30}
+	onRefresh  = budget{"refresh", 600}
+	onUsers    = budget{"users", 600}
+	onAccount  = budget{"account", 300}
 )
+
+// managed is what a route that manages one user may answer.
+var managed = []problem{problemForbidden, problemAccountNotVerified, problemUserNotFound}
 
 // route is one line of the program's index.
 type route struct {
@@ -77,69 +75,88 @@ type operation struct {
 }
 
 // routes is the index of the service: it feeds the mux and the OpenAPI document.
-func (s *server) routes() []route {
-	return []route{
-		{"POST /api/v1/register", "/register /api/v1/auth/register", public, onRegister, "register", "Register",
-			op("Registration", 201, s.register, problemUserExists, problemResendLimit)},
-		{"POST /api/v1/register/verify", "/verify", public, onVerify, "verify", "Confirm the e-mail address",
-			op("Registration", 200, s.verify, problemUserExists, problemInvalidToken, problemInvalidCode, problemVerificationExpired, problemVerificationCancelled, problemTooManyAttempts)},
-		{"POST /api/v1/register/resend", "/verify/resend", public, onResend, "resend", "Send the mail again",
-			op("Registration", 200, s.resend, problemRegistrationNotFound, problemAlreadyVerified, problemVerificationExpired, problemResendTooSoon, problemResendLimit)},
-		{"POST /api/v1/register/cancel", "", public, onVerify, "cancel", "Cancel: this was not me",
-			op("Registration", 200, s.cancel, problemInvalidToken, problemAlreadyVerified, problemVerificationExpired)},
-		{"GET /api/v1/registrations/{registration_id}", "", public, onStatus, "registrationStatus", "Status of a registration",
-			op("Registration", 200, s.status, problemRegistrationNotFound)},
+func (s *server) routes() []route { return append(s.apiRoutes(), s.pageRoutes()...) }
 
-		{"POST /api/v1/auth/login", "/auth/login", public, onLogin, "login", "Sign in with a password",
-			op("Signing in", 200, s.login, problemInvalidCredentials, problemAccountNotVerified, problemAccountDisabled, problemAccountSetupRequired)},
-		{"POST /api/v1/auth/password/forgot", "", public, onForgot, "forgotPassword", "Forgot the password",
-			op("Signing in", 202, s.forgotPassword)},
-		{"POST /api/v1/auth/refresh", "", public, onRefresh, "refresh", "Exchange a refresh token",
-			op("Signing in", 200, s.refresh, problemInvalidRefreshToken, problemTokenReused, problemForbidden)},
-		{"POST /api/v1/auth/logout", "", public, onRefresh, "logout", "Sign out",
-			op("Signing in", 204, s.logout, problemForbidden)},
-		{"GET /api/v1/auth/sessions", "", signedIn, onAccount, "sessions", "Where I am signed in",
-			op("Signing in", 200, s.ownSessions)},
-		{"DELETE /api/v1/auth/sessions/{session_id}", "", signedIn, onAccount, "endSession", "Sign out somewhere",
-			op("Signing in", 204, s.endOwnSession, problemNotFound)},
-		{"DELETE /api/v1/auth/sessions", "", signedIn, onAccount, "endSessions", "Sign out everywhere",
-			op("Signing in", 204, s.endOwnSessions)},
-		{"GET /api/v1/auth/me", "", signedIn, onAccount, "me", "Who am I",
-			op("Signing in", 200, s.me, problemAccountDisabled)},
-		{"GET /api/v1/users", "", signedIn, onUsers, "users", "List users",
-			op("Users", 200, s.users)},
-		{"POST /api/v1/users", "", signedIn, onUsers, "createUser", "Invite a user",
-			op("Users", 201, s.createUser, problemForbidden, problemUserExists, problemResendLimit)},
-		{"GET /api/v1/users/{user_id}", "", signedIn, onUsers, "user", "One user",
-			op("Users", 200, s.user, problemUserNotFound)},
-		{"PATCH /api/v1/users/{user_id}", "", signedIn, onUsers, "patchUser", "Change a user",
-			op("Users", 200, s.patchUser, problemForbidden, problemAccountNotVerified, problemUserNotFound, problemLastAdmin)},
-		{"DELETE /api/v1/users/{user_id}", "", signedIn, onUsers, "deleteUser", "Delete a user",
-			op("Users", 204, s.deleteUser, problemForbidden, problemAccountNotVerified, problemUserNotFound, problemLastAdmin)},
-		{"POST /api/v1/users/{user_id}/restore", "", signedIn, onUsers, "restoreUser", "Restore a deleted user",
-			op("Users", 200, s.restoreUser, problemForbidden, problemAccountNotVerified, problemUserNotFound, problemUserExists, problemUserGone)},
-		{"GET /api/v1/users/{user_id}/sessions", "", signedIn, onUsers, "userSessions", "Where a user is signed in",
-			op("Users", 200, s.userSessions, problemForbidden, problemAccountNotVerified, problemUserNotFound)},
-		{"DELETE /api/v1/users/{user_id}/sessions/{session_id}", "", signedIn, onUsers, "endUserSession", "Sign a user out somewhere",
-			op("Users", 204, s.endUserSession, problemForbidden, problemAccountNotVerified, problemUserNotFound, problemNotFound)},
-		{"DELETE /api/v1/users/{user_id}/sessions", "", signedIn, onUsers, "endUserSessions", "Sign a user out everywhere",
-			op("Users", 204, s.endUserSessions, problemForbidden, problemAccountNotVerified, problemUserNotFound)},
-		{"GET /api/v1/audit", "", signedIn, onUsers, "auditEntries", "The audit log",
-			op("Audit", 200, s.auditEntries, problemForbidden)},
-		{"POST /api/v1/sync", "", signedIn, onUsers, "startSync", "Bring both stores into step",
-			op("Sync", 202, s.startSync, problemForbidden, problemSyncRunning)},
-		{"GET /api/v1/sync/{sync_id}", "", signedIn, onUsers, "syncStatus", "Progress and report of a sync",
-			op("Sync", 200, s.syncStatus, problemForbidden, problemNotFound)},
+func (s *server) apiRoutes() []route {
+	return []route{
+		{"POST /api/v1/register", "/register /api/v1/auth/register", public, onRegister,
+			"register", "Register", op("Registration", 201, s.register, problemUserExists, problemResendLimit)},
+		{"POST /api/v1/register/verify", "/verify", public, onVerify,
+			"verify", "Confirm the e-mail address", op("Registration", 200, s.verify, problemUserExists, problemInvalidToken,
+				problemInvalidCode, problemVerificationExpired, problemVerificationCancelled, problemTooManyAttempts)},
+		{"POST /api/v1/register/resend", "/verify/resend", public, onResend,
+			"resend", "Send the mail again", op("Registration", 200, s.resend, problemRegistrationNotFound,
+				problemAlreadyVerified, problemVerificationExpired, problemResendTooSoon, problemResendLimit)},
+		{"POST /api/v1/register/cancel", "", public, onVerify,
+			"cancel", "Cancel: this was not me", op("Registration", 200, s.cancel, problemInvalidToken,
+				problemAlreadyVerified, problemVerificationExpired)},
+		{"GET /api/v1/registrations/{registration_id}", "", public, onStatus,
+			"registrationStatus", "Status of a registration", op("Registration", 200, s.status, problemRegistrationNotFound)},
+
+		{"POST /api/v1/auth/login", "/auth/login", public, onLogin,
+			"login", "Sign in with a password", op("Signing in", 200, s.login, problemInvalidCredentials,
+				problemAccountNotVerified, problemAccountDisabled, problemAccountSetupRequired)},
+		{"POST /api/v1/auth/password/forgot", "", public, onForgot,
+			"forgotPassword", "Forgot the password", op("Signing in", 202, s.forgotPassword)},
+		{"POST /api/v1/auth/refresh", "", public, onRefresh,
+			"refresh", "Exchange a refresh token", op("Signing in", 200, s.refresh, problemInvalidRefreshToken,
+				problemTokenReused, problemForbidden)},
+		{"POST /api/v1/auth/logout", "", public, onRefresh,
+			"logout", "Sign out", op("Signing in", 204, s.logout, problemForbidden)},
+		{"GET /api/v1/auth/sessions", "", signedIn, onAccount,
+			"sessions", "Where I am signed in", op("Signing in", 200, s.ownSessions)},
+		{"DELETE /api/v1/auth/sessions/{session_id}", "", signedIn, onAccount,
+			"endSession", "Sign out somewhere", op("Signing in", 204, s.endOwnSession, problemNotFound)},
+		{"DELETE /api/v1/auth/sessions", "", signedIn, onAccount,
+			"endSessions", "Sign out everywhere", op("Signing in", 204, s.endOwnSessions)},
+		{"GET /api/v1/auth/me", "", signedIn, onAccount,
+			"me", "Who am I", op("Signing in", 200, s.me, problemAccountDisabled)},
+		{"GET /api/v1/users", "", signedIn, onUsers, "users", "List users", op("Users", 200, s.users)},
+		{"POST /api/v1/users", "", signedIn, onUsers,
+			"createUser", "Invite a user", op("Users", 201, s.createUser, problemForbidden, problemUserExists,
+				problemResendLimit)},
+		{"GET /api/v1/users/{user_id}", "", signedIn, onUsers,
+			"user", "One user", op("Users", 200, s.user, problemUserNotFound)},
+		{"PATCH /api/v1/users/{user_id}", "", signedIn, onUsers,
+			"patchUser", "Change a user", op("Users", 200, s.patchUser, append(managed, problemLastAdmin)...)},
+		{"DELETE /api/v1/users/{user_id}", "", signedIn, onUsers,
+			"deleteUser", "Delete a user", op("Users", 204, s.deleteUser, append(managed, problemLastAdmin)...)},
+		{"POST /api/v1/users/{user_id}/restore", "", signedIn, onUsers,
+			"restoreUser", "Restore a deleted user",
+			op("Users", 200, s.restoreUser, append(managed, problemUserExists, problemUserGone)...)},
+		{"GET /api/v1/users/{user_id}/sessions", "", signedIn, onUsers,
+			"userSessions", "Where a user is signed in", op("Users", 200, s.userSessions, managed...)},
+		{"DELETE /api/v1/users/{user_id}/sessions/{session_id}", "", signedIn, onUsers,
+			"endUserSession", "Sign a user out somewhere",
+			op("Users", 204, s.endUserSession, append(managed, problemNotFound)...)},
+		{"DELETE /api/v1/users/{user_id}/sessions", "", signedIn, onUsers,
+			"endUserSessions", "Sign a user out everywhere", op("Users", 204, s.endUserSessions, managed...)},
+		{"GET /api/v1/audit", "", signedIn, onUsers,
+			"auditEntries", "The audit log", op("Audit", 200, s.auditEntries, problemForbidden)},
+		{"POST /api/v1/sync", "", signedIn, onUsers,
+			"startSync", "Bring both stores into step", op("Sync", 202, s.startSync, problemForbidden, problemSyncRunning)},
+		{"GET /api/v1/sync/{sync_id}", "", signedIn, onUsers,
+			"syncStatus", "Progress and report of a sync", op("Sync", 200, s.syncStatus, problemForbidden, problemNotFound)},
 
 		{"GET " + validatePath, "", public, unlimited, "validate", "May this token pass (for gateways)", s.validateOp()},
 		{envoyPath + "{path...}", "", public, unlimited, "validateEnvoy", "", plain(s.validateEnvoy)},
 
+		{"GET /health", "", public, unlimited,
+			"health", "Health of the service and its two stores", op("Service", 200, s.checkHealth)},
+		{"GET /api-docs/openapi.json", "", public, unlimited, "openapi", "", plain(s.openAPI)},
+		{"GET /swagger-ui", "/swagger-ui/", public, unlimited, "swaggerUI", "", plain(swaggerUI())},
+	}
+}
+
+func (s *server) pageRoutes() []route {
+	return []route{
 		{"GET /auth/login", "", public, onSignIn, "signInPage", "", page(s.signInPage)},
 		{"GET /auth/callback", "", public, onSignIn, "login", "", page(s.callbackPage)},
-		{"GET /account/signed-in", "", public, unlimited, "signedInPage", "", page(s.signedInPage)},
+		{"GET /account/signed-in", "", public, unlimited, "signedInPage", "", show(templates.Message(templates.SignedIn()))},
 
-		{"GET /{$}", "", public, unlimited, "home", "", page(s.homePage)},
-		{"GET /account/register", "", public, unlimited, "registerPage", "", page(s.registerPage)},
+		{"GET /{$}", "", public, unlimited, "home", "", show(templates.Home())},
+		{"GET /account/register", "", public, unlimited, "registerPage", "",
+			show(templates.Register(templates.RegisterForm{}))},
 		{"POST /account/register", "", public, onRegister, "register", "", page(s.registerForm)},
 		{"GET /account/verify", "", public, unlimited, "verifyPage", "", page(s.verifyPage)},
 		{"POST /account/verify", "", public, onVerify, "verify", "", page(s.verifyForm)},
@@ -147,13 +164,9 @@ func (s *server) routes() []route {
 		{"POST /account/resend", "", public, onResend, "resend", "", page(s.resendForm)},
 		{"GET /account/cancel", "", public, unlimited, "cancelPage", "", page(s.cancelPage)},
 		{"POST /account/cancel", "", public, onVerify, "cancel", "", page(s.cancelForm)},
-		{"GET /account/ready", "", public, unlimited, "readyPage", "", page(s.readyPage)},
+		{"GET /account/ready", "", public, unlimited, "readyPage", "", show(templates.Message(templates.PasswordSet()))},
 		{"GET /problems/{slug}", "", public, unlimited, "problemPage", "", page(s.problemPage)},
 		{"GET /static/style.css", "", public, unlimited, "style", "", plain(styleSheet)},
-
-		{"GET /health", "", public, unlimited, "health", "Health of the service and its two stores", s.healthOp()},
-		{"GET /api-docs/openapi.json", "", public, unlimited, "openapi", "", plain(s.openAPI)},
-		{"GET /swagger-ui", "/swagger-ui/", public, unlimited, "swaggerUI", "", plain(swaggerUI())},
 	}
 }
 
@@ -167,9 +180,6 @@ func (s *server) handler() (http.Handler, error) {
 	}
 	s.openAPIDocument = doc
 	for _, rt := range routes {
-		if rt.Access == 0 {
-			return nil, fmt.Errorf("route %s does not say who may call it", rt.Pattern)
-		}
 		method, _, _ := strings.Cut(rt.Pattern, " ")
 		h := rt.handle(s, rt)
 		if rt.Access == signedIn {
@@ -185,7 +195,8 @@ func (s *server) handler() (http.Handler, error) {
 	if err != nil {
 		return nil, err
 	}
-	return withRequestID(s.withLog(withSecurityHeaders(s.cfg.https(), corsMiddleware.Wrap(s.orProblem(mux))))), nil
+	api := withSecurityHeaders(s.cfg.https(), corsMiddleware.Wrap(s.orProblem(mux)))
+	return withRequestID(s.withLog(api)), nil
 }
 
 // orProblem answers what the mux does not know with a problem; the mux itself
@@ -196,20 +207,18 @@ func (s *server) orProblem(mux *http.ServeMux) http.Handler {
 			r.URL.Path, r.URL.RawPath = envoyPath, "" // the rest is another's, and not for the mux to clean
 		}
 		h, pattern := mux.Handler(r)
-		if pattern != "" {
-			mux.ServeHTTP(w, r)
-			return
+		answer := recorder{header: http.Header{}}
+		if pattern == "" {
+			h.ServeHTTP(&answer, r)
 		}
-		answer := recorder{header: http.Header{}, status: 200}
-		h.ServeHTTP(&answer, r)
-		switch {
-		case answer.status == http.StatusMethodNotAllowed:
+		switch answer.status {
+		case http.StatusMethodNotAllowed:
 			w.Header().Set("Allow", answer.header.Get("Allow"))
 			s.writeProblem(w, r, problemMethodNotAllowed)
-		case answer.status/100 == 3: // a path that the mux would clean
-			http.Redirect(w, r, answer.header.Get("Location"), answer.status)
-		default:
+		case http.StatusNotFound:
 			s.writeProblem(w, r, problemNotFound)
+		default: // also a path that the mux cleans
+			mux.ServeHTTP(w, r)
 		}
 	})
 }
@@ -233,8 +242,8 @@ func (s *server) limited(rt route, next http.Handler) http.Handler {
 		key := "address:" + rt.Budget.Name + ":" + network(s.clientAddress(r))
 		ctx, cancel := context.WithTimeout(r.Context(), 4*time.Second) // a PostgreSQL that hangs is like one that is away
 		defer cancel()
-		err := s.store.hit(ctx, rateLimit{key, rt.Budget.N, rt.Budget.Window, problemTooManyRequests}, s.now())
-		if err != nil {
+		limit := rateLimit{key, rt.Budget.N, time.Minute, problemTooManyRequests}
+		if err := s.store.hit(ctx, limit, s.now()); err != nil {
 			s.refuse(w, r, rt, err)
 			return
 		}
@@ -258,45 +267,32 @@ func (s *server) refuse(w http.ResponseWriter, r *http.Request, rt route, err er
 	s.writeProblem(w, r, err)
 }
 
-// decoders read path and query parameters into an operation's input.
-var decoders = func() *request.DecoderFactory {
-	f := request.NewDecoderFactory()
-	f.ApplyDefaults = true
-	f.SetDecoderFunc(rest.ParamInPath, func(r *http.Request) (url.Values, error) {
-		values := url.Values{}
-		for _, m := range pathParameter.FindAllStringSubmatch(r.Pattern, -1) {
-			values[m[1]] = []string{r.PathValue(m[1])}
-		}
-		return values, nil
-	})
-	return f
-}()
-
-var pathParameter = regexp.MustCompile(`{(\w+)}`)
-
-// op adapts a typed operation to HTTP: it decodes and checks the input, calls, and
-// encodes the answer or the problem. status is that of success.
-func op[I, O any](tag string, status int, f func(context.Context, caller, I) (O, error), problems ...problem) operation {
-	return operation{Tag: tag, in: *new(I), out: *new(O), status: status, problems: append(problems, problemTooManyRequests, problemUnavailable), handle: func(s *server, rt route) http.Handler {
-		params := decoders.MakeDecoder(http.MethodGet, *new(I), nil) // of path and query; bodies are read more strictly
+// op adapts a typed operation to HTTP: it decodes and checks the input, calls, and encodes the
+// answer or the problem. status is that of success.
+func op[I, O any](tag string, status int, f func(context.Context, caller, I) (O, error),
+	problems ...problem) operation {
+	handle := func(s *server, rt route) http.Handler {
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			ctx, cancel := detached(r.Context(), flowTime)
 			defer cancel()
 			var in I
-			err := s.decode(w, r, params, &in)
+			var out O
+			err := s.decode(w, r, &in)
 			if err == nil {
-				var out O
-				if out, err = f(ctx, s.caller(r), in); err == nil {
-					s.writeJSON(w, r, status, out)
-					return
-				}
+				out, err = f(ctx, s.caller(r), in)
 			}
-			s.refuse(w, r, rt, err)
+			if err != nil {
+				s.refuse(w, r, rt, err)
+				return
+			}
+			s.writeJSON(w, r, status, out)
 		})
-	}}
+	}
+	return operation{tag, *new(I), *new(O), status, problems, handle}
 }
 
-// writeJSON encodes first, so that an answer is whole or an error.
+// writeJSON encodes first, so that an answer is whole or an error. The answer may bring a cookie,
+// its Location, or a status of its own.
 func (s *server) writeJSON(w http.ResponseWriter, r *http.Request, status int, out any) {
 	if c, ok := out.(interface{ cookie() *http.Cookie }); ok && c.cookie() != nil {
 		http.SetCookie(w, c.cookie())
@@ -315,9 +311,17 @@ func (s *server) writeJSON(w http.ResponseWriter, r *http.Request, status int, o
 	if l, ok := out.(interface{ location() string }); ok {
 		w.Header().Set("Location", l.location())
 	}
-	w.Header().Set("Content-Type", "application/json")
+	if other, ok := out.(interface{ statusCode() int }); ok {
+		status = other.statusCode()
+	}
+	respond(w, status, "application/json", body.Bytes())
+}
+
+// respond writes an answer that is whole.
+func respond(w http.ResponseWriter, status int, contentType string, body []byte) {
+	w.Header().Set("Content-Type", contentType)
 	w.WriteHeader(status)
-	w.Write(body.Bytes())
+	w.Write(body)
 }
 
 // view is a page and its status, or where the browser goes instead.
@@ -333,17 +337,20 @@ type view struct {
 func page(f func(context.Context, caller, *http.Request) (view, error)) operation {
 	return operation{handle: func(s *server, rt route) http.Handler {
 		protection := http.NewCrossOriginProtection()
-		protection.SetDenyHandler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { s.refuse(w, r, rt, problemForbidden) }))
+		protection.SetDenyHandler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			s.refuse(w, r, rt, problemForbidden)
+		}))
 		return protection.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			r.Body = http.MaxBytesReader(w, r.Body, maxBody)
-			err := r.ParseForm()
-			if err != nil {
-				s.refuse(w, r, rt, bodyError(err))
-				return
-			}
 			ctx, cancel := detached(r.Context(), flowTime)
 			defer cancel()
-			v, err := f(ctx, s.caller(r), r)
+			r.Body = http.MaxBytesReader(w, r.Body, maxBody)
+			var v view
+			err := r.ParseForm()
+			if err != nil {
+				err = bodyError(err)
+			} else {
+				v, err = f(ctx, s.caller(r), r)
+			}
 			if err != nil {
 				s.refuse(w, r, rt, err)
 				return
@@ -366,10 +373,8 @@ func (s *server) writePage(w http.ResponseWriter, r *http.Request, v view) {
 		s.writeProblem(w, r, err)
 		return
 	}
-	w.Header().Set("Content-Type", "text/html; charset=utf-8")
 	w.Header().Set("Vary", "Accept-Language")
-	w.WriteHeader(v.Status)
-	w.Write(body.Bytes())
+	respond(w, v.Status, "text/html; charset=utf-8", body.Bytes())
 }
 
 // writeProblemPage shows err to a person, with a way on.
@@ -377,10 +382,11 @@ func (s *server) writeProblemPage(w http.ResponseWriter, r *http.Request, err er
 	p := s.report(r, err)
 	setProblemHeaders(w.Header(), p)
 	retry := p.retry
-	if retry == "" && r.Method == http.MethodGet && !strings.HasPrefix(r.URL.Path, "//") { // which would lead to another host
+	if retry == "" && r.Method == http.MethodGet && !strings.HasPrefix(r.URL.Path, "//") { // another host
 		retry = r.URL.RequestURI()
 	}
-	s.writePage(w, r, view{Status: p.Status, Page: templates.Message(templates.Refused(problemView(p), p.RequestID, retry))})
+	refused := templates.Refused(problemView(p), p.RequestID, retry)
+	s.writePage(w, r, view{Status: p.Status, Page: templates.Message(refused)})
 }
 
 func problemView(p problem) templates.ProblemView {
@@ -395,8 +401,7 @@ func plain(h http.HandlerFunc) operation {
 // validateOp is validate with what the document says of it; it bypasses op, which
 // costs more than the whole check.
 func (s *server) validateOp() operation {
-	return operation{Tag: "Signing in", in: validateIn{}, out: validateOut{}, status: 200, handle: plain(s.validate).handle,
-		problems: []problem{problemUnauthorized, problemForbidden, problemUnavailable}}
+	return operation{"Signing in", validateIn{}, validateOut{}, 200, []problem{problemForbidden}, plain(s.validate).handle}
 }
 
 // styleSheet may be kept: its address has its hash.
@@ -417,58 +422,43 @@ type healthCheck struct {
 	LatencyMS float64 `json:"latency_ms"`
 }
 
-// healthCache keeps the last answer for a second, so that asking often costs the
-// two stores nothing.
-type healthCache struct {
-	sync.Mutex
-	at   time.Time
-	last healthOut
+// statusCode is 503 only when the service can do nothing, so that a load balancer keeps an
+// instance whose Keycloak is away.
+func (h healthOut) statusCode() int {
+	if h.Status == "down" {
+		return http.StatusServiceUnavailable
+	}
+	return http.StatusOK
 }
 
-func (s *server) checkHealth(ctx context.Context) healthOut {
+// checkHealth asks both stores, at most once a second, so that asking it often costs them nothing.
+func (s *server) checkHealth(ctx context.Context, _ caller, _ struct{}) (healthOut, error) {
 	s.health.Lock()
 	defer s.health.Unlock()
 	if time.Since(s.health.at) < time.Second {
-		return s.health.last
+		return s.health.last, nil
 	}
-	ctx, cancel := detached(ctx, 2*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
-	probe := func(ping func(context.Context) error) (hc healthCheck) {
-		start := time.Now()
-		hc.Status = "ok"
-		if err := ping(ctx); err != nil {
-			hc.Status = "down"
+	probe := func(ping func(context.Context) error) healthCheck {
+		start, status := time.Now(), "ok"
+		if ping(ctx) != nil {
+			status = "down"
 		}
-		hc.LatencyMS = float64(time.Since(start).Microseconds()) / 1000
-		return hc
+		return healthCheck{status, float64(time.Since(start).Microseconds()) / 1000}
 	}
 	var database, keycloak healthCheck
 	var both sync.WaitGroup
 	both.Go(func() { database = probe(s.store.ping) })
 	both.Go(func() { keycloak = probe(s.kc.ping) })
 	both.Wait()
-	out := healthOut{"ok", version(), map[string]healthCheck{"database": database, "keycloak": keycloak}}
-	switch {
-	case database.Status != "ok":
-		out.Status = "down"
-	case keycloak.Status != "ok":
-		out.Status = "degraded"
+	status := "ok"
+	if database.Status != "ok" {
+		status = "down"
+	} else if keycloak.Status != "ok" {
+		status = "degraded"
 	}
+	out := healthOut{status, version(), map[string]healthCheck{"database": database, "keycloak": keycloak}}
 	s.health.at, s.health.last = time.Now(), out
-	return out
-}
-
-// healthOp answers 503 only when the service can do nothing, so that a load
-// balancer keeps an instance whose Keycloak is away.
-func (s *server) healthOp() operation {
-	return operation{Tag: "Service", in: struct{}{}, out: healthOut{}, status: 200, handle: func(*server, route) http.Handler {
-		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			out := s.checkHealth(r.Context())
-			status := http.StatusOK
-			if out.Status == "down" {
-				status = http.StatusServiceUnavailable
-			}
-			s.writeJSON(w, r, status, out)
-		})
-	}}
+	return out, nil
 }

@@ -47,11 +47,8 @@ var keycloakIDPattern = regexp.MustCompile(`^[A-Za-z0-9_-]{20,64}$`)
 // newToken returns the secret of a verification link: 32 nanoid characters, 192 bits.
 func newToken() string { return gonanoid.Must(32) }
 
-// tokenHash is what PostgreSQL keeps of a token: its SHA-256 in hex. The token
-// is random and long, so a plain hash can't be guessed back.
-func tokenHash(token string) string { return digest(token) }
-
-// digest is SHA-256 in hex.
+// digest is SHA-256 in hex. It is what PostgreSQL keeps of a token: that is random and long, so
+// a plain hash can't be guessed back.
 func digest(text string) string {
 	sum := sha256.Sum256([]byte(text))
 	return hex.EncodeToString(sum[:])

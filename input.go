@@ -8,9 +8,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"mime"
 	"net/http"
 	"net/mail"
+	"net/url"
 	"reflect"
 	"regexp"
 	"slices"
@@ -19,99 +21,226 @@ import (
 	"time"
 	"unicode"
 	"unicode/utf8"
-
-	"github.com/swaggest/rest"
-	"github.com/swaggest/rest/nethttp"
 )
 
-// decode reads path, query and body into in, and checks it. Every wrong field is
-// named, all at once.
-func (s *server) decode(w http.ResponseWriter, r *http.Request, params nethttp.RequestDecoder, in any) error {
-	var wrong []fieldError
-	if params != nil {
-		if err := params.Decode(r, in, nil); err != nil {
-			if wrong = unreadable(err); len(wrong) == 0 {
-				return invalid().withCause(err)
+// input is the input of an operation while it is read: its fields by name, and names that a
+// request has and the operation does not know.
+type input struct {
+	fields map[string]*inputField
+	takes  map[string]bool   // path, query, json: whether any field comes from there
+	hints  map[string]string // what to do instead of sending a field that is not known
+}
+
+// inputField has tags that are both the rules that check applies and what the OpenAPI document says.
+type inputField struct {
+	from  string // path, query or json
+	value reflect.Value
+	tag   reflect.StructTag
+	given bool
+	wrong string // what is wrong with it
+}
+
+// inputOf returns the fields of a struct.
+func inputOf(to any) input {
+	in := input{fields: map[string]*inputField{}, takes: map[string]bool{}}
+	in.add(reflect.ValueOf(to).Elem())
+	if hinted, ok := to.(interface{ hints() map[string]string }); ok {
+		in.hints = hinted.hints()
+	}
+	return in
+}
+
+func (in input) add(of reflect.Value) {
+	for f, value := range of.Fields() {
+		if f.Anonymous {
+			in.add(value)
+		}
+		for _, from := range []string{"path", "query", "json"} {
+			if name, _, _ := strings.Cut(f.Tag.Get(from), ","); name != "" {
+				in.takes[from] = true
+				in.fields[name] = &inputField{from: from, value: value, tag: f.Tag}
 			}
 		}
-		wrong = append(wrong, unknownParameters(r, in)...)
 	}
-	if takesCookie, err := s.decodeCookie(r, in); err != nil || takesCookie && r.ContentLength == 0 {
+}
+
+// decode reads path, query and body into an operation's input, and checks it. Every wrong field
+// is named, all at once.
+func (s *server) decode(w http.ResponseWriter, r *http.Request, to any) error {
+	in := inputOf(to)
+	if err := in.readParameters(r); err != nil {
+		return err
+	}
+	if takes, err := s.decodeCookie(r, to); err != nil || takes && r.ContentLength == 0 {
 		return err // there or not, the cookie is all there is
 	}
-	if hasBody(r.Method, in) {
-		if mediaType, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || mediaType != "application/json" {
+	if in.takes["json"] {
+		mediaType, _, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
+		if err != nil || mediaType != "application/json" {
 			return problemUnsupportedMediaType
 		}
 		body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
 		if err != nil {
 			return bodyError(err)
 		}
-		unknown, err := decodeJSON(body, in)
-		if err != nil {
+		if err := in.readJSON(body); err != nil {
 			return err
 		}
-		wrong = append(wrong, unknown...)
 	}
-	checked := checkFields(in, wrong)
-	for _, f := range checked {
-		if r.PathValue(f.Field) != "" {
-			return problemNotFound // an id that nothing can have
+	return in.check()
+}
+
+// take returns the field that a request gives a value to, or nil if it is not known or is given
+// twice: a filter with a typo would show more than was asked for.
+func (in input) take(from, name string) *inputField {
+	f := in.fields[name]
+	switch {
+	case f == nil && len(name) > 50:
+		in.fields[""] = &inputField{wrong: "has a field that is not known"}
+	case f == nil || f.from != from: // what the path says is not the body's to change
+		in.fields[name] = &inputField{wrong: cmp.Or(in.hints[name], "is not known")}
+	case f.given:
+		f.wrong = "is there twice"
+	default:
+		f.given = true
+		return f
+	}
+	return nil
+}
+
+// readParameters reads path and query. An operation that takes no query does not look at it.
+func (in input) readParameters(r *http.Request) error {
+	for name, f := range in.fields {
+		if f.from == "path" {
+			f.given = true
+			f.setText(r.PathValue(name))
+		} else if text := f.tag.Get("default"); text != "" {
+			f.setText(text)
 		}
 	}
-	if wrong = append(wrong, checked...); len(wrong) > 0 {
-		slices.SortFunc(wrong, func(a, b fieldError) int { return strings.Compare(a.Field, b.Field) })
+	if !in.takes["query"] {
+		return nil
+	}
+	query, err := url.ParseQuery(r.URL.RawQuery)
+	if err != nil { // a part of it may be readable, and ask for something else
+		return invalid(fieldError{"query", "can't be read"})
+	}
+	for name, values := range query {
+		for _, text := range values {
+			if f := in.take("query", name); f != nil {
+				f.setText(text)
+			}
+		}
+	}
+	return nil
+}
+
+// readJSON reads a JSON object. encoding/json itself would stop at the first wrong member, and
+// takes "EMAIL" for "email".
+func (in input) readJSON(body []byte) error {
+	notJSON := problemInvalidRequest.withDetail("The request body must be one JSON object.")
+	if !utf8.Valid(body) || !json.Valid(body) { // Valid refuses what follows the value, too
+		return notJSON
+	}
+	dec := json.NewDecoder(bytes.NewReader(body))
+	if t, err := dec.Token(); err != nil || t != json.Delim('{') {
+		return notJSON
+	}
+	for dec.More() {
+		name, err := dec.Token()
+		var value json.RawMessage
+		if err := cmp.Or(err, dec.Decode(&value)); err != nil {
+			return notJSON
+		}
+		if f := in.take("json", name.(string)); f != nil {
+			f.setJSON(value)
+		}
+	}
+	return nil
+}
+
+// setText sets the value of a parameter or of a form's field.
+func (f *inputField) setText(text string) {
+	switch f.value.Kind() {
+	case reflect.String:
+		f.value.SetString(text)
+	case reflect.Int, reflect.Bool:
+		f.setJSON([]byte(text))
+	default:
+		f.setJSON(strconv.AppendQuote(nil, text))
+	}
+}
+
+// setJSON sets a value that is written in JSON. A pointer may be null, as if it were absent.
+func (f *inputField) setJSON(value []byte) {
+	null := string(value) == "null" && f.value.Kind() != reflect.Pointer
+	if json.Unmarshal(value, f.value.Addr().Interface()) != nil || null {
+		f.wrong = cmp.Or(map[reflect.Kind]string{reflect.Bool: "must be true or false", reflect.Int: "must be a whole number",
+			reflect.Struct: "must be a time like 2026-01-02T03:04:05Z"}[f.value.Kind()], "must be a string")
+	}
+}
+
+// check returns invalid-request with every field that is wrong, or nil.
+func (in input) check() error {
+	var wrong []fieldError
+	for _, name := range slices.Sorted(maps.Keys(in.fields)) {
+		f := in.fields[name]
+		switch detail := cmp.Or(f.wrong, f.check()); {
+		case detail == "":
+		case f.from == "path":
+			return problemNotFound // an id that nothing can have
+		default:
+			wrong = append(wrong, fieldError{name, detail})
+		}
+	}
+	if len(wrong) > 0 {
 		return invalid(wrong...)
 	}
 	return nil
 }
 
-// hasBody says whether a request has a JSON body that fills in.
-func hasBody(method string, in any) bool {
-	for _, f := range reflect.VisibleFields(reflect.TypeOf(in).Elem()) {
-		if f.Tag.Get("json") != "" {
-			return method == http.MethodPost || method == http.MethodPatch
+// check returns what the tags have against the value, or "".
+func (f *inputField) check() string {
+	v := reflect.Indirect(f.value) // of nil, and of a name that is not known: no value
+	switch {
+	case v.CanInt() && f.tag.Get("maximum") != "":
+		least, most := f.number("minimum"), f.number("maximum")
+		if n := int(v.Int()); n < least || n > most {
+			return fmt.Sprintf("must be from %d to %d", least, most)
 		}
+	case v.Kind() != reflect.String:
+	case v.String() == "" && f.tag.Get("required") == "true":
+		return "is required"
+	case f.given:
+		return f.checkString(v.String())
 	}
-	return false
+	return ""
 }
 
-// unreadable names the parameters that could not be read.
-func unreadable(err error) (wrong []fieldError) {
-	var request rest.RequestErrors
-	if errors.As(err, &request) {
-		for name := range request {
-			_, name, _ = strings.Cut(name, ":")
-			wrong = append(wrong, fieldError{name, "is not valid"})
-		}
-	}
-	return wrong
+func (f *inputField) number(tag string) int {
+	n, _ := strconv.Atoi(f.tag.Get(tag))
+	return n
 }
 
-// unknownParameters are those of the query that a list does not have, or that are there
-// twice: a filter with a typo would show more than was asked for.
-func unknownParameters(r *http.Request, in any) (wrong []fieldError) {
-	if r.URL.RawQuery == "" {
-		return nil
+func (f *inputField) checkString(value string) string {
+	least, most := f.number("minLength"), cmp.Or(f.number("maxLength"), maxBody)
+	length := utf8.RuneCountInString(value)
+	enum, pattern, format := f.tag.Get("enum"), f.tag.Get("pattern"), f.tag.Get("format")
+	switch {
+	case length < least:
+		return fmt.Sprintf("must have at least %d characters", least)
+	case length > most:
+		return fmt.Sprintf("must have at most %d characters", most)
+	case format == "email" && !validEmail(value):
+		return "is not a valid e-mail address"
+	case format != "password" && (!utf8.ValidString(value) || strings.ContainsFunc(value, invisible)):
+		return "has a character that is not allowed"
+	case enum != "" && !slices.Contains(strings.Split(enum, ","), value):
+		return "must be one of " + strings.ReplaceAll(enum, ",", ", ")
+	case pattern != "" && !regexp.MustCompile(pattern).MatchString(value):
+		return cmp.Or(f.tag.Get("mismatch"), "has a character that is not allowed")
 	}
-	known := map[string]bool{}
-	for name, f := range inputFields(in) {
-		if f.tag.Get("query") != "" {
-			known[name] = true
-		}
-	}
-	for name, values := range r.URL.Query() {
-		switch {
-		case len(known) == 0: // takes none
-		case !known[name] && len(name) > 50:
-			wrong = append(wrong, fieldError{"", "has a parameter that is not known"})
-		case !known[name]:
-			wrong = append(wrong, fieldError{name, "is not known"})
-		case len(values) > 1:
-			wrong = append(wrong, fieldError{name, "is there twice"})
-		}
-	}
-	return wrong
+	return ""
 }
 
 // decodeCookie gives the refresh token of the browser's cookie to an input that takes
@@ -135,147 +264,6 @@ func bodyError(err error) error {
 		return problemPayloadTooLarge
 	}
 	return problemInvalidRequest.withDetail("The request body could not be read.").withCause(err)
-}
-
-// decodeJSON fills in from a JSON object and returns the members that are unknown,
-// are there twice, or have the wrong type. encoding/json itself would stop at the
-// first, and takes "EMAIL" for "email".
-func decodeJSON(body []byte, in any) ([]fieldError, error) {
-	notJSON := problemInvalidRequest.withDetail("The request body must be one JSON object.")
-	if !utf8.Valid(body) || !json.Valid(body) { // Valid refuses what follows the value, too
-		return nil, notJSON
-	}
-	dec := json.NewDecoder(bytes.NewReader(body))
-	if t, err := dec.Token(); err != nil || t != json.Delim('{') {
-		return nil, notJSON
-	}
-	fields := inputFields(in)
-	seen := map[string]bool{}
-	var wrong []fieldError
-	for dec.More() {
-		key, err := dec.Token()
-		if err != nil {
-			return nil, notJSON
-		}
-		var raw json.RawMessage
-		if err := dec.Decode(&raw); err != nil {
-			return nil, notJSON
-		}
-		name := key.(string)
-		f := fields[name]
-		known := f.tag.Get("json") != "" // what path and query say is not the body's to change
-		switch {
-		case !known && len(name) > 50:
-			wrong = append(wrong, fieldError{"", "has a field that is not known"})
-		case !known:
-			detail := "is not known"
-			if hinted, ok := in.(interface{ hints() map[string]string }); ok {
-				detail = cmp.Or(hinted.hints()[name], detail)
-			}
-			wrong = append(wrong, fieldError{name, detail})
-		case seen[name]:
-			wrong = append(wrong, fieldError{name, "is there twice"})
-		case string(raw) == "null": // as if it were absent
-		default:
-			if json.Unmarshal(raw, f.value.Addr().Interface()) != nil {
-				wrong = append(wrong, fieldError{name, "must be a " + strings.TrimPrefix(f.value.Type().String(), "*")})
-			}
-		}
-		seen[name] = true
-	}
-	return wrong, nil
-}
-
-// inputField is a field of an operation's input: its value and its tags, which are
-// both the rules that checkFields applies and what the OpenAPI document says.
-type inputField struct {
-	value reflect.Value
-	tag   reflect.StructTag
-}
-
-func inputFields(in any) map[string]inputField {
-	v := reflect.ValueOf(in).Elem()
-	fields := map[string]inputField{}
-	for _, f := range reflect.VisibleFields(v.Type()) {
-		if name, _, _ := strings.Cut(f.Tag.Get("json"), ","); name != "" {
-			fields[name] = inputField{v.FieldByIndex(f.Index), f.Tag}
-		} else if name := f.Tag.Get("path") + f.Tag.Get("query"); name != "" {
-			fields[name] = inputField{v.FieldByIndex(f.Index), f.Tag}
-		}
-	}
-	return fields
-}
-
-// checkFields applies the rules of the tags to in, except to fields that are known to be
-// wrong, and returns what is wrong, by field name.
-func checkFields(in any, known []fieldError) []fieldError {
-	var wrong []fieldError
-	for name, f := range inputFields(in) {
-		if slices.ContainsFunc(known, func(k fieldError) bool { return k.Field == name }) {
-			continue
-		}
-		if f.value.CanInt() && f.tag.Get("maximum") != "" {
-			least, _ := strconv.ParseInt(f.tag.Get("minimum"), 10, 64)
-			most, _ := strconv.ParseInt(f.tag.Get("maximum"), 10, 64)
-			if n := f.value.Int(); n < least || n > most {
-				wrong = append(wrong, fieldError{name, fmt.Sprintf("must be from %d to %d", least, most)})
-			}
-		}
-		cleared := false // not absent, but empty, where that is no choice
-		if f.value.Kind() == reflect.Pointer && !f.value.IsNil() {
-			f.value = f.value.Elem()
-			cleared = f.value.Kind() == reflect.String && f.value.String() == "" && f.tag.Get("enum") != ""
-		}
-		if f.value.Kind() != reflect.String {
-			continue
-		}
-		detail := checkString(f.value.String(), f.tag)
-		if cleared {
-			detail = oneOf(f.tag)
-		}
-		if detail != "" {
-			wrong = append(wrong, fieldError{name, detail})
-		}
-	}
-	slices.SortFunc(wrong, func(a, b fieldError) int { return strings.Compare(a.Field, b.Field) })
-	return wrong
-}
-
-func checkString(value string, tag reflect.StructTag) string {
-	least, _ := strconv.Atoi(tag.Get("minLength"))
-	most, err := strconv.Atoi(tag.Get("maxLength"))
-	if err != nil {
-		most = maxBody
-	}
-	length := utf8.RuneCountInString(value)
-	switch {
-	case value == "" && tag.Get("required") == "true":
-		return "is required"
-	case value == "":
-		return ""
-	case length < least:
-		return fmt.Sprintf("must have at least %d characters", least)
-	case length > most:
-		return fmt.Sprintf("must have at most %d characters", most)
-	case tag.Get("format") == "email" && !validEmail(value):
-		return "is not a valid e-mail address"
-	case tag.Get("format") != "password" && (!utf8.ValidString(value) || strings.ContainsFunc(value, invisible)):
-		return "has a character that is not allowed"
-	}
-	if enum := strings.Split(tag.Get("enum"), ","); enum[0] != "" && !slices.Contains(enum, value) {
-		return oneOf(tag)
-	}
-	if pattern := tag.Get("pattern"); pattern != "" && !regexp.MustCompile(pattern).MatchString(value) {
-		if detail := tag.Get("mismatch"); detail != "" {
-			return detail
-		}
-		return "has a character that is not allowed"
-	}
-	return ""
-}
-
-func oneOf(tag reflect.StructTag) string {
-	return "must be one of " + strings.ReplaceAll(tag.Get("enum"), ",", ", ")
 }
 
 // pageIn asks for a page of a list (keyset paging).
@@ -309,7 +297,7 @@ func parseCursor(text string) (cursor, error) {
 	at, id, _ := strings.Cut(string(plain), " ")
 	micro, err := strconv.ParseInt(at, 10, 64)
 	c := cursor{time.UnixMicro(micro).UTC(), id}
-	if err != nil || !cursorID.MatchString(id) || c.At.Year() < 1 || c.At.Year() > 9999 { // which PostgreSQL would not take
+	if err != nil || !cursorID.MatchString(id) || c.At.Year() < 1 || c.At.Year() > 9999 { // for PostgreSQL
 		return cursor{}, wrong
 	}
 	return c, nil
@@ -329,9 +317,6 @@ func pageOf[R, T any](in pageIn, fetch func(before cursor) ([]R, error), item fu
 		return listOut[T]{}, err
 	}
 	rows, err := fetch(before)
-	if err != nil {
-		return listOut[T]{}, err
-	}
 	out := listOut[T]{Items: []T{}}
 	for i, row := range rows[:min(in.Limit, len(rows))] {
 		t, at := item(row)
@@ -341,7 +326,7 @@ func pageOf[R, T any](in pageIn, fetch func(before cursor) ([]R, error), item fu
 			out.NextCursor = &next
 		}
 	}
-	return out, nil
+	return out, err
 }
 
 // invisible says what nobody types into a name: control characters, those that turn

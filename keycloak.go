@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"net/url"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -92,7 +93,8 @@ func (b bulkhead) do(ctx context.Context, f func() error) error {
 }
 
 // call makes one call: bounded in number and time, measured, its error translated.
-func (k *keycloak) call(ctx context.Context, operation string, b bulkhead, timeout time.Duration, f func(context.Context) error) error {
+func (k *keycloak) call(ctx context.Context, operation string, b bulkhead, timeout time.Duration,
+	f func(context.Context) error) error {
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	err := b.do(ctx, func() error {
@@ -119,7 +121,8 @@ func outcome(err error) string {
 
 // asService makes a call as the service account; once more with a new token when
 // Keycloak refuses the one we have (it was restarted, or the secret was rotated).
-func (k *keycloak) asService(ctx context.Context, operation string, f func(ctx context.Context, token string) error) error {
+func (k *keycloak) asService(ctx context.Context, operation string,
+	f func(ctx context.Context, token string) error) error {
 	b, timeout := k.calls, keycloakTimeout
 	switch operation {
 	case "send_mail":
@@ -128,21 +131,47 @@ func (k *keycloak) asService(ctx context.Context, operation string, f func(ctx c
 		timeout = listTimeout
 	}
 	return k.call(ctx, operation, b, timeout, func(ctx context.Context) error {
-		token, err := k.serviceToken(ctx)
-		if err != nil {
-			return err
+		for again := false; ; again = true {
+			token, err := k.serviceToken(ctx)
+			if err == nil {
+				err = f(ctx, token)
+			}
+			var api *gocloak.APIError
+			if again || !errors.As(err, &api) || api.Code != http.StatusUnauthorized {
+				return err
+			}
+			k.service.Store(nil)
 		}
-		err = f(ctx, token)
-		var api *gocloak.APIError
-		if !errors.As(err, &api) || api.Code != http.StatusUnauthorized {
-			return err
-		}
-		k.service.Store(nil)
-		if token, err = k.serviceToken(ctx); err != nil {
-			return err
-		}
-		return f(ctx, token)
 	})
+}
+
+// api asks the realm's admin API as the service account, and reads the answer into answer, if there is one.
+// gocloak's own methods would lose field errors, and know no lifespan and no language of a mail.
+func (k *keycloak) api(ctx context.Context, operation, method, path string, query url.Values, body, answer any) (
+	http.Header, error) {
+	var header http.Header
+	err := k.asService(ctx, operation, func(ctx context.Context, token string) error {
+		req := k.admin.GetRequestWithBearerAuth(ctx, token).SetQueryParamsFromValues(query).SetBody(body)
+		if answer != nil {
+			req.SetResult(answer)
+		}
+		resp, err := req.Execute(method, k.cfg.KeycloakURL+"/admin/realms/"+k.cfg.KeycloakRealm+"/"+path)
+		if err := responseError(resp, err); err != nil {
+			return err
+		}
+		header = resp.Header()
+		return nil
+	})
+	return header, err
+}
+
+// end makes a call that ends something; what is gone already is fine.
+func (k *keycloak) end(ctx context.Context, operation, method, path string) error {
+	_, err := k.api(ctx, operation, method, path, nil, nil, nil)
+	if errors.Is(err, errNotFound) {
+		return nil
+	}
+	return err
 }
 
 // serviceToken returns a token with at least half a minute to live. However many
@@ -221,13 +250,15 @@ func keycloakError(err error) error {
 
 // oauth is the client that people sign in to.
 func (k *keycloak) oauth() *oauth2.Config {
-	return &oauth2.Config{ClientID: k.cfg.AuthClientID, Scopes: []string{"openid"}, RedirectURL: k.cfg.PublicURL + "/auth/callback",
+	return &oauth2.Config{ClientID: k.cfg.AuthClientID, Scopes: []string{"openid"},
+		RedirectURL: k.cfg.PublicURL + "/auth/callback",
 		Endpoint: oauth2.Endpoint{AuthStyle: oauth2.AuthStyleInParams, TokenURL: k.realmURL("protocol/openid-connect/token"),
 			AuthURL: k.cfg.issuer() + "/protocol/openid-connect/auth"}}
 }
 
 // grant asks the token endpoint for tokens.
-func (k *keycloak) grant(ctx context.Context, operation string, f func(context.Context) (*oauth2.Token, error)) (*oauth2.Token, error) {
+func (k *keycloak) grant(ctx context.Context, operation string,
+	f func(context.Context) (*oauth2.Token, error)) (*oauth2.Token, error) {
 	var token *oauth2.Token
 	err := k.call(ctx, operation, k.calls, keycloakTimeout, func(ctx context.Context) (err error) {
 		token, err = f(context.WithValue(ctx, oauth2.HTTPClient, k.client))
@@ -262,31 +293,28 @@ func (k *keycloak) redeem(ctx context.Context, code, verifier string) (*oauth2.T
 
 // sessions returns the ids of the live sessions of a user; none if the user is gone.
 func (k *keycloak) sessions(ctx context.Context, user string) (ids []string, err error) {
-	err = k.asService(ctx, "user_sessions", func(ctx context.Context, token string) error {
-		sessions, err := k.admin.GetUserSessions(ctx, token, k.cfg.KeycloakRealm, user)
-		for _, session := range sessions {
-			ids = append(ids, gocloak.PString(session.ID))
-		}
-		return err
-	})
+	var live []gocloak.UserSessionRepresentation
+	_, err = k.api(ctx, "user_sessions", "GET", "users/"+user+"/sessions", nil, nil, &live)
 	if errors.Is(err, errNotFound) {
 		return nil, nil
+	}
+	for _, session := range live {
+		ids = append(ids, gocloak.PString(session.ID))
 	}
 	return ids, err
 }
 
-// endSession ends a session in Keycloak; one that is gone already is fine.
+// endSession ends a session in Keycloak.
 func (k *keycloak) endSession(ctx context.Context, sid string) error {
 	if !keycloakIDPattern.MatchString(sid) {
-		return fmt.Errorf("not a session id of Keycloak")
+		return errors.New("not a session id of Keycloak")
 	}
-	err := k.asService(ctx, "end_session", func(ctx context.Context, token string) error {
-		return k.admin.LogoutUserSession(ctx, token, k.cfg.KeycloakRealm, sid)
-	})
-	if errors.Is(err, errNotFound) {
-		return nil
-	}
-	return err
+	return k.end(ctx, "end_session", "DELETE", "sessions/"+sid)
+}
+
+// logOut ends all sessions of a user in Keycloak, in one call.
+func (k *keycloak) logOut(ctx context.Context, id string) error {
+	return k.end(ctx, "end_sessions", "POST", "users/"+id+"/logout")
 }
 
 // signingKeys returns the realm's keys (RFC 7517 §5).
@@ -301,12 +329,14 @@ func (k *keycloak) ping(ctx context.Context) error {
 }
 
 // getJSON reads what the realm tells everybody.
-func (k *keycloak) getJSON(ctx context.Context, operation string, timeout time.Duration, path string, answer any) error {
+func (k *keycloak) getJSON(ctx context.Context, operation string, timeout time.Duration, path string,
+	answer any) error {
 	return k.read(ctx, operation, timeout, strings.TrimSuffix(k.realmURL(path), "/"), "", answer)
 }
 
 // read reads JSON, with a token if there is one.
-func (k *keycloak) read(ctx context.Context, operation string, timeout time.Duration, url, token string, answer any) error {
+func (k *keycloak) read(ctx context.Context, operation string, timeout time.Duration, url, token string,
+	answer any) error {
 	return k.call(ctx, operation, k.calls, timeout, func(ctx context.Context) error {
 		req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 		if err != nil {

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"maps"
 	"net/http"
+	"net/url"
 	"regexp"
 	"slices"
 	"strconv"
@@ -74,32 +75,28 @@ func (u *keycloakUser) describe(reg registration) {
 	}
 }
 
-// createUser creates the disabled user of a registration (R2) and returns its id. It has no
-// password, and its address as the username if Keycloak takes that.
+// createUser creates the disabled user of a registration (R2). It has no password, and its
+// address as the username if Keycloak takes that.
 //
 // It returns errConflict when Keycloak has a user with that address or username, and rejected
 // with the fields that its profile rules refuse; nothing is created then.
-func (k *keycloak) createUser(ctx context.Context, reg registration, token, code string) (id string, err error) {
-	username := defaultUsername(reg.Email, reg.UserID)
-	ku := keycloakUser{gocloak.User{Username: &username, Enabled: gocloak.BoolP(false), EmailVerified: gocloak.BoolP(false),
+func (k *keycloak) createUser(ctx context.Context, reg registration, token string) (keycloakUser, error) {
+	username, off := defaultUsername(reg.Email, reg.UserID), false
+	ku := keycloakUser{gocloak.User{Username: &username, Enabled: &off, EmailVerified: &off,
 		RequiredActions: &[]string{"VERIFY_EMAIL"}}}
 	ku.describe(reg)
 	maps.Copy(*ku.Attributes, map[string][]string{attrRegistrationID: {string(reg.ID)},
-		attrURL: {k.cfg.PublicURL + "/account/verify"}, attrToken: {token}, attrCode: {code}})
-	err = k.asService(ctx, "create_user", func(ctx context.Context, token string) error {
-		// gocloak's CreateUser loses the field errors.
-		resp, err := k.admin.GetRequestWithBearerAuth(ctx, token).SetBody(ku.User).Post(k.usersURL())
-		if err := responseError(resp, err); err != nil {
-			return err
-		}
-		location := resp.Header().Get("Location")
-		id = location[strings.LastIndex(location, "/")+1:]
-		if !keycloakIDPattern.MatchString(id) {
-			return errors.New("keycloak answered a creation without the new user's id")
-		}
-		return nil
-	})
-	return id, err
+		attrURL: {k.cfg.PublicURL + "/account/verify"}, attrToken: {token}})
+	header, err := k.api(ctx, "create_user", "POST", "users", nil, ku.User, nil)
+	if err != nil {
+		return ku, err
+	}
+	_, id, _ := strings.Cut(header.Get("Location"), "/users/")
+	if !keycloakIDPattern.MatchString(id) {
+		return ku, errors.New("keycloak answered a creation without the new user's id")
+	}
+	ku.ID = &id
+	return ku, nil
 }
 
 // attributesOf are the attributes that become claims.
@@ -138,31 +135,23 @@ func (ku keycloakUser) hasClaims(u user) bool {
 	return true
 }
 
-// push gives Keycloak's user the role and scope of ours, in one call, and disables it if ours
-// is deleted. It writes nothing where nothing differs, as somebody may be changing the user
-// there. ku is the user as Keycloak had it a moment ago.
-func (k *keycloak) push(ctx context.Context, ku keycloakUser, u user) error {
+// push gives Keycloak's user the role and scope of ours, and what edit changes, in one call, and
+// disables it if ours is deleted. It writes nothing where nothing differs, as somebody may be changing
+// the user there. ku is the user as Keycloak had it a moment ago. Errors as of createUser.
+func (k *keycloak) push(ctx context.Context, ku keycloakUser, u user, edit func(*keycloakUser)) error {
 	disable := ku.enabled() && !u.IsActive
-	if ku.hasClaims(u) && !disable {
+	if ku.hasClaims(u) && !disable && edit == nil {
 		return nil
 	}
 	ku = ku.withoutState()
 	maps.Copy(*ku.Attributes, attributesOf(u))
+	if edit != nil {
+		edit(&ku)
+	}
 	if disable {
 		ku.Enabled = gocloak.BoolP(false)
 	}
 	return k.update(ctx, "push_user", ku)
-}
-
-// rename gives a user other names.
-func (k *keycloak) rename(ctx context.Context, id, first, last string) error {
-	ku, err := k.user(ctx, id)
-	if err != nil {
-		return err
-	}
-	ku = ku.withoutState()
-	ku.FirstName, ku.LastName = &first, &last
-	return k.update(ctx, "rename_user", ku)
 }
 
 // withoutState is the user with a copy of its attributes and without what a PUT need not say:
@@ -179,14 +168,8 @@ func (u keycloakUser) withoutState() keycloakUser {
 // update writes a user. With attributes a PUT replaces them all, and names and address, so
 // the user goes back as it came. Errors as of createUser.
 func (k *keycloak) update(ctx context.Context, operation string, ku keycloakUser) error {
-	return k.asService(ctx, operation, func(ctx context.Context, token string) error {
-		// gocloak's UpdateUser loses the field errors.
-		return responseError(k.admin.GetRequestWithBearerAuth(ctx, token).SetBody(ku.User).Put(k.usersURL(ku.id())))
-	})
-}
-
-func (k *keycloak) usersURL(path ...string) string {
-	return strings.Join(append([]string{k.cfg.KeycloakURL, "admin/realms", k.cfg.KeycloakRealm, "users"}, path...), "/")
+	_, err := k.api(ctx, operation, "PUT", "users/"+ku.id(), nil, ku.User, nil)
+	return err
 }
 
 // responseError is gocloak's error for a response, or rejected where the body
@@ -246,45 +229,30 @@ func rejectedFields(body []byte) []fieldError {
 	}
 	var fields []fieldError
 	for _, v := range answer.Errors {
-		field := v.Field
-		if ours, ok := names[field]; ok {
-			field = ours
-		}
-		detail, ok := details[v.Message]
-		if !ok {
-			detail = "is not allowed"
-		}
-		fields = append(fields, fieldError{field, detail})
+		fields = append(fields, fieldError{cmp.Or(names[v.Field], v.Field), cmp.Or(details[v.Message], "is not allowed")})
 	}
 	return fields
 }
 
 // user returns a user by its id, or errNotFound.
-func (k *keycloak) user(ctx context.Context, id string) (keycloakUser, error) {
-	var user keycloakUser
+func (k *keycloak) user(ctx context.Context, id string) (user keycloakUser, err error) {
 	if !keycloakIDPattern.MatchString(id) {
 		return user, errNotFound
 	}
-	err := k.asService(ctx, "get_user", func(ctx context.Context, token string) error {
-		u, err := k.admin.GetUserByID(ctx, token, k.cfg.KeycloakRealm, id)
-		if err == nil {
-			user.User = *u
-		}
-		return err
-	})
+	_, err = k.api(ctx, "get_user", "GET", "users/"+id, nil, nil, &user.User)
 	return user, err
 }
 
 // userOfRegistration finds the user that was created for a registration whose
 // answer we may have missed, or errNotFound.
 func (k *keycloak) userOfRegistration(ctx context.Context, id registrationID) (keycloakUser, error) {
-	return k.findUser(ctx, gocloak.GetUsersParams{Q: gocloak.StringP(attrRegistrationID + ":" + string(id))})
+	return k.findUser(ctx, url.Values{"q": {attrRegistrationID + ":" + string(id)}})
 }
 
 // userByLogin finds the user who signs in with this e-mail address or username.
 func (k *keycloak) userByLogin(ctx context.Context, login string) (keycloakUser, error) {
 	if strings.Contains(login, "@") {
-		u, err := k.findUser(ctx, gocloak.GetUsersParams{Email: &login, Exact: gocloak.BoolP(true)})
+		u, err := k.findUser(ctx, url.Values{"email": {login}, "exact": {"true"}})
 		if !errors.Is(err, errNotFound) {
 			return u, err
 		}
@@ -294,24 +262,19 @@ func (k *keycloak) userByLogin(ctx context.Context, login string) (keycloakUser,
 
 // userByUsername returns the user with a username, or errNotFound.
 func (k *keycloak) userByUsername(ctx context.Context, username string) (keycloakUser, error) {
-	return k.findUser(ctx, gocloak.GetUsersParams{Username: &username, Exact: gocloak.BoolP(true)})
+	return k.findUser(ctx, url.Values{"username": {username}, "exact": {"true"}})
 }
 
-func (k *keycloak) findUser(ctx context.Context, params gocloak.GetUsersParams) (keycloakUser, error) {
-	var user keycloakUser
-	params.BriefRepresentation = gocloak.BoolP(false)
-	err := k.asService(ctx, "find_user", func(ctx context.Context, token string) error {
-		users, err := k.admin.GetUsers(ctx, token, k.cfg.KeycloakRealm, params)
-		if err != nil {
-			return err
-		}
-		if len(users) == 0 {
-			return &gocloak.APIError{Code: http.StatusNotFound}
-		}
-		user.User = *users[0]
-		return nil
-	})
-	return user, err
+func (k *keycloak) findUser(ctx context.Context, query url.Values) (keycloakUser, error) {
+	var users []gocloak.User
+	_, err := k.api(ctx, "find_user", "GET", "users", query, nil, &users)
+	if err == nil && len(users) == 0 {
+		err = errNotFound
+	}
+	if err != nil {
+		return keycloakUser{}, err
+	}
+	return keycloakUser{users[0]}, nil
 }
 
 // setEnabled enables or disables a user and leaves everything else as it is: a
@@ -321,9 +284,7 @@ func (k *keycloak) setEnabled(ctx context.Context, id string, enabled bool) erro
 	if enabled {
 		operation = "enable_user"
 	}
-	return k.asService(ctx, operation, func(ctx context.Context, token string) error {
-		return k.admin.UpdateUser(ctx, token, k.cfg.KeycloakRealm, gocloak.User{ID: &id, Enabled: &enabled})
-	})
+	return k.update(ctx, operation, keycloakUser{gocloak.User{ID: &id, Enabled: &enabled}})
 }
 
 // prepareMail gives the user a new code, and what its registration says by now, and enables it
@@ -339,42 +300,27 @@ func (k *keycloak) prepareMail(ctx context.Context, ku keycloakUser, reg registr
 // role and scope of its registration, without the secrets of the mail, and with the password,
 // unless that is "". The password goes into this call and nowhere else.
 //
-// It returns errConflict when another user has the username, and rejected when the password
-// policy or the profile rules refuse something; nothing has changed then.
-func (k *keycloak) activate(ctx context.Context, ku keycloakUser, reg registration, password string) error {
+// It returns the account; errConflict when another user has the username, and rejected when the
+// password policy or the profile rules refuse something: nothing has changed then.
+func (k *keycloak) activate(ctx context.Context, ku keycloakUser, reg registration, password string) (
+	keycloakUser, error) {
+	ku, on := ku.withoutState(), true
 	ku.describe(reg)
 	for _, name := range []string{attrURL, attrToken, attrCode, attrKind} {
 		delete(*ku.Attributes, name)
 	}
-	ku.Username, ku.RequiredActions = &reg.Username, &[]string{}
-	ku.Enabled, ku.EmailVerified = gocloak.BoolP(true), gocloak.BoolP(true)
+	ku.Username, ku.RequiredActions, ku.Enabled, ku.EmailVerified = &reg.Username, &[]string{}, &on, &on
+	with := ku
 	if password != "" {
-		ku.Credentials = &[]gocloak.CredentialRepresentation{
-			{Type: gocloak.StringP("password"), Value: &password, Temporary: gocloak.BoolP(false)}}
+		kind, off := "password", false
+		with.Credentials = &[]gocloak.CredentialRepresentation{{Type: &kind, Value: &password, Temporary: &off}}
 	}
-	return k.update(ctx, "activate_user", ku)
+	return ku, k.update(ctx, "activate_user", with)
 }
 
-// logOut ends all sessions of a user in Keycloak, in one call.
-func (k *keycloak) logOut(ctx context.Context, id string) error {
-	err := k.asService(ctx, "end_sessions", func(ctx context.Context, token string) error {
-		return k.admin.LogoutAllSessions(ctx, token, k.cfg.KeycloakRealm, id)
-	})
-	if errors.Is(err, errNotFound) {
-		return nil
-	}
-	return err
-}
-
-// deleteUser deletes a user (E2, C2); one that is gone already is fine.
+// deleteUser deletes a user (E2); one that is gone already is fine.
 func (k *keycloak) deleteUser(ctx context.Context, id string) error {
-	err := k.asService(ctx, "delete_user", func(ctx context.Context, token string) error {
-		return k.admin.DeleteUser(ctx, token, k.cfg.KeycloakRealm, id)
-	})
-	if errors.Is(err, errNotFound) {
-		return nil
-	}
-	return err
+	return k.end(ctx, "delete_user", "DELETE", "users/"+id)
 }
 
 // What a mail asks a person to do on Keycloak's page.
@@ -387,7 +333,6 @@ var (
 // before it answers; errMailNotSent means that this failed.
 func (k *keycloak) sendMail(ctx context.Context, id, language string, lifespan time.Duration, actions []string) error {
 	return k.asService(ctx, "send_mail", func(ctx context.Context, token string) error {
-		// gocloak knows neither the lifespan of the one nor the language of both.
 		req := k.admin.GetRequestWithBearerAuth(ctx, token).
 			SetHeader("Accept-Language", language).
 			SetQueryParam("lifespan", strconv.Itoa(int(lifespan.Seconds())))
@@ -398,7 +343,7 @@ func (k *keycloak) sendMail(ctx context.Context, id, language string, lifespan t
 				SetQueryParam("client_id", k.cfg.AuthClientID).
 				SetQueryParam("redirect_uri", k.cfg.PublicURL+"/account/ready")
 		}
-		resp, err := req.Put(k.usersURL(id, path))
+		resp, err := req.Put(k.cfg.KeycloakURL + "/admin/realms/" + k.cfg.KeycloakRealm + "/users/" + id + "/" + path)
 		if err == nil && resp.StatusCode() == http.StatusInternalServerError {
 			return errMailNotSent
 		}

@@ -29,20 +29,19 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"math"
 	"net"
 	"net/http"
-	"net/http/pprof"
+	_ "net/http/pprof"
+	"net/netip"
 	"os"
 	"os/signal"
 	"runtime/debug"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 )
 
@@ -63,49 +62,39 @@ func main() {
 
 // run does what args say. It is what tests start.
 func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) error {
-	command := ""
-	if len(args) > 0 {
-		command = args[0]
-	}
-	if command == "version" {
+	operator := cmp.Or(getenv("SUDO_USER"), getenv("USER"), getenv("LOGNAME"), "unknown")
+	var do func(s *server) error
+	switch command := strings.Join(args, " "); {
+	case command == "version":
 		_, err := fmt.Fprintln(stdout, version())
 		return err
-	}
-	if command == "doctor" {
+	case len(args) > 0 && args[0] == "doctor":
 		return runDoctor(ctx, args[1:], getenv, stdout)
+	case len(args) == 0:
+		do = func(s *server) error { return s.serve(ctx) }
+	case command == "healthcheck":
+		do = (*server).healthcheck
+	case command == "migrate":
+		do = func(s *server) error { return s.migrate(ctx, true) }
+	case command == "jobs":
+		do = func(s *server) error { return s.workUntilIdle(ctx) }
+	case command == "sync", command == "sync -dry-run":
+		do = func(s *server) error { return s.syncCommand(ctx, command != "sync", operator, stdout) }
+	case len(args) == 2 && args[0] == "grant-admin":
+		do = func(s *server) error { return s.grantAdmin(ctx, args[1], operator, stdout) }
+	default:
+		return fmt.Errorf("unknown command %q; see the package comment in main.go", args)
 	}
 	cfg, err := loadConfig(getenv)
 	if err != nil {
 		return fmt.Errorf("the configuration is wrong:\n%w", err)
-	}
-	if command == "healthcheck" {
-		return healthcheck(ctx, cfg)
-	}
-	if command == "jobs" { // recurring tasks are due again after a while, whatever pause the instances make, or it would never end
-		cfg.JobInterval = max(cfg.JobInterval, 30*time.Second)
 	}
 	s, err := newServer(ctx, cfg, newLogger(stderr, cfg))
 	if err != nil {
 		return err
 	}
 	defer s.store.pool.Close()
-	operator := cmp.Or(getenv("SUDO_USER"), getenv("USER"), getenv("LOGNAME"), "unknown")
-	switch {
-	case command == "" && len(args) == 0:
-		return s.serve(ctx)
-	case command == "migrate" && len(args) == 1:
-		return s.migrate(ctx, true)
-	case command == "jobs" && len(args) == 1:
-		if err := s.migrate(ctx, false); err != nil {
-			return err
-		}
-		return s.workUntilIdle(ctx)
-	case command == "grant-admin" && len(args) == 2:
-		return s.grantAdmin(ctx, args[1], operator, stdout)
-	case command == "sync" && (len(args) == 1 || len(args) == 2 && args[1] == "-dry-run"):
-		return s.syncCommand(ctx, len(args) == 2, operator, stdout)
-	}
-	return fmt.Errorf("unknown command %q; see the package comment in main.go", args)
+	return do(s)
 }
 
 // server holds every dependency of the service.
@@ -119,12 +108,16 @@ type server struct {
 	metrics         *metrics
 	now             func() time.Time // a field, so that a test can move it
 	openAPIDocument []byte
-	health          healthCache
 	background      sync.WaitGroup                                 // work whose client has its answer already
 	handle          func(context.Context, task) (time.Time, error) // does the work of a task: handleTask
 	wake            chan struct{}                                  // a worker may find something due
-	dropWarned      atomic.Int64                                   // the minute in which the log last had that refusals are dropped
+	dropWarned      atomic.Int64                                   // the last minute in which the log had dropped refusals
 	stopping        atomic.Bool                                    // told by /readyz, so that the load balancer looks away
+	health          struct {                                       // the last answer
+		sync.Mutex
+		at   time.Time
+		last healthOut
+	}
 }
 
 // newServer connects to nothing yet: the service starts while Keycloak or
@@ -134,30 +127,17 @@ func newServer(ctx context.Context, cfg config, log *slog.Logger) (*server, erro
 	if err != nil {
 		return nil, err
 	}
-	m := newMetrics()
-	m.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
-		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "database_connections_in_use", Help: "Of the pool."},
-			func() float64 { return float64(st.pool.Stat().AcquiredConns()) }))
-	now := func() time.Time { return time.Now().Truncate(time.Microsecond) } // as exact as PostgreSQL keeps it
-	kc := newKeycloak(cfg, m)
 	origins := http.NewCrossOriginProtection()
 	for _, origin := range append([]string{origin(cfg.PublicURL)}, cfg.CORSOrigins...) {
 		if err := origins.AddTrustedOrigin(origin); err != nil {
 			return nil, fmt.Errorf("CORS_ALLOWED_ORIGINS: %w", err)
 		}
 	}
-	m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "task_oldest_due_seconds",
-		Help: "How long the oldest task that is due has waited; NaN: PostgreSQL does not say."}, func() float64 {
-		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
-		defer cancel()
-		age, err := st.oldestTask(ctx, now())
-		if err != nil {
-			return math.NaN()
-		}
-		return age.Seconds()
-	}))
-	s := &server{cfg: cfg, log: log, store: st, kc: kc, verifier: newVerifier(cfg, kc, now), origins: origins, metrics: m, now: now,
-		wake: make(chan struct{}, 1)}
+	now := func() time.Time { return time.Now().Truncate(time.Microsecond) } // as exact as PostgreSQL keeps it
+	m := newMetrics(st, now)
+	kc := newKeycloak(cfg, m)
+	s := &server{cfg: cfg, log: log, store: st, kc: kc, verifier: newVerifier(cfg, kc, now), origins: origins,
+		metrics: m, now: now, wake: make(chan struct{}, 1)}
 	s.handle = s.handleTask
 	return s, nil
 }
@@ -169,24 +149,22 @@ func (s *server) serve(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	public, err := net.Listen("tcp", net.JoinHostPort(s.cfg.Host, fmt.Sprint(s.cfg.Port)))
-	if err != nil {
+	public, err1 := net.Listen("tcp", net.JoinHostPort(s.cfg.Host, fmt.Sprint(s.cfg.Port)))
+	management, err2 := net.Listen("tcp", s.cfg.ManagementAddr)
+	if err := errors.Join(err1, err2); err != nil {
 		return err
 	}
-	management, err := net.Listen("tcp", s.cfg.ManagementAddr)
-	if err != nil {
-		return errors.Join(err, public.Close())
-	}
 	quiet := slog.NewLogLogger(s.log.Handler(), slog.LevelDebug) // TLS handshakes that fail and the like
-	api := &http.Server{Handler: handler, ErrorLog: quiet, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 15 * time.Second,
-		WriteTimeout: flowTime + 20*time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 32 << 10}
+	api := &http.Server{Handler: handler, ErrorLog: quiet,
+		ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 15 * time.Second, WriteTimeout: flowTime + 20*time.Second,
+		IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 32 << 10}
 	mgmt := &http.Server{Handler: s.managementHandler(), ErrorLog: quiet, ReadHeaderTimeout: 5 * time.Second}
 
 	loops, stopLoops := context.WithCancel(ctx)
 	var running sync.WaitGroup
 	running.Go(func() { s.verifier.keepKeys(loops) })
 	running.Go(func() {
-		every(loops, time.Second, s.log, "migrate", s.migrateOnce)
+		s.migrateOnce(loops)
 		running.Go(func() { every(loops, revocationPoll, s.log, "revocations", s.pollRevocations) })
 		if s.cfg.JobInterval > 0 {
 			for range workers {
@@ -203,7 +181,8 @@ func (s *server) serve(ctx context.Context) error {
 			failed <- api.Serve(public)
 		}
 	}()
-	s.log.Info("listening", "address", public.Addr().String(), "management", management.Addr().String(), "version", version())
+	s.log.Info("listening", "address", public.Addr().String(), "management", management.Addr().String(),
+		"version", version())
 
 	select {
 	case err = <-failed:
@@ -252,38 +231,32 @@ const keepEnded = 30 * 24 * time.Hour // ended registrations and sessions
 func (s *server) sweep(ctx context.Context) error {
 	now := s.now()
 	answered := now.Add(-s.cfg.RefreshGrace - time.Minute) // instances' clocks differ
-	return errors.Join(s.store.purgeLimits(ctx, now), s.store.purgeAnswers(ctx, answered), s.store.purgeRevocations(ctx),
-		s.store.purgeRegistrations(ctx, now.Add(-keepEnded)), s.store.purgeSessions(ctx, now.Add(-keepEnded)), s.store.makeMonths(ctx, now))
+	return errors.Join(s.store.purge(ctx, now, answered), s.store.makeMonths(ctx, now))
 }
 
-// workUntilIdle does what is due now.
+// workUntilIdle does what is due now. A recurring task must not be due again before the end,
+// however short a pause the instances make.
 func (s *server) workUntilIdle(ctx context.Context) error {
-	for {
-		if found, err := s.workOnce(ctx); !found || err != nil {
-			return err
-		}
+	s.cfg.JobInterval = max(s.cfg.JobInterval, 30*time.Second)
+	err := s.migrate(ctx, false)
+	for found := true; found && err == nil; {
+		found, err = s.workOnce(ctx)
 	}
+	return err
 }
 
-// errDone ends a loop.
-var errDone = errors.New("done")
-
-// every runs f now and then at each interval, until ctx ends.
+// every runs f now and then at each interval, until ctx ends. Of failures in a row it logs the first.
 func every(ctx context.Context, interval time.Duration, log *slog.Logger, name string, f func(context.Context) error) {
 	tick := time.NewTicker(interval)
 	defer tick.Stop()
-	for failed := false; ; {
+	for failed := false; ctx.Err() == nil; {
 		err := f(ctx)
-		switch {
-		case errors.Is(err, errDone):
-			return
-		case err != nil && !failed && ctx.Err() == nil:
+		if err != nil && !failed && ctx.Err() == nil {
 			log.Warn(name+": failed, will retry", "error", err)
 		}
 		failed = err != nil
 		select {
 		case <-ctx.Done():
-			return
 		case <-tick.C:
 		}
 	}
@@ -298,53 +271,57 @@ func (s *server) migrate(ctx context.Context, again bool) error {
 }
 
 // migrateOnce migrates as soon as PostgreSQL answers.
-func (s *server) migrateOnce(ctx context.Context) error {
-	if err := s.migrate(ctx, false); err != nil {
+func (s *server) migrateOnce(ctx context.Context) {
+	ctx, done := context.WithCancel(ctx)
+	defer done()
+	every(ctx, time.Second, s.log, "migrate", func(ctx context.Context) error {
+		err := s.migrate(ctx, false)
+		if err == nil {
+			s.log.Info("schema: current")
+			done()
+		}
 		return err
-	}
-	s.log.Info("schema: current")
-	return errDone
+	})
 }
 
+// managementHandler asks neither PostgreSQL nor Keycloak: their absence takes no instance out of
+// service. Profiles are for this machine only.
 func (s *server) managementHandler() http.Handler {
 	mux := http.NewServeMux()
-	text := func(w http.ResponseWriter, status int, body string) {
-		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
-		w.WriteHeader(status)
-		fmt.Fprintln(w, body)
+	say := func(w http.ResponseWriter, status int, text string) {
+		respond(w, status, "text/plain; charset=utf-8", []byte(text+"\n"))
 	}
-	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, r *http.Request) { text(w, 200, "ok") })
+	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, r *http.Request) { say(w, 200, "ok") })
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) {
-		switch h := s.checkHealth(r.Context()); {
+		switch {
 		case s.stopping.Load():
-			text(w, 503, "stopping")
-		case h.Status == "down":
-			text(w, 503, "the database is down")
+			say(w, 503, "stopping")
+		case s.verifier.keys.Load().byID == nil:
+			say(w, 503, "Keycloak's keys have not been read yet")
 		case s.verifier.revoked.lastRead().IsZero():
-			text(w, 503, "the revocations have not been read yet")
+			say(w, 503, "the revocations have not been read yet")
 		default:
-			text(w, 200, "ok")
+			say(w, 200, "ok")
 		}
 	})
 	mux.Handle("GET /metrics", promhttp.HandlerFor(s.metrics.registry, promhttp.HandlerOpts{}))
-	mux.HandleFunc("/debug/pprof/", pprof.Index)
-	mux.HandleFunc("/debug/pprof/cmdline", pprof.Cmdline)
-	mux.HandleFunc("/debug/pprof/profile", pprof.Profile)
-	mux.HandleFunc("/debug/pprof/symbol", pprof.Symbol)
-	mux.HandleFunc("/debug/pprof/trace", pprof.Trace)
+	mux.HandleFunc("/debug/pprof/", func(w http.ResponseWriter, r *http.Request) {
+		if peer, err := netip.ParseAddrPort(r.RemoteAddr); err != nil || !peer.Addr().Unmap().IsLoopback() {
+			http.NotFound(w, r)
+			return
+		}
+		http.DefaultServeMux.ServeHTTP(w, r) // where net/http/pprof is, and nothing else
+	})
 	return mux
 }
 
 // healthcheck asks the management listener of this machine, for Docker.
-func healthcheck(ctx context.Context, cfg config) error {
-	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
-	defer cancel()
-	_, port, _ := net.SplitHostPort(cfg.ManagementAddr) // loadConfig has tried that
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+net.JoinHostPort("127.0.0.1", port)+"/livez", nil)
-	if err != nil {
-		return err
+func (s *server) healthcheck() error {
+	host, port, _ := net.SplitHostPort(s.cfg.ManagementAddr) // loadConfig has tried that
+	if addr, err := netip.ParseAddr(host); host == "" || err == nil && addr.IsUnspecified() {
+		host = "localhost"
 	}
-	resp, err := http.DefaultClient.Do(req)
+	resp, err := (&http.Client{Timeout: 3 * time.Second}).Get("http://" + net.JoinHostPort(host, port) + "/livez")
 	if err != nil {
 		return err
 	}
@@ -358,17 +335,8 @@ func healthcheck(ctx context.Context, cfg config) error {
 // release is set by the build of the container: -ldflags "-X main.release=v1.2.3".
 var release string
 
-// version is what the build was told, else the commit that it recorded.
+// version is what the build was told, else what Go has made of the commit.
 func version() string {
-	if release != "" {
-		return release
-	}
-	if info, ok := debug.ReadBuildInfo(); ok {
-		for _, setting := range info.Settings {
-			if setting.Key == "vcs.revision" {
-				return setting.Value[:min(12, len(setting.Value))]
-			}
-		}
-	}
-	return "unknown"
+	info, _ := debug.ReadBuildInfo()
+	return cmp.Or(release, info.Main.Version, "unknown")
 }

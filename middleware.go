@@ -6,11 +6,13 @@ import (
 	"io"
 	"log/slog"
 	"maps"
-	"net"
+	"math"
 	"net/http"
 	"net/netip"
 	"regexp"
 	"runtime/debug"
+	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -18,6 +20,7 @@ import (
 
 	"github.com/jub0bs/cors"
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promauto"
 
 	gonanoid "github.com/matoous/go-nanoid/v2"
@@ -62,28 +65,40 @@ type metrics struct {
 	dropped  *prometheus.CounterVec
 }
 
-func newMetrics() *metrics {
+func newMetrics(st *store, now func() time.Time) *metrics {
 	reg := prometheus.NewRegistry()
+	reg.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	f := promauto.With(reg)
-	seconds := []float64{.002, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10}
+	seconds := func(name, help string, labels ...string) *prometheus.HistogramVec {
+		return f.NewHistogramVec(prometheus.HistogramOpts{Name: name, Help: help,
+			Buckets: []float64{.002, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10}}, labels)
+	}
+	counter := func(name, help string, labels ...string) *prometheus.CounterVec {
+		return f.NewCounterVec(prometheus.CounterOpts{Name: name, Help: help}, labels)
+	}
+	f.NewGaugeFunc(prometheus.GaugeOpts{Name: "database_connections_in_use", Help: "Of the pool."},
+		func() float64 { return float64(st.pool.Stat().AcquiredConns()) })
+	f.NewGaugeFunc(prometheus.GaugeOpts{Name: "task_oldest_due_seconds",
+		Help: "How long the oldest task that is due has waited; NaN: PostgreSQL does not say."}, func() float64 {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+		defer cancel()
+		age, err := st.oldestTask(ctx, now())
+		if err != nil {
+			return math.NaN()
+		}
+		return age.Seconds()
+	})
 	return &metrics{
 		registry: reg,
-		requests: f.NewHistogramVec(prometheus.HistogramOpts{Name: "http_request_duration_seconds", Buckets: seconds,
-			Help: "Time to answer, by route pattern, method and status class."}, []string{"route", "method", "status"}),
-		keycloak: f.NewHistogramVec(prometheus.HistogramOpts{Name: "keycloak_call_duration_seconds", Buckets: seconds,
-			Help: "Time of calls to Keycloak, by operation and outcome."}, []string{"operation", "outcome"}),
-		problems: f.NewCounterVec(prometheus.CounterOpts{Name: "problems_total",
-			Help: "Errors answered to clients, by problem type."}, []string{"type"}),
-		panics: f.NewCounter(prometheus.CounterOpts{Name: "panics_total", Help: "Handlers that panicked."}),
-		tasks: f.NewCounterVec(prometheus.CounterOpts{Name: "tasks_total",
-			Help: "Tasks of the queue that were done or have failed, by kind and outcome."}, []string{"kind", "outcome"}),
-		mails: f.NewCounterVec(prometheus.CounterOpts{Name: "verification_mails_total",
-			Help: "Verification mails handed to Keycloak, by outcome."}, []string{"outcome"}),
-		reuse: f.NewCounter(prometheus.CounterOpts{Name: "refresh_token_reuse_total", Help: "Sessions ended because an old refresh token was shown."}),
-		synced: f.NewCounterVec(prometheus.CounterOpts{Name: "sync_differences_total",
-			Help: "Differences between the two stores that full passes have found, by class and outcome."}, []string{"class", "outcome"}),
-		dropped: f.NewCounterVec(prometheus.CounterOpts{Name: "audit_refusals_dropped_total",
-			Help: "Refusals that are not in the audit log because there were too many of their kind, by action."}, []string{"action"}),
+		requests: seconds("http_request_duration_seconds", "Time to answer a request.", "route", "method", "status"),
+		keycloak: seconds("keycloak_call_duration_seconds", "Time of calls to Keycloak.", "operation", "outcome"),
+		problems: counter("problems_total", "Errors answered to clients, by problem type.", "type"),
+		panics:   counter("panics_total", "Handlers that panicked.").WithLabelValues(),
+		tasks:    counter("tasks_total", "Tasks of the queue that were done or have failed.", "kind", "outcome"),
+		mails:    counter("verification_mails_total", "Verification mails handed to Keycloak.", "outcome"),
+		reuse:    counter("refresh_token_reuse_total", "Sessions ended because of an old token.").WithLabelValues(),
+		synced:   counter("sync_differences_total", "Differences that full passes found.", "class", "outcome"),
+		dropped:  counter("audit_refusals_dropped_total", "Refusals that were too many to be audited.", "action"),
 	}
 }
 
@@ -132,32 +147,23 @@ func newLogger(w io.Writer, cfg config) *slog.Logger {
 	return slog.New(logHandler{slog.NewJSONHandler(w, options)})
 }
 
-// statusWriter remembers what was answered.
+// statusWriter remembers the status that was answered.
 type statusWriter struct {
 	http.ResponseWriter
 	status int
-	bytes  int
 }
 
 func (w *statusWriter) WriteHeader(status int) {
-	if w.status == 0 {
-		w.status = status
-	}
+	w.status = cmp.Or(w.status, status)
 	w.ResponseWriter.WriteHeader(status)
 }
 
 func (w *statusWriter) Write(b []byte) (int, error) {
-	if w.status == 0 {
-		w.status = http.StatusOK
-	}
-	n, err := w.ResponseWriter.Write(b)
-	w.bytes += n
-	return n, err
+	w.status = cmp.Or(w.status, http.StatusOK)
+	return w.ResponseWriter.Write(b)
 }
 
 func (w *statusWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
-
-var statusClasses = [...]string{"0xx", "1xx", "2xx", "3xx", "4xx", "5xx"}
 
 // withLog logs and measures every request by its route pattern: the URL may hold
 // a token. A panic becomes a 500 like any other unexpected error.
@@ -182,7 +188,7 @@ func (s *server) withLog(next http.Handler) http.Handler {
 			}
 			sw.status = cmp.Or(sw.status, http.StatusOK) // nothing written: net/http does
 			took := time.Since(start)
-			s.metrics.requests.WithLabelValues(route, method, statusClasses[sw.status/100]).Observe(took.Seconds())
+			s.metrics.requests.WithLabelValues(route, method, strconv.Itoa(sw.status/100)+"xx").Observe(took.Seconds())
 			level := slog.LevelInfo
 			if strings.Contains(route, validatePath) || strings.HasPrefix(route, envoyPath) {
 				level = slog.LevelDebug // one for each request of an application: that one's log has it
@@ -191,7 +197,7 @@ func (s *server) withLog(next http.Handler) http.Handler {
 				return
 			}
 			s.log.Log(r.Context(), level, "request", "route", route, "method", method, "status", sw.status,
-				"bytes", sw.bytes, "ms", took.Milliseconds(), "client", s.clientAddress(r).String())
+				"ms", took.Milliseconds(), "client", s.clientAddress(r).String())
 		}()
 		next.ServeHTTP(sw, r)
 	})
@@ -235,60 +241,48 @@ func newCORS(origins []string) (*cors.Middleware, error) {
 // clientAddress is the rightmost address that no trusted proxy has added. What
 // stands further left in X-Forwarded-For is whatever the client liked to send.
 func (s *server) clientAddress(r *http.Request) netip.Addr {
-	host, _, err := net.SplitHostPort(r.RemoteAddr)
-	if err != nil {
-		host = r.RemoteAddr
-	}
-	addr, _ := netip.ParseAddr(host)
-	addr = addr.Unmap().WithZone("")
+	addr, _ := hopAddress(r.RemoteAddr)
 	hops := strings.Split(strings.Join(r.Header.Values("X-Forwarded-For"), ","), ",")
-	for i := len(hops) - 1; i >= 0 && s.trusts(addr); i-- {
-		hop := strings.TrimSpace(hops[i])
-		next, err := netip.ParseAddr(hop)
-		if ap, e := netip.ParseAddrPort(hop); e == nil {
-			next, err = ap.Addr(), nil
+	for _, hop := range slices.Backward(hops) {
+		next, err := hopAddress(hop)
+		if err != nil || !s.trusts(addr) {
+			break // of a trusted proxy that wrote something else ("unknown") its own address is what we know
 		}
-		if err != nil {
-			break // a trusted proxy wrote something else ("unknown"): its own address is what we know
-		}
-		addr = next.Unmap().WithZone("")
+		addr = next
 	}
 	return addr
 }
 
-func (s *server) trusts(addr netip.Addr) bool {
-	for _, p := range s.cfg.TrustedProxies {
-		if p.Contains(addr) {
-			return true
-		}
+// hopAddress reads an address with or without a port.
+func hopAddress(hop string) (netip.Addr, error) {
+	hop = strings.TrimSpace(hop)
+	addr, err := netip.ParseAddr(hop)
+	if ap, e := netip.ParseAddrPort(hop); e == nil {
+		addr, err = ap.Addr(), nil
 	}
-	return false
+	return addr.Unmap().WithZone(""), err
+}
+
+func (s *server) trusts(addr netip.Addr) bool {
+	return slices.ContainsFunc(s.cfg.TrustedProxies, func(p netip.Prefix) bool { return p.Contains(addr) })
 }
 
 // network is what limits count an address as: an IPv6 client has a whole /64.
 func network(addr netip.Addr) string {
 	if addr.Is6() {
-		if p, err := addr.Prefix(64); err == nil {
-			return p.String()
-		}
+		return netip.PrefixFrom(addr, 64).Masked().String()
 	}
 	return addr.String()
 }
 
 // caller is who sent the request.
 func (s *server) caller(r *http.Request) caller {
-	agent := strings.ToValidUTF8(r.UserAgent(), "")
-	if len(agent) > 300 {
-		agent = strings.ToValidUTF8(agent[:300], "")
-	}
-	p, known := r.Context().Value(principalKey{}).(principal)
-	actor := anonymous
-	if known {
-		actor = string(p.UserID)
-	}
+	agent := r.UserAgent()
+	agent = strings.ToValidUTF8(agent[:min(len(agent), 300)], "")
+	p, _ := r.Context().Value(principalKey{}).(principal)
 	return caller{
 		principal: p,
-		Actor:     actor,
+		Actor:     cmp.Or(string(p.UserID), anonymous),
 		Address:   s.clientAddress(r).String(),
 		UserAgent: strings.ReplaceAll(agent, "\x00", ""), // PostgreSQL has no NUL in text
 		RequestID: requestID(r.Context()),

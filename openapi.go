@@ -29,11 +29,12 @@ func document(routes []route) ([]byte, error) {
 		WithDescription("People register, confirm their e-mail address and sign in; gateways ask whether a token may pass; " +
 			"administrators manage users. Errors are application/problem+json (RFC 9457).")
 	reflector.Spec.SetHTTPBearerTokenSecurity("bearerAuth", "JWT", "An access token of the realm.")
-	reflector.DefaultOptions = append(reflector.DefaultOptions, jsonschema.InterceptProp(required), jsonschema.InterceptSchema(strict),
+	reflector.DefaultOptions = append(reflector.DefaultOptions,
+		jsonschema.InterceptProp(required), jsonschema.InterceptSchema(strict),
 		jsonschema.InterceptDefName(func(t reflect.Type, _ string) string {
 			name := t.Name()
 			if list, of, generic := strings.Cut(strings.TrimSuffix(name, "]"), "["); generic {
-				name = of[strings.LastIndex(of, ".")+1:] + list // listOut[auth-service.sessionOut]
+				name = of[strings.LastIndex(of, ".")+1:] + list // listOut[auth-service.session]
 			}
 			return strings.ToUpper(name[:1]) + name[1:]
 		}))
@@ -59,7 +60,7 @@ func required(p jsonschema.InterceptPropParams) error {
 	return nil
 }
 
-// strict says of inputs what decodeJSON does: an unknown member is an error.
+// strict says of inputs what readJSON does: an unknown member is an error.
 func strict(p jsonschema.InterceptSchemaParams) (bool, error) {
 	if p.Processed && strings.HasSuffix(p.Value.Type().Name(), "In") {
 		p.Schema.WithAdditionalProperties(*(&jsonschema.SchemaOrBool{}).WithTypeBoolean(false))
@@ -76,14 +77,12 @@ func (rt route) describe(oc openapi.OperationContext) error {
 	if rt.Aliases != "" {
 		oc.SetDescription("Also at " + strings.Join(strings.Fields(rt.Aliases), " and ") + ".")
 	}
-	if rt.in != nil {
-		oc.AddReqStructure(rt.in, openapi.WithCustomize(func(cor openapi.ContentOrReference) {
-			if body, ok := cor.(*openapi31.RequestBodyOrReference); ok && body.RequestBody != nil {
-				_, optional := rt.in.(refreshIn) // the cookie instead
-				body.RequestBody.WithRequired(!optional)
-			}
-		}))
-	}
+	oc.AddReqStructure(rt.in, openapi.WithCustomize(func(cor openapi.ContentOrReference) {
+		if body, ok := cor.(*openapi31.RequestBodyOrReference); ok && body.RequestBody != nil {
+			_, optional := rt.in.(refreshIn) // the cookie instead
+			body.RequestBody.WithRequired(!optional)
+		}
+	}))
 	if _, empty := rt.out.(noContent); empty {
 		rt.out = nil
 	}
@@ -93,6 +92,9 @@ func (rt route) describe(oc openapi.OperationContext) error {
 		return nil
 	}
 	problems := append([]problem{problemInvalidRequest, problemInternal}, rt.problems...)
+	if problems = append(problems, problemUnavailable); rt.Budget != unlimited {
+		problems = append(problems, problemTooManyRequests)
+	}
 	if rt.Access == signedIn || rt.Name == "validate" {
 		oc.AddSecurity("bearerAuth")
 		problems = append(problems, problemUnauthorized)
@@ -102,13 +104,11 @@ func (rt route) describe(oc openapi.OperationContext) error {
 	}
 	byStatus := map[int][]string{}
 	for _, p := range problems {
-		if slices.Contains(byStatus[p.Status], p.slug()) {
-			continue
-		}
 		byStatus[p.Status] = append(byStatus[p.Status], p.slug())
 	}
 	for status, slugs := range byStatus {
-		oc.AddRespStructure(problem{}, openapi.WithHTTPStatus(status), openapi.WithContentType("application/problem+json"),
+		oc.AddRespStructure(problem{}, openapi.WithHTTPStatus(status),
+			openapi.WithContentType("application/problem+json"),
 			func(cu *openapi.ContentUnit) { cu.Description = strings.Join(slugs, ", ") })
 	}
 	return nil
@@ -126,7 +126,8 @@ func (s *server) openAPI(w http.ResponseWriter, r *http.Request) {
 // swaggerUI serves Swagger UI under a policy that allows its two inline elements
 // by their hashes and nothing else inline.
 func swaggerUI() http.HandlerFunc {
-	ui := v5emb.NewHandlerWithConfig(swgui.Config{Title: "API", SwaggerJSON: "/api-docs/openapi.json", BasePath: "/swagger-ui/"})
+	ui := v5emb.NewHandlerWithConfig(swgui.Config{
+		Title: "API", SwaggerJSON: "/api-docs/openapi.json", BasePath: "/swagger-ui/"})
 	index := recorder{header: http.Header{}}
 	request, err := http.NewRequestWithContext(context.Background(), "GET", "/swagger-ui/", nil)
 	if err != nil {

@@ -7,55 +7,66 @@ import (
 	"strings"
 
 	"auth-service/templates"
+
+	"github.com/a-h/templ"
 )
 
 // The pages for people. A GET changes nothing, so that mail scanners may open links as
 // often as they like; the button on the page is a POST, and confirms only with a password.
 
-func (s *server) homePage(context.Context, caller, *http.Request) (view, error) {
-	return view{Status: 200, Page: templates.Home()}, nil
-}
-
-func (s *server) registerPage(context.Context, caller, *http.Request) (view, error) {
-	return view{Status: 200, Page: templates.Register(templates.RegisterForm{})}, nil
+// show is a page that is always the same.
+func show(p templ.Component) operation {
+	return page(func(context.Context, caller, *http.Request) (view, error) { return view{Status: 200, Page: p}, nil })
 }
 
 func (s *server) registerForm(ctx context.Context, c caller, r *http.Request) (view, error) {
-	p := personIn(r)
-	out, err := submit(ctx, c, r, s.register, registerIn{profile: profile{Email: p.Email, Username: p.Username,
-		FirstName: p.FirstName, LastName: p.LastName, Phone: p.Phone}})
+	out, err := submit(ctx, c, r, s.register)
 	if err == nil {
 		return view{Status: 201, Page: templates.Registered(out.Email, out.VerificationEmail == mailQueued)}, nil
 	}
 	status, wrong, err := s.mistakes(ctx, c, "register", err)
-	return view{Status: status, Page: templates.Register(templates.RegisterForm{Person: p, Mistakes: wrong})}, err
+	form := templates.RegisterForm{Person: personIn(r), Mistakes: wrong}
+	return view{Status: status, Page: templates.Register(form)}, err
 }
 
 // personIn reads what a form says of a person.
 func personIn(r *http.Request) templates.Person {
-	return templates.Person{Email: trimmed(r, "email"), Username: trimmed(r, "username"),
-		FirstName: trimmed(r, "first_name"), LastName: trimmed(r, "last_name"), Phone: unspaced(r, "phone")}
+	return templates.Person{Email: typed(r, "email"), Username: typed(r, "username"),
+		FirstName: typed(r, "first_name"), LastName: typed(r, "last_name"), Phone: typed(r, "phone")}
 }
 
-// trimmed is a field as its person meant it; unspaced is for numbers, which people
-// type and paste in groups.
-func trimmed(r *http.Request, name string) string { return strings.TrimSpace(r.PostFormValue(name)) }
-func unspaced(r *http.Request, name string) string {
-	return strings.Join(strings.Fields(r.PostFormValue(name)), "")
+// typed is a field as its person meant it: without blanks around it, and numbers, which people
+// type and paste in groups, without any.
+func typed(r *http.Request, name string) string {
+	switch text := r.PostFormValue(name); name {
+	case "password":
+		return text
+	case "phone", "code":
+		return strings.Join(strings.Fields(text), "")
+	default:
+		return strings.TrimSpace(text)
+	}
 }
 
-// submit checks the input of a form, as decode does that of JSON, and calls its operation.
-// required are fields that the page wants, though the operation can do without them.
+// submit reads a form into the input of an operation, checks it as decode does, and calls the
+// operation. required are fields that the page wants, though the operation can do without them.
 func submit[I, O any](ctx context.Context, c caller, r *http.Request, f func(context.Context, caller, I) (O, error),
-	in I, required ...string) (out O, err error) {
-	var wrong []fieldError
-	for _, name := range required {
-		if trimmed(r, name) == "" {
-			wrong = append(wrong, fieldError{name, "is required"})
+	required ...string) (out O, err error) {
+	var in I
+	form := inputOf(&in)
+	for name, field := range form.fields {
+		if text := typed(r, name); text != "" {
+			field.given = true
+			field.setText(text)
 		}
 	}
-	if wrong = append(wrong, checkFields(&in, wrong)...); len(wrong) > 0 {
-		return out, invalid(wrong...)
+	for _, name := range required {
+		if strings.TrimSpace(r.PostFormValue(name)) == "" {
+			form.fields[name].wrong = "is required"
+		}
+	}
+	if err := form.check(); err != nil {
+		return out, err
 	}
 	return f(ctx, c, in)
 }
@@ -108,17 +119,15 @@ func verifiedPage(email string, already bool) view {
 // pendingByToken returns the registration that a link opens, pending or verified,
 // and the problem of any other one.
 func (s *server) pendingByToken(ctx context.Context, token string) (registration, error) {
-	reg, err := s.store.registrationByToken(ctx, tokenHash(token))
-	switch {
-	case errors.Is(err, errNotFound):
-		err = problemInvalidToken
-	case err != nil, reg.State == verified, reg.State == pending && s.now().Before(reg.ExpiresAt):
-	case reg.State == cancelled:
-		err = problemVerificationCancelled
-	case reg.Source == sourceInternal:
-		err = problemVerificationExpired.withDetail("The time to accept this invitation is over. Please ask for a new one.")
-	default:
-		err = problemVerificationExpired
+	reg, err := s.store.registrationByToken(ctx, digest(token))
+	if errors.Is(err, errNotFound) {
+		return reg, problemInvalidToken
+	}
+	if reg.State == pending && !s.now().Before(reg.ExpiresAt) { // a GET changes nothing; the task will
+		reg.State = expired
+	}
+	if err == nil && reg.State != verified {
+		err = reg.over()
 	}
 	return reg, err
 }
@@ -127,14 +136,12 @@ func (s *server) pendingByToken(ctx context.Context, token string) (registration
 // button has none, and confirms nothing.
 func (s *server) verifyForm(ctx context.Context, c caller, r *http.Request) (view, error) {
 	form := templates.VerifyForm{Token: r.PostFormValue("token"), Person: personIn(r)}
-	in := verifyIn{Token: form.Token, Password: r.PostFormValue("password"), Username: form.Username,
-		FirstName: form.FirstName, LastName: form.LastName, Phone: form.Phone}
-	required := []string{"password"}
-	if form.Token == "" { // else the form has the address only for password managers
-		in.Email, in.Code = form.Email, unspaced(r, "code")
-		required = append(required, "email", "code")
+	required := []string{"password", "email", "code"}
+	if form.Token != "" { // then the form has the address only for password managers
+		r.PostForm.Del("email")
+		required = required[:1]
 	}
-	out, err := submit(ctx, c, r, s.verify, in, required...)
+	out, err := submit(ctx, c, r, s.verify, required...)
 	if err == nil {
 		return verifiedPage(out.Email, out.AlreadyVerified), nil
 	}
@@ -154,8 +161,8 @@ func (s *server) resendPage(_ context.Context, _ caller, r *http.Request) (view,
 }
 
 func (s *server) resendForm(ctx context.Context, c caller, r *http.Request) (view, error) {
-	email := trimmed(r, "email")
-	_, err := submit(ctx, c, r, s.resend, resendIn{Email: email}, "email")
+	email := typed(r, "email")
+	_, err := submit(ctx, c, r, s.resend, "email")
 	if err == nil {
 		return view{Status: 200, Page: templates.Message(templates.Resent(email))}, nil
 	}
@@ -173,18 +180,8 @@ func (s *server) cancelPage(ctx context.Context, _ caller, r *http.Request) (vie
 }
 
 func (s *server) cancelForm(ctx context.Context, c caller, r *http.Request) (view, error) {
-	_, err := submit(ctx, c, r, s.cancel, cancelIn{Token: r.PostFormValue("token")})
+	_, err := submit(ctx, c, r, s.cancel)
 	return view{Status: 200, Page: templates.Message(templates.Cancelled())}, err
-}
-
-// readyPage is where Keycloak sends people who have chosen their password.
-func (s *server) readyPage(context.Context, caller, *http.Request) (view, error) {
-	return view{Status: 200, Page: templates.Message(templates.PasswordSet())}, nil
-}
-
-// signedInPage is where people come who began to sign in here.
-func (s *server) signedInPage(context.Context, caller, *http.Request) (view, error) {
-	return view{Status: 200, Page: templates.Message(templates.SignedIn())}, nil
 }
 
 // problemPage explains a problem type, so that the type of every error resolves.

@@ -477,7 +477,7 @@ func (w *env) doRegistrations() (email string) {
 	id = w.register(late).text("registration_id")
 	w.wants(w.get("/api/v1/registrations/"+id), 200, "")
 	w.expire(late)
-	w.during("enable_user", lost, func() { w.register(newEmail()) }) // its mail is queued
+	w.during("prepare_mail", lost, func() { w.register(newEmail()) }) // its mail is queued
 	w.wants(w.do(registering(email)), 409, "user-exists")
 	return email
 }

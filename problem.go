@@ -34,60 +34,80 @@ type fieldError struct {
 	Detail string `json:"detail" required:"true" example:"is required"`
 }
 
+// problems are the types by slug, for /problems/{slug}. Of two with one slug it has the first.
+var problems = map[string]problem{}
+
 func newProblem(status int, slug, title, detail string) problem {
-	return problem{Type: "/problems/" + slug, Title: title, Status: status, Detail: detail}
+	p := problem{Type: "/problems/" + slug, Title: title, Status: status, Detail: detail}
+	if _, has := problems[slug]; !has {
+		problems[slug] = p
+	}
+	return p
 }
 
 // Every problem type of the service. Those that a route may answer are listed with it.
 var (
-	problemInvalidRequest        = newProblem(400, "invalid-request", "Invalid request", "Some fields are wrong.")
-	problemInvalidToken          = newProblem(400, "invalid-token", "Invalid link or token", "This link is not valid. It may be incomplete or belong to a newer mail.")
-	problemSignInIncomplete      = newProblem(400, "sign-in-incomplete", "Sign-in not completed", "The sign-in did not come to an end. Please try again.")
-	problemInvalidCode           = newProblem(400, "invalid-code", "Wrong code", "The e-mail address or the code is wrong.")
-	problemUnauthorized          = newProblem(401, "unauthorized", "Not signed in", "A valid access token is needed.")
-	problemInvalidAccessToken    = problemUnauthorized.withDetail("The access token is not valid or has expired.").withChallenge("invalid_token")
-	problemInvalidRefreshToken   = newProblem(401, "invalid-token", "Invalid link or token", "The refresh token is not valid, or its session has ended. Please sign in again.")
-	problemTokenReused           = newProblem(401, "token-reused", "Token reused", "This refresh token was used before. To be safe, the session was ended. Please sign in again.")
-	problemInvalidCredentials    = newProblem(401, "invalid-credentials", "Sign-in failed", "The username, the e-mail address or the password is wrong.")
-	problemForbidden             = newProblem(403, "forbidden", "Not allowed", "You are not allowed to do this.")
-	problemAccountNotVerified    = newProblem(403, "account-not-verified", "Account not verified", "The e-mail address of this account is not confirmed yet. Look into your mailbox.")
-	problemAccountDisabled       = newProblem(403, "account-disabled", "Account disabled", "This account is disabled.")
-	problemAccountSetupRequired  = newProblem(403, "account-setup-required", "Account setup required", "This account is not set up completely.")
-	problemAccountUnfit          = problemAccountSetupRequired.withDetail("This account does not fit in here: another one may have its e-mail address or username. Please ask an administrator.")
-	problemNotFound              = newProblem(404, "not-found", "Not found", "There is nothing at this address.")
-	problemRegistrationNotFound  = newProblem(404, "registration-not-found", "No registration", "There is no open registration for this.")
-	problemUserNotFound          = newProblem(404, "user-not-found", "No such user", "There is no such user, or none that you may see.")
-	problemMethodNotAllowed      = newProblem(405, "method-not-allowed", "Method not allowed", "This address does not know that method; Allow lists those it knows.")
-	problemUserExists            = newProblem(409, "user-exists", "Account exists", "An account with this e-mail address or username exists already.")
-	problemLastAdmin             = newProblem(409, "last-admin", "Last administrator", "This is the last active administrator. Make somebody else one first.")
-	problemUserGone              = newProblem(409, "user-gone", "User gone", "Keycloak does not have this user any more. Please invite the person anew.")
-	problemSyncRunning           = newProblem(409, "sync-running", "Sync is running", "A sync is running already.")
-	problemAlreadyVerified       = newProblem(409, "already-verified", "Already confirmed", "This address is confirmed already. You can sign in.")
-	problemVerificationExpired   = newProblem(410, "verification-expired", "Verification expired", "The time to confirm this registration is over. Please register again.")
-	problemVerificationCancelled = newProblem(410, "verification-cancelled", "Registration cancelled", "This registration was cancelled.")
-	problemPayloadTooLarge       = newProblem(413, "payload-too-large", "Too large", "The request body is larger than 16 KiB.")
-	problemUnsupportedMediaType  = newProblem(415, "unsupported-media-type", "Unsupported media type", "The request body must be application/json.")
-	problemTooManyAttempts       = newProblem(429, "too-many-attempts", "Too many attempts", "The code was entered wrongly too often. The link in the mail still works, or ask for a new mail.")
-	problemResendTooSoon         = newProblem(429, "resend-too-soon", "Too soon", "A mail was sent a moment ago. Please wait before asking for another.")
-	problemResendLimit           = newProblem(429, "resend-limit", "Too many mails", "No more mails can be sent for this registration or address today.")
-	problemTooManyRequests       = newProblem(429, "too-many-requests", "Too many requests", "Please wait a moment and try again.")
-	problemInternal              = newProblem(500, "internal", "Something went wrong", "This is our fault. Please try again; if it stays, tell us the request id.")
-	problemUnavailable           = newProblem(503, "unavailable", "Temporarily unavailable", "The service can't do this right now. Nothing is lost; please try again in a moment.")
+	problemInvalidRequest = newProblem(400, "invalid-request", "Invalid request", "Some fields are wrong.")
+	problemInvalidToken   = newProblem(400, "invalid-token", "Invalid link or token",
+		"This link is not valid. It may be incomplete or belong to a newer mail.")
+	problemSignInIncomplete = newProblem(400, "sign-in-incomplete", "Sign-in not completed",
+		"The sign-in did not come to an end. Please try again.")
+	problemInvalidCode        = newProblem(400, "invalid-code", "Wrong code", "The e-mail address or the code is wrong.")
+	problemUnauthorized       = newProblem(401, "unauthorized", "Not signed in", "A valid access token is needed.")
+	problemInvalidAccessToken = problemUnauthorized.withDetail(
+		"The access token is not valid or has expired.").withChallenge("invalid_token")
+	problemInvalidRefreshToken = newProblem(401, "invalid-token", "Invalid link or token",
+		"The refresh token is not valid, or its session has ended. Please sign in again.")
+	problemTokenReused = newProblem(401, "token-reused", "Token reused",
+		"This refresh token was used before. To be safe, the session was ended. Please sign in again.")
+	problemInvalidCredentials = newProblem(401, "invalid-credentials", "Sign-in failed",
+		"The username, the e-mail address or the password is wrong.")
+	problemForbidden          = newProblem(403, "forbidden", "Not allowed", "You are not allowed to do this.")
+	problemAccountNotVerified = newProblem(403, "account-not-verified", "Account not verified",
+		"The e-mail address of this account is not confirmed yet. Look into your mailbox.")
+	problemAccountDisabled      = newProblem(403, "account-disabled", "Account disabled", "This account is disabled.")
+	problemAccountSetupRequired = newProblem(403, "account-setup-required", "Account setup required",
+		"This account is not set up completely.")
+	problemAccountUnfit = problemAccountSetupRequired.withDetail(
+		"This account does not fit in here: another one may have its e-mail address or username. " +
+			"Please ask an administrator.")
+	problemNotFound             = newProblem(404, "not-found", "Not found", "There is nothing at this address.")
+	problemRegistrationNotFound = newProblem(404, "registration-not-found", "No registration",
+		"There is no open registration for this.")
+	problemUserNotFound = newProblem(404, "user-not-found", "No such user",
+		"There is no such user, or none that you may see.")
+	problemMethodNotAllowed = newProblem(405, "method-not-allowed", "Method not allowed",
+		"This address does not know that method; Allow lists those it knows.")
+	problemUserExists = newProblem(409, "user-exists", "Account exists",
+		"An account with this e-mail address or username exists already.")
+	problemLastAdmin = newProblem(409, "last-admin", "Last administrator",
+		"This is the last active administrator. Make somebody else one first.")
+	problemUserGone = newProblem(409, "user-gone", "User gone",
+		"Keycloak does not have this user any more. Please invite the person anew.")
+	problemSyncRunning     = newProblem(409, "sync-running", "Sync is running", "A sync is running already.")
+	problemAlreadyVerified = newProblem(409, "already-verified", "Already confirmed",
+		"This address is confirmed already. You can sign in.")
+	problemVerificationExpired = newProblem(410, "verification-expired", "Verification expired",
+		"The time to confirm this registration is over. Please register again.")
+	problemVerificationCancelled = newProblem(410, "verification-cancelled", "Registration cancelled",
+		"This registration was cancelled.")
+	problemPayloadTooLarge = newProblem(413, "payload-too-large", "Too large",
+		"The request body is larger than 16 KiB.")
+	problemUnsupportedMediaType = newProblem(415, "unsupported-media-type", "Unsupported media type",
+		"The request body must be application/json.")
+	problemTooManyAttempts = newProblem(429, "too-many-attempts", "Too many attempts",
+		"The code was entered wrongly too often. The link in the mail still works, or ask for a new mail.")
+	problemResendTooSoon = newProblem(429, "resend-too-soon", "Too soon",
+		"A mail was sent a moment ago. Please wait before asking for another.")
+	problemResendLimit = newProblem(429, "resend-limit", "Too many mails",
+		"No more mails can be sent for this registration or address today.")
+	problemTooManyRequests = newProblem(429, "too-many-requests", "Too many requests",
+		"Please wait a moment and try again.")
+	problemInternal = newProblem(500, "internal", "Something went wrong",
+		"This is our fault. Please try again; if it stays, tell us the request id.")
+	problemUnavailable = newProblem(503, "unavailable", "Temporarily unavailable",
+		"The service can't do this right now. Nothing is lost; please try again in a moment.")
 )
-
-// problems are the types by slug, for /problems/{slug}.
-var problems = func() map[string]problem {
-	bySlug := map[string]problem{}
-	for _, p := range []problem{problemInvalidRequest, problemInvalidToken, problemInvalidCode, problemUnauthorized, problemTokenReused, problemSignInIncomplete,
-		problemInvalidCredentials, problemForbidden, problemAccountNotVerified, problemAccountDisabled,
-		problemAccountSetupRequired, problemNotFound, problemRegistrationNotFound, problemUserNotFound, problemLastAdmin, problemUserGone, problemSyncRunning, problemMethodNotAllowed,
-		problemUserExists, problemAlreadyVerified, problemVerificationExpired, problemVerificationCancelled,
-		problemPayloadTooLarge, problemUnsupportedMediaType, problemTooManyAttempts, problemResendTooSoon,
-		problemResendLimit, problemTooManyRequests, problemInternal, problemUnavailable} {
-		bySlug[p.slug()] = p
-	}
-	return bySlug
-}()
 
 func (p problem) Error() string {
 	if p.err != nil {
@@ -106,20 +126,13 @@ func (p problem) Is(target error) bool {
 
 func (p problem) slug() string { return strings.TrimPrefix(p.Type, "/problems/") }
 
-// retryAfter tells the client how long to wait.
-func (p problem) retryAfter(d time.Duration) problem { p.Wait = max(d, time.Second); return p }
-
-// because keeps the cause for the log.
-func (p problem) withCause(err error) problem { p.err = err; return p }
-
-// withTarget names whom the refusal concerns, for the audit log.
-func (p problem) withTarget(target string) problem { p.target = target; return p }
-
-// challenging names the error in the challenge of RFC 6750 §3.1.
+// What may be said of the case: its cause, for the log; the id of whom it concerns, for the audit
+// log; the error in the challenge (RFC 6750 §3.1); another detail; how long to wait.
+func (p problem) withCause(err error) problem             { p.err = err; return p }
+func (p problem) withTarget(target string) problem        { p.target = target; return p }
 func (p problem) withChallenge(oauthError string) problem { p.challenge = oauthError; return p }
-
-// saying replaces the detail by one that fits the case.
-func (p problem) withDetail(detail string) problem { p.Detail = detail; return p }
+func (p problem) withDetail(detail string) problem        { p.Detail = detail; return p }
+func (p problem) retryAfter(d time.Duration) problem      { p.Wait = max(d, time.Second); return p }
 
 // invalid is invalid-request with the wrong fields.
 func invalid(fields ...fieldError) problem {
@@ -166,7 +179,8 @@ func setProblemHeaders(h http.Header, p problem) {
 	}
 	switch {
 	case p.challenge != "":
-		h.Set("WWW-Authenticate", fmt.Sprintf(`Bearer realm="auth-service", error=%q, error_description=%q`, p.challenge, p.Detail))
+		h.Set("WWW-Authenticate",
+			fmt.Sprintf(`Bearer realm="auth-service", error=%q, error_description=%q`, p.challenge, p.Detail))
 	case p.Status == http.StatusUnauthorized: // without an error, since nothing was presented
 		h.Set("WWW-Authenticate", `Bearer realm="auth-service"`)
 	}
@@ -176,11 +190,6 @@ func setProblemHeaders(h http.Header, p problem) {
 func (s *server) writeProblem(w http.ResponseWriter, r *http.Request, err error) {
 	p := s.report(r, err)
 	setProblemHeaders(w.Header(), p)
-	body, err := json.Marshal(p)
-	if err != nil {
-		panic(fmt.Sprintf("a problem can't be encoded: %v", err)) // it has only strings and a number
-	}
-	w.Header().Set("Content-Type", "application/problem+json")
-	w.WriteHeader(p.Status)
-	w.Write(body)
+	body, _ := json.Marshal(p) // strings and a number
+	respond(w, p.Status, "application/problem+json", body)
 }

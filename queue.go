@@ -61,7 +61,8 @@ func (st *store) enqueue(ctx context.Context, due time.Time, ids ...string) erro
 
 // enqueueOnce asks for work unless it has been asked for already.
 func (st *store) enqueueOnce(ctx context.Context, due time.Time, ids ...string) error {
-	_, err := st.pool.Exec(ctx, `insert into tasks (task_id, due_at, revision) select unnest($1::text[]), $2, 1 on conflict do nothing`, ids, due)
+	_, err := st.pool.Exec(ctx, `
+		insert into tasks (task_id, due_at, revision) select unnest($1::text[]), $2, 1 on conflict do nothing`, ids, due)
 	return storeError(err)
 }
 
@@ -116,19 +117,10 @@ func (st *store) claim(ctx context.Context, now time.Time) (task, error) {
 	return t, storeError(err)
 }
 
-// held makes sure, in the caller's transaction, that its lock has not become another's, and
-// keeps it so until the transaction ends. It returns errLocked.
-func (t task) held(ctx context.Context, q querier) error {
-	tag, err := q.Exec(ctx, `select from tasks where task_id = $1 and locked_by = $2 for update`, t.ID, t.lockedBy)
-	if err == nil && tag.RowsAffected() == 0 {
-		return errLocked
-	}
-	return storeError(err)
-}
-
 // extend prolongs the lock of a long pass. It returns errLocked.
 func (st *store) extend(ctx context.Context, t task, now time.Time) error {
-	tag, err := st.pool.Exec(ctx, `update tasks set locked_until = $3 where task_id = $1 and locked_by = $2`, t.ID, t.lockedBy, now.Add(lockTime))
+	tag, err := st.pool.Exec(ctx, `update tasks set locked_until = $3 where task_id = $1 and locked_by = $2`,
+		t.ID, t.lockedBy, now.Add(lockTime))
 	if err == nil && tag.RowsAffected() == 0 {
 		return errLocked
 	}
@@ -139,38 +131,35 @@ func (st *store) extend(ctx context.Context, t task, now time.Time) error {
 // was enqueued meanwhile stays due. A lock that has become another's is left alone.
 func finish(ctx context.Context, q querier, t task, next time.Time) error {
 	if next.IsZero() {
-		tag, err := q.Exec(ctx, `delete from tasks where task_id = $1 and locked_by = $2 and revision = $3`, t.ID, t.lockedBy, t.Revision)
+		tag, err := q.Exec(ctx, `delete from tasks where task_id = $1 and locked_by = $2 and revision = $3`,
+			t.ID, t.lockedBy, t.Revision)
 		if err != nil || tag.RowsAffected() == 1 {
 			return storeError(err)
 		}
 	}
-	_, err := q.Exec(ctx, `
-		update tasks set locked_by = null, locked_until = null, attempts = 0, last_error = '', revision = greatest(revision, 1),
-			due_at = case when revision = $3 then coalesce($4, due_at) else least(due_at, coalesce($4, due_at)) end
-		where task_id = $1 and locked_by = $2`, t.ID, t.lockedBy, t.Revision, nullTime(next))
-	return storeError(err)
-}
-
-func (st *store) finish(ctx context.Context, t task, next time.Time) error {
-	return finish(ctx, st.pool, t, next)
+	return endLock(ctx, q, t, 0, "", next)
 }
 
 // retry ends the lock of a task that has failed: it is due again after a pause that doubles
 // with each failure, from 10 s to 15 min.
 func (st *store) retry(ctx context.Context, t task, reason string, now time.Time) error {
-	_, err := st.pool.Exec(ctx, `
-		update tasks set locked_by = null, locked_until = null, attempts = attempts + 1, last_error = $3, revision = greatest(revision, 1),
-			due_at = case when revision = $4 then $5 else least(due_at, $5) end
-		where task_id = $1 and locked_by = $2`, t.ID, t.lockedBy, reason, t.Revision, now.Add(retryPause(t.Attempts)))
-	return storeError(err)
+	return endLock(ctx, st.pool, t, t.Attempts+1, reason, now.Add(retryPause(t.Attempts)))
 }
 
 // unlock ends a lock and leaves the task due as it was. Where there was none it leaves none.
 func (st *store) unlock(ctx context.Context, t task) error {
 	if t.Revision == 0 {
-		return st.finish(ctx, t, never)
+		return finish(ctx, st.pool, t, never)
 	}
-	_, err := st.pool.Exec(ctx, `update tasks set locked_by = null, locked_until = null where task_id = $1 and locked_by = $2`, t.ID, t.lockedBy)
+	return endLock(ctx, st.pool, t, t.Attempts, "", never)
+}
+
+// endLock ends a lock. The task is due at a time, or sooner if it was enqueued meanwhile; never: as it was.
+func endLock(ctx context.Context, q querier, t task, attempts int, lastError string, due time.Time) error {
+	_, err := q.Exec(ctx, `
+		update tasks set locked_by = null, locked_until = null, attempts = $4, last_error = $5,
+			revision = greatest(revision, 1), due_at = case when revision = $3 then coalesce($6, due_at) else least(due_at, $6) end
+		where task_id = $1 and locked_by = $2`, t.ID, t.lockedBy, t.Revision, attempts, lastError, nullTime(due))
 	return storeError(err)
 }
 
@@ -181,31 +170,22 @@ func retryPause(n int) time.Duration {
 	return pause*4/5 + rand.N(pause*2/5)
 }
 
-// unlock ends the lock of a request that has failed. After an outage the task is tried again
-// soon, as something may be half done. A refusal leaves it due as it was.
-func (s *server) unlock(ctx context.Context, t task, err error) {
-	if errors.Is(err, errUnavailable) {
-		s.release(ctx, t, never, err)
-		return
-	}
-	s.endLock(ctx, t, s.store.unlock)
-}
-
-// release ends the lock of a task by the outcome of its work.
+// release ends the lock of a task by the outcome of its work, also when the client has hung up.
+// It was done, and is due again at next; or it was refused, and is due as it was before; or it has
+// failed, and is tried again.
 func (s *server) release(ctx context.Context, t task, next time.Time, err error) {
-	s.endLock(ctx, t, func(ctx context.Context, t task) error {
-		if err == nil {
-			return s.store.finish(ctx, t, next)
-		}
-		return s.store.retry(ctx, t, asProblem(err).slug(), s.now())
-	})
-}
-
-// endLock ends a lock also when the client has hung up.
-func (s *server) endLock(ctx context.Context, t task, end func(context.Context, task) error) {
 	ctx, cancel := detached(ctx, 5*time.Second)
 	defer cancel()
-	if err := end(ctx, t); err != nil {
+	p := asProblem(err)
+	switch {
+	case err == nil:
+		err = finish(ctx, s.store.pool, t, next)
+	case p.Status < 500:
+		err = s.store.unlock(ctx, t)
+	default:
+		err = s.store.retry(ctx, t, p.slug(), s.now())
+	}
+	if err != nil {
 		s.log.WarnContext(ctx, "task: lock not released, it will end by itself", "task", t.ID, "error", err)
 	}
 }
@@ -255,7 +235,8 @@ func (s *server) wakeWorker() {
 	}
 }
 
-// perform does the work of a task. A handler that panics has failed, and ends no instance.
+// perform does the work of a task. A handler that panics has failed, and ends no instance; one that
+// was refused has failed, too: only a request is refused.
 func (s *server) perform(ctx context.Context, t task) (next time.Time, err error) {
 	defer func() {
 		if p := recover(); p != nil {
@@ -263,7 +244,11 @@ func (s *server) perform(ctx context.Context, t task) (next time.Time, err error
 			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
 		}
 	}()
-	return s.handle(ctx, t)
+	next, err = s.handle(ctx, t)
+	if refused := (problem{}); errors.As(err, &refused) && refused.Status < 500 {
+		err = problemInternal.withCause(err)
+	}
+	return next, err
 }
 
 // workOnce handles the next task that is due, and says whether there was one.
@@ -285,10 +270,8 @@ func (s *server) workOnce(ctx context.Context) (bool, error) {
 
 // oldestTask returns how long the oldest task that is due has waited, for the metric.
 func (st *store) oldestTask(ctx context.Context, now time.Time) (age time.Duration, err error) {
-	var due *time.Time
-	err = st.pool.QueryRow(ctx, `select min(coalesce(locked_until, due_at)) from tasks where coalesce(locked_until, due_at) <= $1`, now).Scan(&due)
-	if due != nil {
-		age = now.Sub(*due)
-	}
-	return age, storeError(err)
+	due := now
+	err = st.pool.QueryRow(ctx, `
+		select least($1::timestamptz, min(coalesce(locked_until, due_at))) from tasks`, now).Scan(&due)
+	return now.Sub(due), storeError(err)
 }

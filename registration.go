@@ -79,7 +79,8 @@ type registration struct {
 
 // user is the users row of the registration, as far as Keycloak is to have it.
 func (reg registration) user() user {
-	return user{ID: reg.UserID, KeycloakID: reg.KeycloakID, Role: reg.Role, NetworkID: reg.NetworkID, StationID: reg.StationID}
+	return user{ID: reg.UserID, KeycloakID: reg.KeycloakID, Role: reg.Role, NetworkID: reg.NetworkID,
+		StationID: reg.StationID}
 }
 
 // profile is what is known of somebody who gets an account.
@@ -116,33 +117,55 @@ func (out registerOut) location() string {
 // register begins a registration, or goes on with the one that the address has already: then
 // nothing that is typed now changes it, and a mail goes out only if the cooldown is over.
 func (s *server) register(ctx context.Context, c caller, in registerIn) (registerOut, error) {
-	reg, err := s.newRegistration(c, in.profile, s.cfg.VerificationTTL)
-	for err == nil {
-		var begun registration
-		if begun, err = s.registerAgain(ctx, c, in.Email); errors.Is(err, errRace) {
-			begun, err = s.begin(ctx, c, reg)
-		}
-		if errors.Is(err, errRace) { // another request was faster
-			err = nil
-			continue
-		}
-		if err == nil {
-			return registerOut{begun.ID, begun.Email, begun.Username, "pending_verification", begun.Mail, begun.ExpiresAt.UTC(),
-				s.resendAvailableAt(ctx, begun)}, nil
-		}
+	reg, err := s.newRegistration(c, in.profile, sourceWeb)
+	if err == nil {
+		reg, err = s.open(ctx, c, reg, s.registerAgain)
 	}
-	return registerOut{}, registerError(err)
+	if err != nil {
+		return registerOut{}, registerError(err)
+	}
+	return registerOut{reg.ID, reg.Email, reg.Username, "pending_verification", reg.Mail, reg.ExpiresAt.UTC(),
+		s.resendAvailableAt(ctx, reg)}, nil
 }
 
-// newRegistration is a registration of what was typed, without secrets yet.
-func (s *server) newRegistration(c caller, p profile, ttl time.Duration) (registration, error) {
+// open begins a registration or an invitation. If the address has a pending registration, it goes on
+// with that one by again, which is given both.
+func (s *server) open(ctx context.Context, c caller, wanted registration,
+	again func(ctx context.Context, c caller, has, wanted registration) (registration, error)) (registration, error) {
+	for {
+		reg, err := s.store.registrationByEmail(ctx, wanted.Email)
+		switch {
+		case err == nil && reg.State == pending:
+			reg, err = again(ctx, c, reg, wanted)
+		case err == nil, errors.Is(err, errNotFound):
+			reg, err = s.begin(ctx, c, wanted)
+		}
+		raced := errors.Is(err, errRace) || errors.Is(err, problemAlreadyVerified) ||
+			errors.Is(err, problemVerificationExpired) || errors.Is(err, problemVerificationCancelled)
+		if !raced { // else it has begun, or ended, at this moment
+			return reg, err
+		}
+	}
+}
+
+// newRegistration is a registration of what was typed, by somebody without role and scope.
+func (s *server) newRegistration(c caller, p profile, source string) (registration, error) {
 	if err := ownUsername(p.Username, p.Email); err != nil {
 		return registration{}, err
 	}
 	id := newUserID()
-	return registration{ID: newRegistrationID(), UserID: id, Email: p.Email, Username: cmp.Or(p.Username, defaultUsername(p.Email, id)),
-		FirstName: p.FirstName, LastName: p.LastName, Phone: p.Phone, State: pending, ExpiresAt: s.now().Add(ttl), CreatedAt: s.now(),
-		Mail: mailQueued, Locale: templates.Language(c.Language, p.Locale), Source: sourceWeb, Role: roleUser}, nil
+	return registration{ID: newRegistrationID(), UserID: id, Email: p.Email, State: pending, Mail: mailQueued,
+		Username:  cmp.Or(p.Username, defaultUsername(p.Email, id)),
+		FirstName: p.FirstName, LastName: p.LastName, Phone: p.Phone, Locale: templates.Language(c.Language, p.Locale),
+		Source: source, Role: roleUser, CreatedAt: s.now(), ExpiresAt: s.now().Add(s.cfg.lifetime(source))}, nil
+}
+
+// lifetime is how long a registration waits for its confirmation.
+func (cfg config) lifetime(source string) time.Duration {
+	if source == sourceInternal {
+		return cfg.InvitationTTL
+	}
+	return cfg.VerificationTTL
 }
 
 // ownUsername refuses another's address as the username: people sign in with either.
@@ -184,43 +207,49 @@ func (s *server) begin(ctx context.Context, c caller, reg registration) (registr
 	if err := s.store.peek(ctx, mailsADay(reg.Email), s.now()); err != nil {
 		return reg, err
 	}
-	token, code := newToken(), newCode()
-	reg.TokenHash, reg.CodeHash = tokenHash(token), codeHash(token, code)
+	token := newToken()
+	reg.TokenHash = digest(token)
 	t, err := s.store.addRegistration(ctx, c, reg, s.now()) // R1
 	if err != nil {
 		return reg, err
 	}
 	// Dying here (R1) leaves a pending row that Keycloak does not know: resume creates its user.
-	if reg, err = s.create(ctx, c, t, reg, token, code); err != nil { // R2, R3
-		s.rollBack(ctx, c, t, reg, err)
+	reg, ku, err := s.create(ctx, c, t, reg, token) // R2, R3
+	if err != nil {
+		next, failed := never, s.end(ctx, c, t, reg, ku, cancelled, reasonOf(err))
+		if errors.Is(err, errUnavailable) { // Keycloak may have it or not: the client does not wait
+			next = s.now()
+		}
+		s.release(ctx, t, next, failed)
 		return reg, err
 	}
 	// Dying here (R3) leaves the mail queued: resume sends it.
-	reg, next, err := s.sendFirst(ctx, c, t, reg, code) // R4, R5
-	if err != nil || reg.Mail != mailSent {
-		s.release(ctx, t, next, err)
-	}
+	reg, next, err := s.mail(ctx, c, t, reg, ku, false) // R4, R5
+	s.release(ctx, t, next, err)
 	return reg, nil
 }
 
-// registerAgain goes on with the pending registration of an address. errRace: there is none.
-func (s *server) registerAgain(ctx context.Context, c caller, email string) (registration, error) {
-	reg, err := s.store.registrationByEmail(ctx, email)
-	if errors.Is(err, errNotFound) || err == nil && reg.State != pending {
-		return reg, errRace
-	} else if err != nil {
-		return reg, err
+// reasonOf is why a registration could not begin, for the audit log.
+func reasonOf(err error) string {
+	switch {
+	case errors.Is(err, errConflict):
+		return problemUserExists.slug()
+	case errors.As(err, new(rejected)):
+		return problemInvalidRequest.slug()
 	}
+	return "keycloak"
+}
+
+// registerAgain goes on with a pending registration: it is mailed again, unless that is too soon or
+// another request does so.
+func (s *server) registerAgain(ctx context.Context, c caller, reg, _ registration) (registration, error) {
 	waits := reg.Mail == mailQueued || s.now().Before(s.resendAvailableAt(ctx, reg))
 	if waits && s.now().Before(reg.ExpiresAt) {
 		return reg, nil
 	}
 	again, err := s.resendTo(ctx, c, reg)
-	switch {
-	case errors.Is(err, errLocked), errors.Is(err, problemResendTooSoon): // another request sends it
+	if errors.Is(err, errLocked) || errors.Is(err, problemResendTooSoon) {
 		return reg, nil
-	case errors.Is(err, problemVerificationExpired), errors.Is(err, problemAlreadyVerified), errors.Is(err, problemRegistrationNotFound):
-		return reg, errRace
 	}
 	return again, err
 }
@@ -263,11 +292,11 @@ func (s *server) resend(ctx context.Context, c caller, in resendIn) (resendOut, 
 		return resendOut{Status: "accepted"}, err
 	}
 	reg, err := s.store.registration(ctx, in.RegistrationID)
-	if errors.Is(err, errNotFound) {
-		err = problemRegistrationNotFound
-	}
 	if err == nil {
 		reg, err = s.resendTo(ctx, c, reg)
+	}
+	if errors.Is(err, errNotFound) || errors.Is(err, problemVerificationCancelled) {
+		err = problemRegistrationNotFound
 	}
 	if err != nil {
 		return resendOut{}, err
@@ -278,45 +307,25 @@ func (s *server) resend(ctx context.Context, c caller, in resendIn) (resendOut, 
 
 // resendTo sends the mail of a registration once more, because somebody has asked for it.
 func (s *server) resendTo(ctx context.Context, c caller, reg registration) (registration, error) {
-	reg, t, err := s.lockOrExpire(ctx, c, reg)
+	reg, t, err := s.lockPending(ctx, c, reg)
 	if err != nil {
 		return reg, err
 	}
-	switch reg.State {
-	case pending:
-	case verified:
-		return reg, problemAlreadyVerified.withTarget(string(reg.ID))
-	case expired:
-		return reg, problemVerificationExpired.withTarget(string(reg.ID))
-	default:
-		return reg, problemRegistrationNotFound
-	}
 	if reg.ResendCount+1 >= s.cfg.ResendLimit {
 		err = problemResendLimit.retryAfter(reg.ExpiresAt.Sub(s.now())).withTarget(string(reg.ID))
-		s.unlock(ctx, t, err)
+		s.release(ctx, t, never, err)
 		return reg, err
 	}
-	ku, err := s.kc.user(ctx, reg.KeycloakID)
-	if err == nil && !ku.awaitsVerification() {
-		err = errNotFound
-	}
-	if errors.Is(err, errNotFound) { // not created yet, deleted, or verified already
-		s.resumeNow(ctx, c, t)
-		return reg, problemUnavailable.retryAfter(time.Second).withCause(err)
-	} else if err != nil {
-		s.unlock(ctx, t, err)
+	ku, err := s.awaitingUser(ctx, c, t, reg)
+	if err != nil {
 		return reg, err
 	}
-	reg, next, err := s.sendAgain(ctx, c, t, reg, ku, true)
-	switch limited := (problem{}); {
-	case errors.As(err, &limited):
-		s.unlock(ctx, t, err)
+	reg, next, err := s.mail(ctx, c, t, reg, ku, true)
+	s.release(ctx, t, next, err)
+	if limited := (problem{}); errors.As(err, &limited) {
 		return reg, limited.withTarget(string(reg.ID))
-	case errors.Is(err, errMailQueued):
-		s.release(ctx, t, next, err)
+	} else if errors.Is(err, errMailQueued) {
 		return reg, nil
-	case err != nil:
-		s.unlock(ctx, t, err)
 	}
 	return reg, err
 }
@@ -332,42 +341,37 @@ type cancelOut struct {
 
 // cancel is "this was not me": E1 our row, E2 Keycloak's user, E3 nothing is left.
 func (s *server) cancel(ctx context.Context, c caller, in cancelIn) (cancelOut, error) {
-	reg, err := s.store.registrationByToken(ctx, tokenHash(in.Token))
+	reg, err := s.store.registrationByToken(ctx, digest(in.Token))
 	if errors.Is(err, errNotFound) {
 		return cancelOut{}, problemInvalidToken
 	}
 	if err == nil {
-		reg, err = s.cancelOpen(ctx, c, reg, "not_me")
+		err = s.cancelPending(ctx, c, reg, "not_me")
+	}
+	if errors.Is(err, problemVerificationCancelled) { // again
+		err = nil
 	}
 	return cancelOut{reg.ID, "cancelled"}, err
 }
 
-// cancelOpen cancels a registration, for its person or for an administrator. While Keycloak is
+// cancelPending cancels a registration, for its person or for an administrator. While Keycloak is
 // away the cancellation stands, and its task deletes Keycloak's user later.
-func (s *server) cancelOpen(ctx context.Context, c caller, reg registration, reason string) (registration, error) {
-	reg, t, err := s.lockOrExpire(ctx, c, reg)
+func (s *server) cancelPending(ctx context.Context, c caller, reg registration, reason string) error {
+	reg, t, err := s.lockPending(ctx, c, reg)
 	if err != nil {
-		return reg, err
-	}
-	switch reg.State {
-	case verified:
-		return reg, problemAlreadyVerified.withTarget(string(reg.ID))
-	case expired:
-		return reg, problemVerificationExpired.withTarget(string(reg.ID))
-	case cancelled:
-		return reg, nil
+		return err
 	}
 	ku, err := s.keycloakUserOf(ctx, reg)
 	if err == nil && ku.verified() { // V3: it is an account already
 		s.resumeNow(ctx, c, t)
-		return reg, problemAlreadyVerified.withTarget(string(reg.ID))
+		return problemAlreadyVerified.withTarget(string(reg.ID))
 	}
 	if err := s.store.endRegistration(ctx, c, t, reg, cancelled, reason, s.now()); err != nil { // E1
-		s.unlock(ctx, t, err)
-		return reg, err
+		s.release(ctx, t, never, err)
+		return err
 	}
 	s.resumeNow(ctx, c, t) // E2, E3
-	return reg, nil
+	return nil
 }
 
 type statusIn struct {
@@ -392,7 +396,8 @@ func (s *server) status(ctx context.Context, _ caller, in statusIn) (statusOut, 
 	} else if err != nil {
 		return statusOut{}, err
 	}
-	word := map[state]string{pending: "pending_verification", verified: "active", expired: "verification_expired", cancelled: "cancelled"}[reg.State]
+	word := map[state]string{pending: "pending_verification", verified: "active", expired: "verification_expired",
+		cancelled: "cancelled"}[reg.State]
 	if reg.State == pending && !s.now().Before(reg.ExpiresAt) {
 		word = "verification_expired" // a GET changes nothing; the task will
 	}

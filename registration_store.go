@@ -61,11 +61,11 @@ func (st *store) addRegistration(ctx context.Context, c caller, reg registration
 	err = st.tx(ctx, func(tx *txn) {
 		tx.exec(`
 			insert into user_registrations (registration_id, email, username, first_name, last_name, phone,
-				verification_token, verification_code, status, expires_at, created_at, ip_address, user_agent,
+				verification_token, status, expires_at, created_at, ip_address, user_agent,
 				locale, mail_state, source, role, network_id, station_id, created_by)
-			values ($1, $2, $3, $4, $5, $6, $7, $8, 'pending', $9, $10, $11, $12, $13, 'queued', $14, $15, $16, $17, $18)`,
+			values ($1, $2, $3, $4, $5, $6, $7, 'pending', $8, $9, $10, $11, $12, 'queued', $13, $14, $15, $16, $17)`,
 			reg.ID, reg.Email, reg.Username, nullString(reg.FirstName), nullString(reg.LastName), nullString(reg.Phone),
-			reg.TokenHash, reg.CodeHash, reg.ExpiresAt, now, c.Address, c.UserAgent, reg.Locale,
+			reg.TokenHash, reg.ExpiresAt, now, c.Address, c.UserAgent, reg.Locale,
 			reg.Source, reg.Role, reg.NetworkID, reg.StationID, nullString(reg.CreatedBy)) // only a pending address can be there
 		if tx.exec(`select from users where deleted_at is null
 				and (lower(email) = lower($1) or lower(username) in (lower($1), lower($2)))`, reg.Email, reg.Username) > 0 {
@@ -80,12 +80,11 @@ func (st *store) addRegistration(ctx context.Context, c caller, reg registration
 }
 
 // attachKeycloakUser records what Keycloak has accepted (R3): the users row, its ids and the
-// hashes of the secrets that its user carries. Until the confirmation the username is the one
+// hash of the token that its user carries. Until the confirmation the username is the one
 // that Keycloak has. Repeating it changes nothing. It returns errConflict when a live user has
 // the address, and errLocked.
 func (st *store) attachKeycloakUser(ctx context.Context, c caller, t task, reg registration, now time.Time) error {
-	return st.tx(ctx, func(tx *txn) {
-		tx.check(t.held(ctx, tx))
+	return st.locked(ctx, t, func(tx *txn) {
 		tx.exec(`
 			insert into users (user_id, keycloak_id, email, username, first_name, last_name, phone, source, role,
 				network_id, station_id, created_at, updated_at, created_by)
@@ -94,8 +93,8 @@ func (st *store) attachKeycloakUser(ctx context.Context, c caller, t task, reg r
 			nullString(reg.LastName), nullString(reg.Phone), reg.Source, reg.Role, reg.NetworkID, reg.StationID, now,
 			nullString(reg.CreatedBy))
 		tx.exec(`
-			update user_registrations set keycloak_id = $2, user_id = $3, verification_token = $4, verification_code = $5
-			where registration_id = $1`, reg.ID, reg.KeycloakID, reg.UserID, reg.TokenHash, reg.CodeHash)
+			update user_registrations set keycloak_id = $2, user_id = $3, verification_token = $4
+			where registration_id = $1`, reg.ID, reg.KeycloakID, reg.UserID, reg.TokenHash)
 		tx.audit(c, now, entry{Action: "user.create", Target: string(reg.UserID), Network: reg.NetworkID,
 			Details: map[string]any{"registration_id": reg.ID, "source": reg.Source, "role": reg.Role,
 				"network_id": reg.NetworkID, "station_id": reg.StationID}})
@@ -103,10 +102,9 @@ func (st *store) attachKeycloakUser(ctx context.Context, c caller, t task, reg r
 }
 
 // reinvite makes a pending registration an invitation with this role and scope, and asks for
-// its mail. It returns errLocked.
+// its mail.
 func (st *store) reinvite(ctx context.Context, c caller, t task, reg registration, now time.Time) error {
-	return st.tx(ctx, func(tx *txn) {
-		tx.check(t.held(ctx, tx))
+	return st.locked(ctx, t, func(tx *txn) {
 		tx.exec(`
 			update user_registrations set source = 'internal', role = $2, network_id = $3, station_id = $4, created_by = $5,
 				expires_at = $6, mail_state = 'queued', username = $7, first_name = $8, last_name = $9, phone = $10
@@ -118,19 +116,20 @@ func (st *store) reinvite(ctx context.Context, c caller, t task, reg registratio
 			where user_id = $1`, reg.UserID, reg.Role, reg.NetworkID, reg.StationID, reg.CreatedBy, now,
 			nullString(reg.FirstName), nullString(reg.LastName), nullString(reg.Phone))
 		tx.audit(c, now, entry{Action: "user.invite", Target: string(reg.UserID), Network: reg.NetworkID,
-			Details: map[string]any{"registration_id": reg.ID, "role": reg.Role, "network_id": reg.NetworkID, "station_id": reg.StationID}})
+			Details: map[string]any{"registration_id": reg.ID, "role": reg.Role,
+				"network_id": reg.NetworkID, "station_id": reg.StationID}})
 	})
 }
 
 // endRegistration expires or cancels a pending registration (E1). Its personal data go, and
 // with them the users row, which nobody has signed in to. From here on its task deletes
-// its user in Keycloak (E2). It returns errLocked.
-func (st *store) endRegistration(ctx context.Context, c caller, t task, reg registration, to state, reason string, now time.Time) error {
-	return st.tx(ctx, func(tx *txn) {
-		tx.check(t.held(ctx, tx))
+// its user in Keycloak (E2).
+func (st *store) endRegistration(ctx context.Context, c caller, t task, reg registration,
+	to state, reason string, now time.Time) error {
+	return st.locked(ctx, t, func(tx *txn) {
 		tx.exec(`
-			update user_registrations set status = $2, ended_at = $3, user_id = null, mail_state = 'sent', email = '', username = '',
-				first_name = null, last_name = null, phone = null, ip_address = null, user_agent = null
+			update user_registrations set status = $2, ended_at = $3, user_id = null, mail_state = 'sent',
+				email = '', username = '', first_name = null, last_name = null, phone = null, ip_address = null, user_agent = null
 			where registration_id = $1`, reg.ID, to, now)
 		if tx.exec(`delete from users where user_id = $1`, reg.UserID) == 1 { // else it never came as far as R3
 			tx.audit(c, now, entry{Action: "user.remove", Target: string(reg.UserID), Network: reg.NetworkID,
@@ -143,17 +142,15 @@ func (st *store) endRegistration(ctx context.Context, c caller, t task, reg regi
 
 // detachKeycloakUser records that Keycloak has nothing of an ended registration any more (E3).
 func (st *store) detachKeycloakUser(ctx context.Context, t task, id registrationID) error {
-	return st.tx(ctx, func(tx *txn) {
-		tx.check(t.held(ctx, tx))
+	return st.locked(ctx, t, func(tx *txn) {
 		tx.exec(`update user_registrations set keycloak_id = null where registration_id = $1`, id)
 	})
 }
 
 // prepareVerified keeps what the confirmation brings along and Keycloak will not have: the
-// phone number, and the code under a key that outlives V3. It returns errLocked.
+// phone number, and the code under a key that outlives V3.
 func (st *store) prepareVerified(ctx context.Context, t task, reg registration) error {
-	return st.tx(ctx, func(tx *txn) {
-		tx.check(t.held(ctx, tx))
+	return st.locked(ctx, t, func(tx *txn) {
 		tx.exec(`update user_registrations set verification_code = $2, phone = $3 where registration_id = $1`,
 			reg.ID, reg.CodeHash, nullString(reg.Phone))
 	})
@@ -163,8 +160,7 @@ func (st *store) prepareVerified(ctx context.Context, t task, reg registration) 
 // of it now (V4). The task is done. It returns errLocked, and errConflict when a live user has
 // the username.
 func (st *store) markVerified(ctx context.Context, c caller, t task, reg registration, now time.Time) error {
-	return st.tx(ctx, func(tx *txn) {
-		tx.check(t.held(ctx, tx))
+	return st.locked(ctx, t, func(tx *txn) {
 		tx.exec(`
 			update user_registrations set status = 'verified', verified_at = $2, mail_state = 'sent', username = $3,
 				first_name = $4, last_name = $5 where registration_id = $1`,
@@ -179,36 +175,20 @@ func (st *store) markVerified(ctx context.Context, c caller, t task, reg registr
 	})
 }
 
-// countCodeAttempt counts a guess before it is compared, so that two hundred
-// parallel guesses count as two hundred. It reports whether this one may be made.
-func (st *store) countCodeAttempt(ctx context.Context, id registrationID) (bool, error) {
-	tag, err := st.pool.Exec(ctx, `
-		update user_registrations set code_attempts = code_attempts + 1
-		where registration_id = $1 and code_attempts < $2`, id, codeAttempts)
-	return tag.RowsAffected() == 1, storeError(err)
-}
-
-// mailClaim is the right to send one mail.
-type mailClaim struct {
-	Resend    bool      // count it as asked for by the person, and begin the time anew
-	CodeHash  string    // of the code that the mail will show
-	ExpiresAt time.Time // of the registration, from this mail on
-}
-
 // claimMail takes one mail out of the limits of the address, before it is sent: at most one in
 // a cooldown, at most mailsPerDay a day. It returns a limit's problem with the time to wait,
 // and has then changed nothing; or errLocked.
-func (st *store) claimMail(ctx context.Context, c caller, t task, reg registration, m mailClaim, cooldown time.Duration, now time.Time) error {
-	return st.tx(ctx, func(tx *txn) {
+func (st *store) claimMail(ctx context.Context, c caller, t task, reg registration, resend bool,
+	cooldown time.Duration, now time.Time) error {
+	return st.locked(ctx, t, func(tx *txn) {
 		for _, l := range mailLimits(reg.Email, cooldown) {
 			tx.check(hit(ctx, tx, l, now))
 		}
-		tx.check(t.held(ctx, tx))
 		tx.exec(`
 			update user_registrations set mail_state = 'queued', verification_code = $2, expires_at = $3,
 				resend_count = resend_count + $4::boolean::integer
-			where registration_id = $1`, reg.ID, m.CodeHash, m.ExpiresAt, m.Resend)
-		if m.Resend {
+			where registration_id = $1`, reg.ID, reg.CodeHash, reg.ExpiresAt, resend)
+		if resend {
 			tx.audit(c, now, entry{Action: "registration.resend", Target: string(reg.ID), Network: reg.NetworkID})
 		}
 	})
@@ -224,34 +204,31 @@ func (st *store) requestResend(ctx context.Context, c caller, email string, cfg 
 			return err
 		}
 	}
-	err := st.tx(ctx, func(tx *txn) {
-		var id, network string
-		tx.check(tx.QueryRow(ctx, `
-			update user_registrations set mail_state = 'queued', resend_count = resend_count + 1,
-				expires_at = $2 + case source when 'internal' then $3::interval else $4::interval end
-			where lower(email) = lower($1) and status = 'pending' and expires_at > $2 and mail_state <> 'queued'
-				and resend_count + 1 < $5
-			returning registration_id, network_id`,
-			email, now, cfg.InvitationTTL, cfg.VerificationTTL, cfg.ResendLimit).Scan(&id, &network))
-		tx.check(enqueue(ctx, tx, now, id))
-		tx.audit(c, now, entry{Action: "registration.resend", Target: id, Network: network})
-	})
+	reg, err := st.oneRegistration(ctx, `where lower(email) = lower($1) and status = 'pending' and expires_at > $2
+		and mail_state <> 'queued' and resend_count + 1 < $3`, email, now, cfg.ResendLimit)
 	if errors.Is(err, errNotFound) {
 		return nil
+	} else if err != nil {
+		return err
 	}
-	return err
+	return st.tx(ctx, func(tx *txn) {
+		tx.check(enqueue(ctx, tx, now, string(reg.ID))) // first, as all lock the task before the registration
+		tx.exec(`
+			update user_registrations set mail_state = 'queued', resend_count = resend_count + 1, expires_at = $2
+			where registration_id = $1 and status = 'pending'`, reg.ID, now.Add(cfg.lifetime(reg.Source)))
+		tx.audit(c, now, entry{Action: "registration.resend", Target: string(reg.ID), Network: reg.NetworkID})
+	})
 }
 
 // mailHandedOver records that Keycloak has taken the mail (R5). The code in it may be guessed
-// as often as any. The task is due when the registration expires. A flow that was too slow for
-// its lock changes nothing: another goes on, and the mail is out all the same.
-func (st *store) mailHandedOver(ctx context.Context, c caller, t task, reg registration, due, now time.Time) error {
-	err := st.tx(ctx, func(tx *txn) {
-		tx.check(t.held(ctx, tx))
+// as often as any. A flow that was too slow for its lock changes nothing: another goes on, and
+// the mail is out all the same.
+func (st *store) mailHandedOver(ctx context.Context, c caller, t task, reg registration, now time.Time) error {
+	err := st.locked(ctx, t, func(tx *txn) {
 		tx.exec(`
-			update user_registrations set mail_state = 'sent', mailed_at = $2, mail_refused_at = null, code_attempts = 0
+			update user_registrations set mail_state = 'sent', mailed_at = $2, mail_refused_at = null
 			where registration_id = $1`, reg.ID, now)
-		tx.check(finish(ctx, tx, t, due))
+		tx.exec(`delete from rate_limits where key = $1`, codesOf(reg.Email).Key)
 		tx.audit(c, now, entry{Action: "registration.mail", Target: string(reg.ID), Network: reg.NetworkID})
 	})
 	if errors.Is(err, errLocked) {
@@ -262,7 +239,8 @@ func (st *store) mailHandedOver(ctx context.Context, c caller, t task, reg regis
 
 // mailRefused records that Keycloak's mail server has refused a mail, and gives its claim back.
 // It reports whether the mail is given up: refused for refusalTime, while others went out.
-func (st *store) mailRefused(ctx context.Context, c caller, reg registration, cooldown time.Duration, now time.Time) (givenUp bool, err error) {
+func (st *store) mailRefused(ctx context.Context, c caller, reg registration, cooldown time.Duration, now time.Time) (
+	givenUp bool, err error) {
 	err = st.tx(ctx, func(tx *txn) {
 		tx.check(refund(ctx, tx, mailLimits(reg.Email, cooldown)...))
 		tx.check(tx.QueryRow(ctx, `
@@ -277,12 +255,4 @@ func (st *store) mailRefused(ctx context.Context, c caller, reg registration, co
 		}
 	})
 	return givenUp, err
-}
-
-// purgeRegistrations deletes what has ended 30 days ago and is not in Keycloak any more.
-func (st *store) purgeRegistrations(ctx context.Context, endedBefore time.Time) error {
-	_, err := st.pool.Exec(ctx, `delete from user_registrations where registration_id = any(array(
-		select registration_id from user_registrations where ended_at < $1 and keycloak_id is null
-		order by ended_at limit 1000 for update skip locked))`, endedBefore)
-	return storeError(err)
 }

@@ -4,11 +4,15 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"strings"
 	"time"
 
 	"github.com/Nerzal/gocloak/v13"
 )
+
+// codesOf limits the guesses at one address. A mail with a new code begins them anew.
+func codesOf(email string) rateLimit {
+	return rateLimit{addressKey("code", email), codeAttempts, 30 * 24 * time.Hour, problemTooManyAttempts}
+}
 
 // wrongCodes limits the wrong codes of one client over all addresses.
 func wrongCodes(c caller) rateLimit {
@@ -47,31 +51,21 @@ func (s *server) verify(ctx context.Context, c caller, in verifyIn) (verifyOut, 
 	if err != nil {
 		return verifyOut{}, err
 	}
-	reg, t, err := s.lockOrExpire(ctx, c, reg)
+	reg, t, err := s.lockPending(ctx, c, reg)
+	already := errors.Is(err, problemAlreadyVerified)
+	switch {
+	case already && in.Token == "" && !sameSecret(reg.CodeHash, codeHash(reg.TokenHash, in.Code)):
+		err = problemInvalidCode.withTarget(string(reg.ID))
+	case already:
+		err = nil
+	case err == nil:
+		reg, err = s.activate(ctx, c, t, reg, in) // V2, V3, V4
+	}
 	if err != nil {
 		return verifyOut{}, err
 	}
-	switch reg.State {
-	case pending:
-		if reg, err = s.activate(ctx, c, t, reg, in); err != nil { // V2, V3, V4
-			return verifyOut{}, err
-		}
-		out := verifyAnswer(reg, false)
-		out.SetPasswordMailed = in.Password == "" && s.mailPasswordLink(ctx, reg)
-		return out, nil
-	case verified:
-		if in.Token == "" && !sameSecret(reg.CodeHash, codeHash(reg.TokenHash, in.Code)) {
-			return verifyOut{}, problemInvalidCode.withTarget(string(reg.ID))
-		}
-		return verifyAnswer(reg, true), nil
-	case expired:
-		return verifyOut{}, problemVerificationExpired.withTarget(string(reg.ID))
-	}
-	return verifyOut{}, problemVerificationCancelled.withTarget(string(reg.ID))
-}
-
-func verifyAnswer(reg registration, already bool) verifyOut {
-	return verifyOut{reg.ID, reg.UserID, reg.Email, reg.Username, "active", already, false}
+	mailed := !already && in.Password == "" && s.mailPasswordLink(ctx, reg)
+	return verifyOut{reg.ID, reg.UserID, reg.Email, reg.Username, "active", already, mailed}, nil
 }
 
 // registrationOf finds the registration that the token or the address belongs to. For a
@@ -79,7 +73,7 @@ func verifyAnswer(reg registration, already bool) verifyOut {
 // two must look alike from outside.
 func (s *server) registrationOf(ctx context.Context, c caller, in verifyIn) (registration, error) {
 	if in.Token != "" {
-		reg, err := s.store.registrationByToken(ctx, tokenHash(in.Token))
+		reg, err := s.store.registrationByToken(ctx, digest(in.Token))
 		if errors.Is(err, errNotFound) {
 			err = problemInvalidToken
 		}
@@ -89,57 +83,41 @@ func (s *server) registrationOf(ctx context.Context, c caller, in verifyIn) (reg
 		return registration{}, err
 	}
 	reg, err := s.store.registrationByEmail(ctx, in.Email)
-	if err != nil && !errors.Is(err, errNotFound) {
-		return reg, err
+	unknown := errors.Is(err, errNotFound)
+	if err == nil || unknown { // counted before it is compared: two hundred parallel guesses are two hundred
+		err = s.store.hit(ctx, codesOf(in.Email), s.now())
 	}
-	if reg.State != pending && reg.State != verified {
-		key := "code:" + tokenHash(strings.ToLower(in.Email))
-		err := s.store.hit(ctx, rateLimit{key, codeAttempts, 24 * time.Hour, problemTooManyAttempts}, s.now())
-		if errors.As(err, new(problem)) {
-			err = problemTooManyAttempts.retryAfter(s.cfg.ResendCooldown)
-		} else if err == nil {
-			err = problemInvalidCode
-		}
-		return reg, err
-	}
-	allowed, err := s.store.countCodeAttempt(ctx, reg.ID)
-	if err == nil && !allowed {
-		err = problemTooManyAttempts.retryAfter(s.cfg.ResendCooldown).withTarget(string(reg.ID)) // by then a new code may be had
+	switch {
+	case errors.Is(err, problemTooManyAttempts): // after the cooldown a new code may be had
+		err = problemTooManyAttempts.retryAfter(s.cfg.ResendCooldown).withTarget(string(reg.ID))
+	case err == nil && unknown:
+		err = problemInvalidCode
 	}
 	return reg, err
 }
 
 // activate makes a locked registration an account in both stores, and ends the lock.
-func (s *server) activate(ctx context.Context, c caller, t task, reg registration, in verifyIn) (_ registration, err error) {
+func (s *server) activate(ctx context.Context, c caller, t task, reg registration, in verifyIn) (
+	_ registration, err error) {
 	defer func() {
 		if err != nil {
-			s.unlock(ctx, t, err)
+			s.release(ctx, t, never, err)
 		}
 	}()
 	ku, err := s.provenUser(ctx, c, t, reg, in) // V2
+	if err == nil && !ku.verified() {           // else V3 has happened: what remains is our conclusion
+		reg.Username, reg.Phone = cmp.Or(in.Username, reg.Username), cmp.Or(in.Phone, reg.Phone)
+		reg.FirstName, reg.LastName = cmp.Or(in.FirstName, reg.FirstName), cmp.Or(in.LastName, reg.LastName)
+		if err = ownUsername(in.Username, reg.Email); err == nil {
+			ku, err = s.makeAccount(ctx, t, reg, ku, in.Password) // V3
+		}
+	}
 	if err != nil {
-		return reg, err
-	}
-	if ku.verified() { // V3 has happened: what remains is our conclusion
-		return reg, s.concludeFound(ctx, c, t, reg, ku)
-	}
-	if err := ownUsername(in.Username, reg.Email); err != nil {
-		return reg, err
-	}
-	reg.Username, reg.Phone = cmp.Or(in.Username, reg.Username), cmp.Or(in.Phone, reg.Phone)
-	reg.FirstName, reg.LastName = cmp.Or(in.FirstName, reg.FirstName), cmp.Or(in.LastName, reg.LastName)
-	// V3 removes the token, and with it the key of the code's hash. The code gets another key
-	// first, or who sends it again could not be told that all is well.
-	reg.CodeHash = codeHash(reg.TokenHash, ku.attribute(attrCode))
-	if err := s.store.prepareVerified(ctx, t, reg); err != nil {
-		return reg, err
-	}
-	if err := s.kc.activate(ctx, ku, reg, in.Password); err != nil { // V3
 		return reg, registerError(err) // refused: nothing has changed in Keycloak
 	}
 	// Dying here (V3) leaves an account in Keycloak that is pending in PostgreSQL: a second
 	// click, a sign-in or the task finds it verified and concludes.
-	if err := s.conclude(ctx, c, t, reg); err != nil { // V4
+	if reg, err = s.conclude(ctx, c, t, reg, ku); err != nil { // V4
 		return reg, err
 	}
 	if in.Token == "" {
@@ -152,7 +130,8 @@ func (s *server) activate(ctx context.Context, c caller, t task, reg registratio
 
 // provenUser returns Keycloak's user of a locked registration if the token or code is the one
 // that it carries (V2), in both stores.
-func (s *server) provenUser(ctx context.Context, c caller, t task, reg registration, in verifyIn) (keycloakUser, error) {
+func (s *server) provenUser(ctx context.Context, c caller, t task, reg registration, in verifyIn) (
+	keycloakUser, error) {
 	wrongCode := problemInvalidCode.withTarget(string(reg.ID))
 	ku, err := s.kc.user(ctx, reg.KeycloakID)
 	if errors.Is(err, errNotFound) { // not created yet, or deleted by an administrator
@@ -164,43 +143,52 @@ func (s *server) provenUser(ctx context.Context, c caller, t task, reg registrat
 		}
 		return ku, err
 	}
-	token := ku.attribute(attrToken)
-	byTokenHash := sameSecret(reg.CodeHash, codeHash(reg.TokenHash, in.Code))
-	switch {
-	case err != nil:
-	case ku.verified():
-		if in.Token == "" && !byTokenHash {
-			err = wrongCode
-		}
-	case in.Token != "" && !sameSecret(token, in.Token):
-		err = problemInvalidToken.withTarget(string(reg.ID))
-	case in.Token == "" && !(sameSecret(ku.attribute(attrCode), in.Code) &&
-		(sameSecret(reg.CodeHash, codeHash(token, in.Code)) || byTokenHash)):
-		err = wrongCode
+	if err != nil {
+		return ku, err
 	}
-	return ku, err
+	token, byTokenHash := ku.attribute(attrToken), sameSecret(reg.CodeHash, codeHash(reg.TokenHash, in.Code))
+	byToken := sameSecret(reg.CodeHash, codeHash(token, in.Code))
+	proven := ku.verified() || sameSecret(token, in.Token)
+	if in.Token == "" {
+		proven = ku.verified() && byTokenHash || sameSecret(ku.attribute(attrCode), in.Code) && (byToken || byTokenHash)
+	}
+	switch {
+	case proven:
+		return ku, nil
+	case in.Token == "":
+		return ku, wrongCode
+	}
+	return ku, problemInvalidToken.withTarget(string(reg.ID))
 }
 
-// conclude makes a registration verified in PostgreSQL (V4). Keycloak has accepted the username;
-// if somebody has it in PostgreSQL all the same, the full pass reports the conflict.
-func (s *server) conclude(ctx context.Context, c caller, t task, reg registration) error {
+// makeAccount makes Keycloak's user an account, as the registration says (V3). That removes the
+// token, and with it the key of the code's hash. The code gets another key first, or who sends it
+// again could not be told that all is well.
+func (s *server) makeAccount(ctx context.Context, t task, reg registration, ku keycloakUser, password string) (
+	keycloakUser, error) {
+	reg.CodeHash = codeHash(reg.TokenHash, ku.attribute(attrCode))
+	if err := s.store.prepareVerified(ctx, t, reg); err != nil {
+		return ku, err
+	}
+	return s.kc.activate(ctx, ku, reg, password)
+}
+
+// conclude makes a registration verified in PostgreSQL, with the names that Keycloak has (V4). What
+// else differs is reconciled afterwards. If somebody has the username in PostgreSQL, though Keycloak
+// has accepted it, the full pass reports the conflict.
+func (s *server) conclude(ctx context.Context, c caller, t task, reg registration, ku keycloakUser) (
+	registration, error) {
+	reg.Username = gocloak.PString(ku.Username)
+	reg.FirstName, reg.LastName = gocloak.PString(ku.FirstName), gocloak.PString(ku.LastName)
 	err := s.store.markVerified(ctx, c, t, reg, s.now())
 	if errors.Is(err, errConflict) {
 		reg.Username = string(reg.UserID)
 		err = s.store.markVerified(ctx, c, t, reg, s.now())
 	}
-	return err
-}
-
-// concludeFound is conclude for a registration that Keycloak has verified already, as Keycloak
-// has it. What else differs is reconciled afterwards.
-func (s *server) concludeFound(ctx context.Context, c caller, t task, reg registration, ku keycloakUser) error {
-	reg.Username, reg.FirstName, reg.LastName = gocloak.PString(ku.Username), gocloak.PString(ku.FirstName), gocloak.PString(ku.LastName)
-	err := s.conclude(ctx, c, t, reg)
-	if err == nil {
+	if err == nil && !(ku.enabled() && ku.hasClaims(reg.user())) {
 		err = s.store.enqueue(ctx, s.now(), kcTask(reg.KeycloakID))
 	}
-	return err
+	return reg, err
 }
 
 // mailPasswordLink has Keycloak mail its own link to choose a password. Without it the person

@@ -89,7 +89,6 @@ create table if not exists user_registrations (
     mail_state         varchar(10) not null default 'queued',
     mailed_at          timestamptz,                        -- when Keycloak took the last mail
     mail_refused_at    timestamptz,                        -- since when Keycloak's mail server refuses it; null = it does not
-    code_attempts      integer not null default 0,         -- wrong codes since the last mail, counted before the comparison
     ended_at           timestamptz,                        -- expired or cancelled: personal data are gone
     source             varchar(20) not null default 'web', -- internal: an invitation
     role               varchar(50) not null default 'user',

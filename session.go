@@ -19,15 +19,16 @@ const (
 
 // session is a sign-in, see schema.sql.
 type session struct {
-	ID         sessionID
-	KeycloakID string // claim sid
-	UserID     userID
-	Address    string // of the sign-in
-	UserAgent  string
-	CreatedAt  time.Time
-	LastUsedAt time.Time
-	ExpiresAt  time.Time // when Keycloak lets the refresh token die
-	Ended      bool
+	ID         sessionID `json:"session_id" example:"SES-V1StGXR8_Z5jdHi6"`
+	Current    bool      `json:"current" db:"-" description:"The session of the access token that asks."`
+	KeycloakID string    `json:"-"` // claim sid
+	UserID     userID    `json:"-"`
+	Address    string    `json:"ip_address" example:"192.0.2.7" description:"Of the sign-in."`
+	UserAgent  string    `json:"user_agent" description:"Of the sign-in."`
+	CreatedAt  time.Time `json:"created_at"`
+	LastUsedAt time.Time `json:"last_used_at" description:"The sign-in or the latest refresh."`
+	ExpiresAt  time.Time `json:"expires_at" description:"When it ends unless it is used."`
+	Ended      bool      `json:"-"`
 }
 
 // tokenResponse is a token response (RFC 6749 §5.1) with what the service adds to it.
@@ -51,14 +52,18 @@ func newTokenResponse(t *oauth2.Token, id sessionID) tokenResponse {
 	return out
 }
 
+// expiry is when Keycloak lets the refresh token die.
+func (t tokenResponse) expiry(now time.Time) time.Time {
+	return now.Add(time.Duration(t.RefreshExpiresIn) * time.Second)
+}
+
 // refreshCookie keeps the refresh token of the code flow away from scripts.
 func refreshCookie(token string, seconds int) *http.Cookie {
 	return &http.Cookie{Name: "refresh_token", Value: token, MaxAge: seconds, Path: "/api/v1/auth",
 		HttpOnly: true, Secure: true, SameSite: http.SameSiteLaxMode}
 }
 
-// refreshIn is a refresh token: the holder's in the body, or else that of the browser's
-// cookie, if it has one.
+// refreshIn is a refresh token: the holder's in the body, or else that of the browser's cookie, if it has one.
 type refreshIn struct {
 	RefreshToken string `json:"refresh_token" required:"true" maxLength:"8192" example:"eyJhbGciOiJIUzUxMiJ9.eyJ0eXAiOiJSZWZyZXNoIn0.c2lnbmF0dXJl" description:"Without a body the cookie counts."`
 	Cookie       string `cookie:"refresh_token" description:"Set by /auth/callback. Only from an allowed origin."`
@@ -71,15 +76,16 @@ func (in refreshIn) fromCookie() bool { return in.Cookie != "" && in.RefreshToke
 
 type refreshOut struct {
 	tokenResponse
-	setCookie *http.Cookie
+	noContent
 }
 
-func (out refreshOut) cookie() *http.Cookie { return out.setCookie }
+type noContent struct{ setCookie *http.Cookie }
 
-// refresh exchanges a refresh token for the next one: F1 our lock of the token, F2
-// Keycloak's tokens, F3 our row of them. Whoever shows the old one within the grace
-// time gets the same answer, so that two tabs or a lost answer end no session; later
-// it is theft (RFC 9700 §4.14.2).
+func (out noContent) cookie() *http.Cookie { return out.setCookie }
+
+// refresh exchanges a refresh token for the next one: F1 our lock of the token, F2 Keycloak's tokens, F3 our row of
+// them. Whoever shows the old one within the grace time gets the same answer, so that two tabs or a lost answer end
+// no session; later it is theft (RFC 9700 §4.14.2).
 func (s *server) refresh(ctx context.Context, c caller, in refreshIn) (refreshOut, error) {
 	answer, err := s.exchange(ctx, c, in.RefreshToken)
 	out := refreshOut{tokenResponse: answer}
@@ -92,132 +98,128 @@ func (s *server) refresh(ctx context.Context, c caller, in refreshIn) (refreshOu
 
 // exchange returns the answer to a refresh token, however many ask for it at once.
 func (s *server) exchange(ctx context.Context, c caller, token string) (tokenResponse, error) {
-	known, err := s.store.refreshToken(ctx, tokenHash(token))
-	if err != nil || known.Ended || known.used() {
+	known, err := s.store.refreshToken(ctx, digest(token))
+	if err != nil || known.UsedAt != nil {
 		return s.answerOf(ctx, c, known, token, err)
 	}
-	t, err := s.store.lock(ctx, "token:"+tokenHash(token), rotationLock, s.now) // F1
+	t, err := s.store.lock(ctx, "token:"+digest(token), rotationLock, s.now) // F1
 	if err != nil {
 		return tokenResponse{}, err
 	}
-	known, err = s.store.refreshToken(ctx, tokenHash(token)) // another may have exchanged it meanwhile
-	if err != nil || known.Ended || known.used() {
-		s.release(ctx, t, never, nil)
-		return s.answerOf(ctx, c, known, token, err)
+	var answer tokenResponse
+	known, err = s.store.refreshToken(ctx, digest(token))
+	if err == nil && known.UsedAt == nil {
+		if answer, err = s.rotate(ctx, c, t, known, token); err == nil {
+			return answer, nil
+		}
+	} else { // another has exchanged it meanwhile
+		answer, err = s.answerOf(ctx, c, known, token, err)
 	}
-	answer, err := s.rotate(ctx, c, t, known.session, known.Of, token)
-	if err != nil {
-		s.release(ctx, t, never, nil)
-	}
+	s.release(ctx, t, never, nil)
 	return answer, err
 }
 
 // answerOf is the answer to a refresh token that can't be exchanged (any more).
-func (s *server) answerOf(ctx context.Context, c caller, known refreshToken, token string, err error) (tokenResponse, error) {
+func (s *server) answerOf(
+	ctx context.Context, c caller, known refreshToken, token string, err error,
+) (out tokenResponse, _ error) {
 	switch {
-	case errors.Is(err, errNotFound), err == nil && known.Ended:
-		return tokenResponse{}, problemInvalidRefreshToken
+	case errors.Is(err, errNotFound):
+		return out, problemInvalidRefreshToken
 	case err != nil:
-		return tokenResponse{}, err
+		return out, err
 	case s.now().Before(known.UsedAt.Add(s.cfg.RefreshGrace)):
-		var answer tokenResponse
 		plain, err := openSealed(token, known.Answer)
 		if err == nil {
-			err = json.Unmarshal(plain, &answer)
+			err = json.Unmarshal(plain, &out)
 		}
-		return answer, err
+		return out, err
 	}
-	n, err := s.signOut(ctx, c, known.Of, known.ID, entry{Action: "session.end", Reason: problemTokenReused.slug()})
-	s.metrics.reuse.Add(float64(n))
-	if err != nil {
-		return tokenResponse{}, err
+	err = s.endSession(ctx, c, known.user, known.Session, problemTokenReused.slug())
+	if err == nil {
+		s.metrics.reuse.Inc()
+	} else if !errors.Is(err, problemNotFound) {
+		return out, err
 	}
-	return tokenResponse{}, problemTokenReused.withTarget(string(known.UserID))
+	return out, problemTokenReused.withTarget(string(known.user.ID))
 }
 
-// rotate asks Keycloak for the next tokens and keeps its answer for the grace time,
-// sealed by a key that only the holder of the old token can make. Dying after F2 loses
-// an answer of Keycloak: the client's next try gets another when the lock has ended, as
-// refreshTokenMaxReuse 1 allows once. Tokens that do not say what is true of u in PostgreSQL,
-// since somebody has changed that in Keycloak, are replaced at once; dying then ends the session.
-func (s *server) rotate(ctx context.Context, c caller, t task, session session, u user, token string) (tokenResponse, error) {
+// rotate asks Keycloak for the next tokens and keeps its answer for the grace time, sealed by a key that only the
+// holder of the old token can make. Dying after F2 loses an answer of Keycloak: the client's next try gets another
+// when the lock has ended, as refreshTokenMaxReuse 1 allows once. If the tokens have to be exchanged once more to say
+// what is true in PostgreSQL, dying then ends the session.
+func (s *server) rotate(
+	ctx context.Context, c caller, t task, known refreshToken, token string,
+) (tokenResponse, error) {
 	ctx, cancel := context.WithTimeout(ctx, rotationTime)
 	defer cancel()
 	next, err := s.kc.refresh(ctx, token) // F2
 	if err == nil {
-		if claims, _ := readClaims(next.AccessToken); !claims.match(u) {
-			if err = s.doNow(ctx, kcTask(u.KeycloakID)); err == nil || errors.Is(err, errConflict) {
-				next, err = s.kc.refresh(ctx, next.RefreshToken)
-			}
+		next, err = s.matching(ctx, next, known.user)
+	}
+	if errors.Is(err, errInvalidGrant) { // ended by idleness, its maximum or an administrator
+		s.log.InfoContext(ctx, "session: ended in Keycloak", "session", known.Session, "error", err)
+		err = s.endSession(ctx, c, known.user, known.Session, "keycloak")
+		if err == nil || errors.Is(err, problemNotFound) {
+			err = problemInvalidRefreshToken.withTarget(string(known.user.ID))
 		}
 	}
-	switch {
-	case errors.Is(err, errInvalidGrant): // ended by idleness, its maximum or an administrator
-		s.log.InfoContext(ctx, "session: ended in Keycloak", "session", session.ID, "error", err)
-		if _, err := s.signOut(ctx, c, u, session.ID, entry{Action: "session.end", Reason: "keycloak"}); err != nil {
-			return tokenResponse{}, err
-		}
-		return tokenResponse{}, problemInvalidRefreshToken.withTarget(string(session.UserID))
-	case err != nil:
-		return tokenResponse{}, err
-	}
-	answer := newTokenResponse(next, session.ID)
-	plain, err := json.Marshal(answer)
 	if err != nil {
 		return tokenResponse{}, err
 	}
-	session.ExpiresAt = s.now().Add(time.Duration(answer.RefreshExpiresIn) * time.Second)
-	err = s.store.rotate(ctx, t, session, tokenHash(token), tokenHash(answer.RefreshToken), seal(token, plain), s.now()) // F3
-	if errors.Is(err, errNotFound) {                                                                                     // the session has just ended
+	answer := newTokenResponse(next, known.Session)
+	plain, err := json.Marshal(answer)
+	if err == nil {
+		err = s.store.rotate(ctx, t, digest(token), answer, seal(token, plain), s.now()) // F3
+	}
+	if errors.Is(err, errNotFound) { // the session has just ended
 		err = problemInvalidRefreshToken
 	}
 	return answer, err
 }
 
-// signOut ends one session of a user, or all (id ""), and says how many: S1 ours, S2
-// Keycloak's. While Keycloak is away the end stands, and the task ends it there later.
-func (s *server) signOut(ctx context.Context, c caller, u user, id sessionID, e entry) (int, error) {
-	ended, err := s.store.endSessions(ctx, c, u.ID, id, e, s.now()) // S1
-	if err != nil {
-		return 0, err // perhaps it was committed and only the answer is lost: then the task does S2
+// endSession ends one session of a user, or all (id ""), in both stores: S1 ours, S2 Keycloak's. While Keycloak is
+// away the end stands, and the task ends it there later. problemNotFound: the user has no such session.
+func (s *server) endSession(ctx context.Context, c caller, u user, id sessionID, reason string) error {
+	ended, err := s.store.endSessions(ctx, c, u.ID, id, reason, s.now()) // S1
+	switch {
+	case err != nil:
+		return err // perhaps it was committed and only the answer is lost: then the task does S2
+	case id != "" && len(ended) == 0:
+		return problemNotFound
 	}
 	// Dying here (S1) leaves sessions in Keycloak: their tasks end them.
 	s.endInKeycloak(ctx, u.KeycloakID, id, ended)
-	return len(ended), nil
+	return nil
 }
 
 // endInKeycloak ends one session in Keycloak, or all of a user (id ""), in one call (S2).
 func (s *server) endInKeycloak(ctx context.Context, keycloakID string, id sessionID, ended []session) {
-	var tasks []string
-	for _, session := range ended {
-		tasks = append(tasks, string(session.ID))
-	}
 	var err error
-	switch {
-	case id == "":
+	if id == "" {
 		err = s.kc.logOut(ctx, keycloakID)
-	case len(ended) > 0:
+	} else {
 		err = s.kc.endSession(ctx, ended[0].KeycloakID)
 	}
-	if err == nil && len(tasks) > 0 {
-		err = s.store.dequeue(ctx, tasks...)
+	if err == nil && len(ended) > 0 {
+		err = s.store.dequeue(ctx, sessionIDs(ended)...)
 	}
 	if err != nil {
 		s.log.WarnContext(ctx, "session: end in Keycloak failed, will retry", "keycloak_id", keycloakID, "error", err)
 	}
 }
 
-// checkSession makes both stores agree on a session: one that has ended in PostgreSQL ends in
-// Keycloak (S2), and the other way round.
+// checkSession makes both stores agree on a session: one that has ended in PostgreSQL ends in Keycloak (S2), and the
+// other way round.
 func (s *server) checkSession(ctx context.Context, t task) (time.Time, error) {
 	session, err := s.store.session(ctx, sessionID(t.ID))
-	if errors.Is(err, errNotFound) {
+	switch {
+	case errors.Is(err, errNotFound):
 		return never, nil
-	} else if err != nil {
-		return never, err
-	}
-	if session.Ended {
+	case err == nil && session.Ended:
 		return never, s.kc.endSession(ctx, session.KeycloakID)
+	case err != nil:
+		return never, err
 	}
 	u, err := s.store.user(ctx, session.UserID)
 	if err != nil {
@@ -225,51 +227,39 @@ func (s *server) checkSession(ctx context.Context, t task) (time.Time, error) {
 	}
 	live, err := s.kc.sessions(ctx, u.KeycloakID)
 	if err == nil && !slices.Contains(live, session.KeycloakID) {
-		_, err = s.store.endSessions(ctx, system("sessions"), session.UserID, session.ID, entry{Action: "session.end", Reason: "keycloak"}, s.now())
+		_, err = s.store.endSessions(ctx, system("sessions"), u.ID, session.ID, "keycloak", s.now())
 	}
 	return never, err
 }
 
-type noContent struct{ setCookie *http.Cookie }
-
-func (out noContent) cookie() *http.Cookie { return out.setCookie }
-
-// logout ends the session of a refresh token, in both stores. An unknown token is one whose
-// session has ended.
+// logout ends the session of a refresh token, in both stores. An unknown token is one whose session has ended.
 func (s *server) logout(ctx context.Context, c caller, in refreshIn) (noContent, error) {
 	out := noContent{}
 	if in.fromCookie() {
 		out.setCookie = refreshCookie("", -1)
 	}
-	known, err := s.store.refreshToken(ctx, tokenHash(in.RefreshToken))
-	if errors.Is(err, errNotFound) {
-		return out, nil
-	} else if err != nil {
-		return out, err
+	known, err := s.store.refreshToken(ctx, digest(in.RefreshToken))
+	if err == nil {
+		c.Actor = string(known.user.ID)
+		err = s.endSession(ctx, c, known.user, known.Session, "logout")
 	}
-	c.Actor = string(known.UserID)
-	_, err = s.signOut(ctx, c, known.Of, known.ID, entry{Action: "logout", Reason: "logout"})
+	if errors.Is(err, errNotFound) || errors.Is(err, problemNotFound) {
+		err = nil
+	}
 	return out, err
 }
 
-type sessionOut struct {
-	ID         sessionID `json:"session_id" example:"SES-V1StGXR8_Z5jdHi6"`
-	Current    bool      `json:"current" description:"The session of the access token that asks."`
-	Address    string    `json:"ip_address" example:"192.0.2.7" description:"Of the sign-in."`
-	UserAgent  string    `json:"user_agent" description:"Of the sign-in."`
-	CreatedAt  time.Time `json:"created_at"`
-	LastUsedAt time.Time `json:"last_used_at" description:"The sign-in or the latest refresh."`
-	ExpiresAt  time.Time `json:"expires_at" description:"When it ends unless it is used."`
-}
+// account is the caller's, as its token knows it.
+func (c caller) account() user { return user{ID: c.UserID, KeycloakID: c.Subject} }
 
 // ownSessions lists where the caller is signed in.
-func (s *server) ownSessions(ctx context.Context, c caller, in pageIn) (listOut[sessionOut], error) {
-	return s.sessionsOf(ctx, c, user{ID: c.UserID, KeycloakID: c.Subject}, in)
+func (s *server) ownSessions(ctx context.Context, c caller, in pageIn) (listOut[session], error) {
+	return s.sessionsOf(ctx, c, c.account(), in)
 }
 
-// sessionsOf lists the live sessions of a user. Those that Keycloak has ended are left out, and
-// end in PostgreSQL, too. While Keycloak is away the list is what PostgreSQL knows.
-func (s *server) sessionsOf(ctx context.Context, c caller, u user, in pageIn) (listOut[sessionOut], error) {
+// sessionsOf lists the live sessions of a user. Those that Keycloak has ended are left out, and end in PostgreSQL,
+// too. While Keycloak is away the list is what PostgreSQL knows.
+func (s *server) sessionsOf(ctx context.Context, c caller, u user, in pageIn) (listOut[session], error) {
 	return pageOf(in, func(before cursor) ([]session, error) {
 		rows, err := s.store.sessions(ctx, u.ID, before, in.Limit+1, s.now())
 		if err != nil || len(rows) == 0 {
@@ -282,19 +272,19 @@ func (s *server) sessionsOf(ctx context.Context, c caller, u user, in pageIn) (l
 		}
 		var gone []string
 		rows = slices.DeleteFunc(rows, func(row session) bool {
-			ended := !slices.Contains(live, row.KeycloakID)
-			if ended {
-				gone = append(gone, string(row.ID))
+			if slices.Contains(live, row.KeycloakID) {
+				return false
 			}
-			return ended
+			gone = append(gone, string(row.ID))
+			return true
 		})
 		if len(gone) > 0 {
 			err = s.store.enqueue(ctx, s.now(), gone...)
 		}
 		return rows, err
-	}, func(session session) (sessionOut, cursor) {
-		return sessionOut{session.ID, session.KeycloakID == c.SessionID, session.Address, session.UserAgent,
-			session.CreatedAt, session.LastUsedAt, session.ExpiresAt}, cursor{session.CreatedAt, string(session.ID)}
+	}, func(row session) (session, cursor) {
+		row.Current = row.KeycloakID == c.SessionID
+		return row, cursor{row.CreatedAt, string(row.ID)}
 	})
 }
 
@@ -304,19 +294,10 @@ type sessionIn struct {
 
 // endOwnSession signs the caller out somewhere. Another's session is not found.
 func (s *server) endOwnSession(ctx context.Context, c caller, in sessionIn) (noContent, error) {
-	return noContent{}, s.endSession(ctx, c, user{ID: c.UserID, KeycloakID: c.Subject}, in.ID, "own")
+	return noContent{}, s.endSession(ctx, c, c.account(), in.ID, "own")
 }
 
 // endOwnSessions signs the caller out everywhere.
 func (s *server) endOwnSessions(ctx context.Context, c caller, _ struct{}) (noContent, error) {
-	return noContent{}, s.endSession(ctx, c, user{ID: c.UserID, KeycloakID: c.Subject}, "", "own")
-}
-
-// endSession ends one session of a user, which must be there, or all (id "").
-func (s *server) endSession(ctx context.Context, c caller, u user, id sessionID, reason string) error {
-	n, err := s.signOut(ctx, c, u, id, entry{Action: "session.end", Reason: reason})
-	if err == nil && n == 0 && id != "" {
-		err = problemNotFound
-	}
-	return err
+	return noContent{}, s.endSession(ctx, c, c.account(), "", "own")
 }

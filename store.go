@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"strings"
 	"time"
 
@@ -96,7 +97,8 @@ func (st *store) migrate(ctx context.Context, again bool) error {
 		})
 	}
 	if errors.As(err, &pg) && pg.Code == "42501" { // insufficient_privilege
-		return fmt.Errorf("the schema is not this version's, or not for this role; run \"auth-service migrate\" as the owner of the tables: %s", pg.Message)
+		return fmt.Errorf("the schema is not this version's, or not for this role; "+
+			"run \"auth-service migrate\" as the owner of the tables: %s", pg.Message)
 	}
 	return storeError(err)
 }
@@ -108,7 +110,8 @@ const monthsAhead = 3
 // makeMonths makes the partitions of the audit log, up to monthsAhead.
 func (st *store) makeMonths(ctx context.Context, now time.Time) error {
 	_, err := st.pool.Exec(ctx, `
-		select audit_log_month($1::timestamptz + n * interval '1 month') from generate_series(0, $2::int) n`, now, monthsAhead)
+		select audit_log_month($1::timestamptz + n * interval '1 month') from generate_series(0, $2::int) n`,
+		now, monthsAhead)
 	return storeError(err)
 }
 
@@ -155,18 +158,9 @@ func (tx *txn) Exec(ctx context.Context, sql string, args ...any) (pgconn.Comman
 	return tx.Tx.Exec(ctx, sql, args...)
 }
 
-// logEntries logs what was written, so that there is evidence outside the database. It comes
-// after the commit: a change that was rolled back is not in the log. If the process dies in
+// tx runs f in a transaction. The audit entries that f writes are logged after the commit, so that
+// there is evidence outside the database, and nothing that was rolled back. If the process dies in
 // between, an entry has no line. The request id comes from the context.
-func (tx *txn) logEntries(ctx context.Context, log *slog.Logger) {
-	for _, e := range tx.entries {
-		log.InfoContext(ctx, "audit: entry written", "audit", true, "audit_id", string(e.ID), "actor", e.Actor,
-			"action", e.Action, "target", e.Target, "outcome", e.Outcome, "reason", e.Reason,
-			"network_id", e.NetworkID, "ip_address", e.Address, "details", e.Details)
-	}
-}
-
-// tx runs f in a transaction. The audit entries that f writes are logged after the commit.
 func (st *store) tx(ctx context.Context, f func(tx *txn)) error {
 	tx := txn{ctx: ctx}
 	err := pgx.BeginFunc(ctx, st.pool, func(begun pgx.Tx) error {
@@ -174,10 +168,25 @@ func (st *store) tx(ctx context.Context, f func(tx *txn)) error {
 		f(&tx)
 		return tx.err
 	})
-	if err == nil {
-		tx.logEntries(ctx, st.log)
+	if err != nil {
+		return storeError(err)
 	}
-	return storeError(err)
+	for _, e := range tx.entries {
+		st.log.InfoContext(ctx, "audit: entry written", "audit", true, "audit_id", string(e.ID), "actor", e.Actor,
+			"action", e.Action, "target", e.Target, "outcome", e.Outcome, "reason", e.Reason,
+			"network_id", e.NetworkID, "ip_address", e.Address, "details", e.Details)
+	}
+	return nil
+}
+
+// locked is tx in which the caller's lock of a task can't become another's. It returns errLocked.
+func (st *store) locked(ctx context.Context, t task, f func(tx *txn)) error {
+	return st.tx(ctx, func(tx *txn) {
+		if tx.exec(`select from tasks where task_id = $1 and locked_by = $2 for update`, t.ID, t.lockedBy) == 0 {
+			tx.check(errLocked)
+		}
+		f(tx)
+	})
 }
 
 // pageTimeout bounds a list: with a filter that few rows pass it may read many.
@@ -210,7 +219,7 @@ func storeError(err error) error {
 		return fmt.Errorf("%w: %s", errConflict, pg.ConstraintName)
 	case errors.As(err, &pg):
 		switch pg.Code[:2] {
-		case "08", "40", "53", "57": // connection, deadlock, resources (too many clients), operator (shutdown, starting up, timeout)
+		case "08", "40", "53", "57": // connection, deadlock, resources (too many clients), operator (shutdown, timeout)
 			return fmt.Errorf("%w: postgresql: %s", errUnavailable, pg.Message)
 		}
 		if pg.Code == "42P01" { // undefined_table: migrate has not come through yet
@@ -218,7 +227,7 @@ func storeError(err error) error {
 		}
 		return fmt.Errorf("postgresql: %s (%s %s)", pg.Message, pg.Code, pg.ConstraintName)
 	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled), // while waiting for a connection
-		pgconn.Timeout(err), pgconn.SafeToRetry(err), errors.As(err, new(*pgconn.ConnectError)),
+		pgconn.SafeToRetry(err), errors.As(err, new(*pgconn.ConnectError)), errors.As(err, new(net.Error)), // reset, timeout
 		strings.Contains(err.Error(), "conn closed"), strings.Contains(err.Error(), "unexpected EOF"):
 		return fmt.Errorf("%w: postgresql: %w", errUnavailable, err)
 	}
@@ -263,7 +272,8 @@ func (st *store) hit(ctx context.Context, l rateLimit, now time.Time) error {
 // peek says what hit would, and counts nothing.
 func (st *store) peek(ctx context.Context, l rateLimit, now time.Time) error {
 	var resets time.Time
-	err := storeError(st.pool.QueryRow(ctx, `select resets_at from rate_limits where key = $1 and hits >= $2 and resets_at > $3`,
+	err := storeError(st.pool.QueryRow(ctx, `
+		select resets_at from rate_limits where key = $1 and hits >= $2 and resets_at > $3`,
 		l.Key, l.N, now).Scan(&resets))
 	if errors.Is(err, errNotFound) {
 		return nil
@@ -285,11 +295,34 @@ func refund(ctx context.Context, q querier, limits ...rateLimit) error {
 	return storeError(err)
 }
 
-// purgeLimits removes counters whose window is over.
-func (st *store) purgeLimits(ctx context.Context, now time.Time) error {
-	_, err := st.pool.Exec(ctx, `delete from rate_limits where key = any(array(
-		select key from rate_limits where resets_at < $1 order by resets_at limit 10000 for update skip locked))`, now)
-	return storeError(err)
+// purge deletes what is over, a part of it at a time: limits, answers to refresh tokens, revocations
+// of tokens that have expired, and, 30 days after their end, sessions, and registrations that are
+// not in Keycloak any more.
+func (st *store) purge(ctx context.Context, now, answered time.Time) error {
+	var failed error
+	for sql, before := range map[string]time.Time{
+		`delete from rate_limits where key = any(array(
+			select key from rate_limits where resets_at < $1 order by resets_at limit 10000 for update skip locked))`: now,
+		`update refresh_tokens set answer = null where token_hash = any(array(
+			select token_hash from refresh_tokens where answer is not null and used_at < $1
+			order by used_at limit 10000 for update skip locked))`: answered,
+		`delete from revocations where revocation_id = any(array(
+			select revocation_id from revocations where at < $1
+			order by at limit 10000 for update skip locked))`: now.Add(-tokenLife),
+		`delete from user_registrations where registration_id = any(array(
+			select registration_id from user_registrations where ended_at < $1 and keycloak_id is null
+			order by ended_at limit 1000 for update skip locked))`: now.Add(-keepEnded),
+		`with old as (
+			select session_id from sessions where expires_at < $1 and coalesce(ended_at, expires_at) < $1
+			order by expires_at limit 1000 for update skip locked),
+		tokens as (
+			delete from refresh_tokens where session_id in (select session_id from old))
+		delete from sessions where session_id in (select session_id from old)`: now.Add(-keepEnded),
+	} {
+		_, err := st.pool.Exec(ctx, sql, before)
+		failed = errors.Join(failed, storeError(err))
+	}
+	return failed
 }
 
 func nullString(s string) *string {

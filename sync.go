@@ -190,7 +190,7 @@ func (s *server) reconcile(ctx context.Context, c caller, t task) error {
 		if err == nil && in.local != nil && in.Push {
 			var u user
 			if u, err = s.store.overwrite(ctx, c, t, in.local.ID, in.remote.claims(), s.now()); err == nil { // O1
-				err = s.kc.push(ctx, *in.remote, u) // O2
+				err = s.kc.push(ctx, *in.remote, u, nil) // O2
 			}
 		}
 		if err == nil && conflict {
@@ -244,7 +244,7 @@ func (s *server) importUser(ctx context.Context, c caller, in inspection) error 
 	}
 	err := s.store.importUser(ctx, c, u, reg, in.remote.claims())
 	if err == nil && reg.State != pending {
-		err = s.kc.push(ctx, *in.remote, u)
+		err = s.kc.push(ctx, *in.remote, u, nil)
 	}
 	return err
 }
@@ -254,7 +254,7 @@ func (s *server) importUser(ctx context.Context, c caller, in inspection) error 
 func (s *server) lostRegistration(ku keycloakUser) registration {
 	token := cmp.Or(ku.attribute(attrToken), newToken()) // nobody's: Keycloak does not know the mail's any more
 	reg := registration{ID: registrationID(ku.attribute(attrRegistrationID)), State: verified,
-		TokenHash: tokenHash(token), CodeHash: codeHash(token, ku.attribute(attrCode)),
+		TokenHash: digest(token), CodeHash: codeHash(token, ku.attribute(attrCode)),
 		Locale:    templates.Language("", ku.attribute(attrLocale)),
 		CreatedAt: time.UnixMilli(gocloak.PInt64(ku.CreatedTimestamp))}
 	if ku.awaitsVerification() {

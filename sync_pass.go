@@ -361,7 +361,7 @@ func (s *server) syncCommand(ctx context.Context, dryRun bool, operator string, 
 		err = errors.New("a full pass is running already")
 	}
 	if err != nil {
-		return errors.Join(err, s.store.finish(ctx, t, s.now()))
+		return errors.Join(err, finish(ctx, s.store.pool, t, s.now()))
 	}
 	run, err = s.runSync(ctx, t, run, out)
 	s.release(ctx, t, s.now(), err) // the daily pass finds out when it is due

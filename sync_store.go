@@ -114,8 +114,7 @@ func (st *store) syncCursor(ctx context.Context, now time.Time) (c syncCursor, e
 // takeEvents enqueues the users that events have changed, audits the events that are worth it,
 // and moves the cursor. It returns errLocked.
 func (st *store) takeEvents(ctx context.Context, t task, next syncCursor, events []keycloakEvent, now time.Time) error {
-	return st.tx(ctx, func(tx *txn) {
-		tx.check(t.held(ctx, tx))
+	return st.locked(ctx, t, func(tx *txn) {
 		tx.exec(`update sync_cursor set admin_at = $1, user_at = $2, event_ids = $3`, next.At[0], next.At[1], next.IDs)
 		changed, users, sessions := []string{}, []string{}, []string{}
 		for _, e := range events {

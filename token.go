@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -19,10 +20,10 @@ import (
 	"github.com/go-jose/go-jose/v4/jwt"
 	lru "github.com/hashicorp/golang-lru/v2"
 	"golang.org/x/oauth2"
+	"golang.org/x/sync/singleflight"
 )
 
-// What an access token may cost before it is known to be one, and how long what was
-// found out about it or about its key is believed.
+// Limits of token verification, and cache lifetimes.
 const (
 	maxToken       = 8 << 10          // bytes
 	tokenLeeway    = 30 * time.Second // between Keycloak's clock and ours, for exp, nbf and iat
@@ -33,8 +34,7 @@ const (
 	keyWaiters     = 1024             // tokens that may wait for the next fetch
 )
 
-// tokenAlgorithms are all asymmetric: with HS256 a public key would be a secret, and
-// "none" is not an algorithm.
+// tokenAlgorithms are all asymmetric: with HS256 a public key would be a secret, and "none" is not an algorithm.
 var tokenAlgorithms = []jose.SignatureAlgorithm{jose.RS256, jose.ES256, jose.PS256, jose.EdDSA}
 
 // tokenClaims are what Keycloak says in an access token, see keycloak/realm.json.
@@ -49,11 +49,6 @@ type tokenClaims struct {
 	StationID       string   `json:"station_id"`
 }
 
-// match tells whether the claims are what is true of u.
-func (c tokenClaims) match(u user) bool {
-	return c.UserID == u.ID && slices.Equal(c.Roles, []string{u.Role}) && scope(c.NetworkID) == u.NetworkID && scope(c.StationID) == u.StationID
-}
-
 // principal is who an access token speaks for.
 type principal struct {
 	UserID    userID
@@ -66,69 +61,92 @@ type principal struct {
 
 func (p principal) is(role string) bool { return slices.Contains(p.Roles, role) }
 
-// verifier checks access tokens with the realm's keys, without asking anybody. The
-// keys are fetched by one loop (keepKeys); they outlive Keycloak's absence.
+// principal is whom the claims are about.
+func (c tokenClaims) principal() principal {
+	return principal{c.UserID, c.Subject, c.SessionID, c.Roles, scope(c.NetworkID), scope(c.StationID)}
+}
+
+// scope undoes what createUser does for Keycloak, which drops empty claims.
+func scope(claim string) string {
+	if claim == noScope {
+		return ""
+	}
+	return claim
+}
+
+// match tells whether the claims are what is true of u.
+func (c tokenClaims) match(u user) bool {
+	return c.UserID == u.ID && !u.revocation().revokes(c.principal())
+}
+
+// verifier checks access tokens with the realm's keys, without asking anybody. The keys are fetched by one loop
+// (keepKeys); they outlive Keycloak's absence.
 type verifier struct {
 	issuer string
 	client string
 	fetch  func(context.Context) (jose.JSONWebKeySet, error)
 	now    func() time.Time
 
-	revoked revocations
-	keys    atomic.Pointer[keySet]
-	wanted  chan struct{} // a token names a key that is not there
-	waiting chan struct{} // tokens that wait for the next fetch
+	revoked  revocations
+	keys     atomic.Pointer[keySet]
+	fetching singleflight.Group
+	waiting  chan struct{} // tokens that wait for the next fetch
 }
 
-// keySet is what the latest fetch has brought. The tokens that were verified with
-// its keys are remembered with it, and so forgotten when a key is revoked.
+// keySet is what the latest fetch has brought. The tokens that were verified with its keys are remembered with it,
+// and so forgotten when a key is revoked.
 type keySet struct {
 	byID     map[string]jose.JSONWebKey
 	verified *lru.Cache[[sha256.Size]byte, verifiedToken]
-	asked    time.Time     // when the fetch began
-	err      error         // the fetch has failed: byID is of an earlier one
-	next     chan struct{} // closed when the next fetch has ended
+	asked    time.Time // when the fetch began
+	err      error     // the fetch has failed: byID is of an earlier one
 }
 
 // verifiedToken is a token that needs no second look until then.
 type verifiedToken struct {
 	principal
-	expires time.Time // with leeway
-	until   time.Time
+	seen  time.Time // when it came first
+	until time.Time
 }
 
 func newVerifier(cfg config, kc *keycloak, now func() time.Time) *verifier {
 	v := &verifier{issuer: cfg.issuer(), client: cfg.AuthClientID, fetch: kc.signingKeys, now: now,
-		wanted: make(chan struct{}, 1), waiting: make(chan struct{}, keyWaiters)}
-	v.revoked.sessions, v.revoked.users = map[string]received{}, map[userID]received{}
-	v.keys.Store(&keySet{next: make(chan struct{})})
+		revoked: revocations{of: map[string]received{}, next: make(chan struct{})},
+		waiting: make(chan struct{}, keyWaiters)}
+	v.keys.Store(&keySet{})
 	return v
 }
 
-// keepKeys fetches the keys now, at every interval, and as soon as a token wants one
-// that is not there; never more often than keyPause, whatever arrives.
+// keepKeys fetches the keys now and at every interval.
 func (v *verifier) keepKeys(ctx context.Context) {
-	for {
-		v.refreshKeys(ctx)
+	for ctx.Err() == nil {
+		v.fetchKeys(ctx)
 		select {
 		case <-ctx.Done():
-			return
-		case <-time.After(keyPause):
-		}
-		select {
-		case <-ctx.Done():
-			return
-		case <-v.wanted:
-		case <-time.After(keyInterval - keyPause):
+		case <-time.After(keyInterval):
 		}
 	}
 }
 
-// refreshKeys fetches the keys. Without an answer those that we have stay good: a
-// Keycloak that is away has revoked nothing.
+// fetchKeys waits until the keys are fetched once more, or ctx ends. However many ask for it, there is one fetch, and
+// none sooner than keyPause after the last one.
+func (v *verifier) fetchKeys(ctx context.Context) {
+	fetched := v.fetching.DoChan("", func() (any, error) {
+		time.Sleep(time.Until(v.keys.Load().asked.Add(keyPause)))
+		v.refreshKeys(context.WithoutCancel(ctx))
+		return nil, nil
+	})
+	select {
+	case <-fetched:
+	case <-ctx.Done():
+	}
+}
+
+// refreshKeys fetches the keys. Without an answer those that we have stay good: a Keycloak that is away has revoked
+// nothing.
 func (v *verifier) refreshKeys(ctx context.Context) {
 	before := v.keys.Load()
-	after := &keySet{byID: before.byID, verified: before.verified, asked: time.Now(), next: make(chan struct{})}
+	after := &keySet{byID: before.byID, verified: before.verified, asked: time.Now()}
 	fetched, err := v.fetch(ctx)
 	byID := map[string]jose.JSONWebKey{}
 	for _, key := range fetched.Keys {
@@ -146,115 +164,99 @@ func (v *verifier) refreshKeys(ctx context.Context) {
 		after.verified, _ = lru.New[[sha256.Size]byte, verifiedToken](verifiedTokens) // fails only for a size below 1
 	}
 	v.keys.Store(after)
-	close(before.next)
 }
 
-// key returns the key that a token names, and the set that has it. A key that is not
-// there may be new, so the token waits for a fetch that begins after its arrival: at
-// most keyPause, and only so many of them. errUnavailable: nobody can tell now.
+// key returns the key that a token names, and the set that has it. A key that is not there may be new, so the token
+// waits for a fetch that begins after its arrival: at most keyPause, and only so many of them. errUnavailable: nobody
+// can tell now.
 func (v *verifier) key(ctx context.Context, id string) (jose.JSONWebKey, *keySet, error) {
-	arrived := time.Now()
-	for waits := false; ; waits = true {
-		keys := v.keys.Load()
-		key, known := keys.byID[id]
-		switch {
-		case known:
-			return key, keys, nil
-		case id == "":
-			return key, keys, errors.New("it names no key")
-		case keys.asked.After(arrived) && keys.err != nil:
-			return key, keys, keys.err
-		case keys.asked.After(arrived):
-			return key, keys, errors.New("its key is not one of the realm")
-		}
-		if !waits {
-			select {
-			case v.waiting <- struct{}{}:
-				defer func() { <-v.waiting }()
-			default:
-				return key, keys, errBusy
-			}
-		}
-		select {
-		case v.wanted <- struct{}{}:
-		default: // somebody has said so
-		}
-		select {
-		case <-keys.next:
-		case <-ctx.Done():
+	keys, arrived := v.keys.Load(), time.Now()
+	key, known := keys.byID[id]
+	if known || id == "" { // nothing is signed with the zero key
+		return key, keys, nil
+	}
+	select {
+	case v.waiting <- struct{}{}:
+		defer func() { <-v.waiting }()
+	default:
+		return key, keys, errBusy
+	}
+	for !known && !keys.asked.After(arrived) {
+		if v.fetchKeys(ctx); ctx.Err() != nil {
 			return key, keys, fmt.Errorf("%w: %w", errUnavailable, ctx.Err())
 		}
+		keys = v.keys.Load()
+		key, known = keys.byID[id]
 	}
+	if !known {
+		return key, keys, cmp.Or(keys.err, errors.New("its key is not one of the realm"))
+	}
+	return key, keys, nil
 }
 
 // verify returns whom a token speaks for, unless it was revoked.
 //
-// It returns errUnavailable if the keys or the revocations can't be had, and otherwise an error that
-// says what is wrong with the token and quotes nothing of it.
+// It returns errUnavailable if the keys or the revocations can't be had, and otherwise an error that says what is
+// wrong with the token and quotes nothing of it.
 func (v *verifier) verify(ctx context.Context, token string) (principal, error) {
-	p, err := v.verifySigned(ctx, token)
+	t, err := v.verifySigned(ctx, token)
 	if err == nil {
-		err = v.revoked.check(p)
+		err = v.revoked.check(ctx, t.principal, t.seen)
 	}
-	return p, err
+	return t.principal, err
 }
 
 // verifySigned is verify without revocations.
-func (v *verifier) verifySigned(ctx context.Context, token string) (principal, error) {
+func (v *verifier) verifySigned(ctx context.Context, token string) (t verifiedToken, err error) {
 	if len(token) > maxToken {
-		return principal{}, errors.New("it is too long")
+		return t, errors.New("it is too long")
 	}
-	sum := sha256.Sum256([]byte(token))
-	now := v.now()
+	sum, now, seen := sha256.Sum256([]byte(token)), v.now(), time.Now()
 	if keys := v.keys.Load(); keys.verified != nil {
-		if t, ok := keys.verified.Get(sum); ok && now.Before(t.expires) && now.Before(t.until) {
-			return t.principal, nil
+		if t, ok := keys.verified.Get(sum); ok && now.Before(t.until) {
+			return t, nil
 		}
 	}
 	signed, err := jose.ParseSignedCompact(token, tokenAlgorithms)
 	if err != nil {
-		return principal{}, errors.New("it is not a JWT with an algorithm that is accepted")
+		return t, errors.New("it is not a JWT with an algorithm that is accepted")
 	}
-	if _, known := v.keys.Load().byID[signed.Signatures[0].Header.KeyID]; !known {
-		// Only a token that would be accepted may wait for its key.
-		if _, err := v.check(signed, now); err != nil {
-			return principal{}, err
-		}
+	c, err := v.checkClaims(signed, now)
+	if err != nil { // also before the signature: only a token that would be accepted may wait for its key
+		return t, err
 	}
 	keys, err := v.checkSignature(ctx, signed)
 	if err != nil {
-		return principal{}, err
+		return t, err
 	}
-	c, err := v.check(signed, now)
-	if err != nil {
-		return principal{}, err
+	t = verifiedToken{c.principal(), seen, now.Add(verifiedFor)}
+	if ends := c.Expiry.Time().Add(tokenLeeway); ends.Before(t.until) {
+		t.until = ends
 	}
-	t := verifiedToken{expires: c.Expiry.Time().Add(tokenLeeway), until: now.Add(verifiedFor), principal: principal{
-		UserID: c.UserID, Subject: c.Subject, SessionID: c.SessionID, Roles: c.Roles, NetworkID: scope(c.NetworkID), StationID: scope(c.StationID)}}
 	keys.verified.Add(sum, t)
-	return t.principal, nil
+	return t, nil
 }
 
-// checkSignature checks a signature with the realm's key of that name; keys that the
-// token itself brings along (jwk, jku, x5u) count for nothing. It returns the keys
-// that it was checked with.
+// checkSignature checks a signature with the realm's key of that name; keys that the token itself brings along (jwk,
+// jku, x5u) count for nothing. It returns the keys that it was checked with.
 func (v *verifier) checkSignature(ctx context.Context, signed *jose.JSONWebSignature) (*keySet, error) {
 	header := signed.Signatures[0].Header
-	if _, has := header.ExtraHeaders["b64"]; has { // jose would take its claims unencoded; a JWT's are not (RFC 7797 §7)
+	if _, has := header.ExtraHeaders["b64"]; has { // jose would take its claims unencoded (RFC 7797 §7)
 		return nil, errors.New("its signature is not that of a JWT")
 	}
 	key, keys, err := v.key(ctx, header.KeyID)
 	if err != nil {
 		return keys, err
 	}
-	if _, err = signed.Verify(key); err != nil || key.Algorithm != header.Algorithm { // Verify refuses unknown crit headers
+	_, err = signed.Verify(key) // it refuses unknown crit headers
+	if err != nil || key.Algorithm != header.Algorithm {
 		return keys, errors.New("its signature is wrong")
 	}
 	return keys, nil
 }
 
-// idToken checks the ID token of a code flow: signature, issuer, audience, time, and
-// that it answers this very sign-in (OpenID Connect Core §3.1.3.7).
+// idToken checks the ID token of a code flow: signature, issuer, audience, time, and that it answers this very
+// sign-in (OpenID Connect Core §3.1.3.7).
 func (v *verifier) idToken(ctx context.Context, token *oauth2.Token, nonce string) error {
 	raw, _ := token.Extra("id_token").(string)
 	signed, err := jose.ParseSignedCompact(raw, tokenAlgorithms)
@@ -278,6 +280,22 @@ func (v *verifier) idToken(ctx context.Context, token *oauth2.Token, nonce strin
 	return nil
 }
 
+// readClaims reads a token that has just come from Keycloak's token endpoint itself; no signature is needed to know
+// its origin (OpenID Connect Core §3.1.3.7).
+func readClaims(token string) (c tokenClaims, err error) {
+	signed, err := jose.ParseSignedCompact(token, tokenAlgorithms)
+	if err == nil {
+		c, err = claimsOf(signed)
+	}
+	if err == nil && c.Subject == "" {
+		err = errors.New("sub is missing")
+	}
+	if err != nil {
+		err = fmt.Errorf("keycloak's access token: %w", err)
+	}
+	return c, err
+}
+
 // claimsOf reads what a token says, true or not.
 func claimsOf(signed *jose.JSONWebSignature) (c tokenClaims, err error) {
 	if json.Unmarshal(signed.UnsafePayloadWithoutVerification(), &c) != nil {
@@ -286,9 +304,8 @@ func claimsOf(signed *jose.JSONWebSignature) (c tokenClaims, err error) {
 	return c, err
 }
 
-// check reads the claims and looks at everything but the signature (RFC 9068 §4,
-// OpenID Connect Core §2).
-func (v *verifier) check(signed *jose.JSONWebSignature, now time.Time) (c tokenClaims, err error) {
+// checkClaims reads the claims and looks at everything but the signature (RFC 9068 §4, OpenID Connect Core §2).
+func (v *verifier) checkClaims(signed *jose.JSONWebSignature, now time.Time) (c tokenClaims, err error) {
 	c, err = claimsOf(signed)
 	switch {
 	case err != nil:
@@ -311,26 +328,14 @@ func (v *verifier) check(signed *jose.JSONWebSignature, now time.Time) (c tokenC
 	return c, nil
 }
 
-// scope undoes what createUser does for Keycloak, which drops empty claims.
-func scope(claim string) string {
-	if claim == noScope {
-		return ""
-	}
-	return claim
-}
-
-// bearer returns whom the request speaks for by its Authorization header, or the
-// challenge of RFC 6750 §3.
+// bearer returns whom the request speaks for by its Authorization header, or the challenge of RFC 6750 §3.
 func (s *server) bearer(r *http.Request) (principal, error) {
 	credentials := r.Header.Values("Authorization")
-	if len(credentials) == 0 {
+	scheme, token, _ := strings.Cut(strings.Join(credentials[:min(len(credentials), 1)], ""), " ")
+	switch {
+	case !strings.EqualFold(scheme, "Bearer"): // RFC 9110 §11.1: without case
 		return principal{}, problemUnauthorized
-	}
-	scheme, token, _ := strings.Cut(credentials[0], " ")
-	if !strings.EqualFold(scheme, "Bearer") { // RFC 9110 §11.1: without case
-		return principal{}, problemUnauthorized
-	}
-	if len(credentials) > 1 { // somebody downstream might look at the other one
+	case len(credentials) > 1: // somebody downstream might look at the other one
 		return principal{}, problemInvalidAccessToken.withCause(errors.New("there are several"))
 	}
 	p, err := s.verifier.verify(r.Context(), strings.Trim(token, " "))
@@ -350,8 +355,7 @@ func (s *server) authenticated(rt route, next http.Handler) http.Handler {
 			s.refuse(w, r, rt, err)
 			return
 		}
-		ctx := context.WithValue(r.Context(), principalKey{}, p)
-		next.ServeHTTP(w, r.WithContext(ctx))
+		next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), principalKey{}, p)))
 	})
 }
 
@@ -370,15 +374,12 @@ type validateOut struct {
 	StationID string `header:"X-Auth-Station-Id,omitempty" json:"-" description:"Empty: none."`
 }
 
-// validate tells a gateway whether a token may pass, from memory alone: it asks
-// neither PostgreSQL nor Keycloak.
+// validate tells a gateway whether a token may pass, from memory alone: it asks neither PostgreSQL nor Keycloak.
 func (s *server) validate(w http.ResponseWriter, r *http.Request) {
 	p, err := s.bearer(r)
 	if err == nil && r.URL.RawQuery != "" {
-		var required url.Values
-		if required, err = url.ParseQuery(r.URL.RawQuery); err == nil {
-			err = p.satisfies(required)
-		} else { // a part of it may be readable, and the demand another
+		required, unreadable := url.ParseQuery(r.URL.RawQuery)
+		if err = p.satisfies(required); unreadable != nil { // a part of it may be readable, and the demand another
 			err = invalid(fieldError{"query", "can't be read"})
 		}
 	}
@@ -394,23 +395,23 @@ func (s *server) validate(w http.ResponseWriter, r *http.Request) {
 	h.Set("X-Auth-Station-Id", p.StationID)
 } // 200 without a body is what net/http makes of it
 
-// validateEnvoy is validate for Envoy, which appends the path and query of the request
-// that it asks about, and uses its method. That query is the client's: it required
-// nothing.
+// validateEnvoy is validate for Envoy, which appends the path and query of the request that it asks about, and uses
+// its method. That query is the client's: it required nothing.
 func (s *server) validateEnvoy(w http.ResponseWriter, r *http.Request) {
 	r.URL.RawQuery = ""
 	s.validate(w, r)
 }
 
-// satisfies checks a gateway's required by the rules of role and scope. A demand that
-// nobody knows is the gateway's mistake, and must not be one that everybody satisfies.
+// satisfies checks a gateway's required role and scope. A requirement that nobody knows is the gateway's mistake, and
+// must not be one that everybody satisfies.
 func (p principal) satisfies(required url.Values) error {
-	refused := problemForbidden.withChallenge("insufficient_scope")
 	var wrong []fieldError
+	unknown := func(role string) bool { return !slices.Contains(roles, role) }
 	for name, values := range required {
-		if name != "role" && name != "network_id" && name != "station_id" {
+		switch {
+		case !slices.Contains([]string{"role", "network_id", "station_id"}, name):
 			wrong = append(wrong, fieldError{name, "is not known"})
-		} else if name == "role" && slices.ContainsFunc(values, func(role string) bool { return !slices.Contains(roles, role) }) {
+		case name == "role" && slices.ContainsFunc(values, unknown):
 			wrong = append(wrong, fieldError{name, "is not a role"})
 		}
 	}
@@ -418,24 +419,19 @@ func (p principal) satisfies(required url.Values) error {
 		slices.SortFunc(wrong, func(a, b fieldError) int { return strings.Compare(a.Field, b.Field) })
 		return invalid(wrong...)
 	}
-	if wanted := required["role"]; len(wanted) > 0 && !slices.ContainsFunc(wanted, p.is) {
+	// A partner has every station of its network. Of a station alone nobody can tell whose it is.
+	whole := p.is(rolePartner) && required.Has("network_id")
+	otherNetwork := func(id string) bool { return id == "" || id != p.NetworkID } // nobody is in the empty one
+	otherStation := func(id string) bool { return id == "" || id != p.StationID && !whole }
+	refused := problemForbidden.withChallenge("insufficient_scope")
+	switch wanted := required["role"]; {
+	case len(wanted) > 0 && !slices.ContainsFunc(wanted, p.is):
 		return refused
-	}
-	if p.is(roleAdmin) {
+	case p.is(roleAdmin):
 		return nil
-	}
-	for _, network := range required["network_id"] {
-		if network == "" || network != p.NetworkID {
-			return refused
-		}
-	}
-	for _, station := range required["station_id"] {
-		// A partner has every station of its network. Of a station alone nobody can
-		// tell whose it is.
-		whole := p.is(rolePartner) && required.Has("network_id")
-		if station == "" || station != p.StationID && !whole {
-			return refused
-		}
+	case slices.ContainsFunc(required["network_id"], otherNetwork),
+		slices.ContainsFunc(required["station_id"], otherStation):
+		return refused
 	}
 	return nil
 }

@@ -1,28 +1,31 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"sync"
 	"time"
 
 	"github.com/jackc/pgx/v5"
 )
 
-// An access token lives for minutes after what it says has ceased to be true. Revocations
-// (RFC 7009) say which ones count no more: they are written in the transaction of the change,
-// each instance polls their table, and keeps them in memory, where each check of a token looks.
-// Polling works through every pooler, and nobody can forge a row who may only connect.
+// An access token lives for minutes after what it says has ceased to be true. Revocations (RFC 7009) say which ones
+// count no more: they are written in the transaction of the change, and each instance polls their table and keeps
+// them in memory, where each check of a token looks. Polling works through every pooler, and nobody can forge a row
+// who may only connect.
 const (
 	tokenLife      = time.Hour              // no access token lives longer: what is older revokes nothing
 	revocationLag  = time.Minute            // no transaction takes longer to commit what it has revoked
 	revocationPoll = 300 * time.Millisecond // between two looks at the table
+	revocationWait = time.Second            // the most that a token waits for a look that begins after its arrival
 )
 
-// revocation is a session that has ended, or what is true of a user from now on: its
-// tokens that say something else are refused. No clock decides, so a token that is
-// issued right after the change is good at once.
+// revocation is a session that has ended, or what is true of a user from now on: its tokens that say something else
+// are refused. No clock decides, so a token that is issued right after the change is good at once.
 type revocation struct {
 	SessionID string // claim sid; "" = of a user
 	UserID    userID
@@ -38,6 +41,12 @@ func (u user) revocation() revocation {
 	return revocation{UserID: u.ID, Role: u.Role, NetworkID: u.NetworkID, StationID: u.StationID, Active: u.IsActive}
 }
 
+// revokes tells whether tokens of p count no more.
+func (r revocation) revokes(p principal) bool {
+	return r.SessionID != "" || !r.Active || !slices.Equal(p.Roles, []string{r.Role}) ||
+		p.NetworkID != r.NetworkID || p.StationID != r.StationID
+}
+
 // revoke writes a revocation in the transaction of its change.
 func revoke(ctx context.Context, tx pgx.Tx, r revocation) error {
 	_, err := tx.Exec(ctx, `
@@ -48,33 +57,47 @@ func revoke(ctx context.Context, tx pgx.Tx, r revocation) error {
 
 // revocations are those of the last tokenLife.
 type revocations struct {
-	mu       sync.RWMutex
-	sessions map[string]received // by claim sid
-	users    map[userID]received
-	read     time.Time // when the table was read; zero: never, so nobody can tell which tokens are good
+	mu   sync.RWMutex
+	of   map[string]received // by claim sid, or the user's id
+	read time.Time           // when the latest look at the table began; zero: nobody can tell which tokens are good
+	next chan struct{}       // closed when the next look has ended
 }
 
-// received is a revocation and when we have received of it.
+// received is a revocation and when it was received first.
 type received struct {
 	revocation
 	at time.Time
 }
 
-// check returns an error if a token of p was revoked, or errUnavailable as long as nobody
-// can tell.
-func (w *revocations) check(p principal) error {
-	w.mu.RLock()
-	defer w.mu.RUnlock()
-	_, ended := w.sessions[p.SessionID]
-	now, changed := w.users[p.UserID]
-	same := now.Active && len(p.Roles) == 1 && p.Roles[0] == now.Role && p.NetworkID == now.NetworkID && p.StationID == now.StationID
-	switch {
-	case w.read.IsZero():
-		return fmt.Errorf("%w: the revocations have not been read yet", errUnavailable)
-	case ended, changed && !same:
-		return errors.New("it was revoked")
+var errRevoked = errors.New("it was revoked")
+
+// check returns errRevoked if a token of p was revoked, or errUnavailable as long as nobody can tell.
+//
+// What was read may be older than a token that says something else: another instance may have changed the user twice.
+// But a token that was seen before the look began says nothing newer than that; until there is such a look it waits.
+func (w *revocations) check(ctx context.Context, p principal, seen time.Time) error {
+	for {
+		w.mu.RLock()
+		read, next := w.read, w.next
+		_, ended := w.of[p.SessionID]
+		now, changed := w.of[string(p.UserID)]
+		w.mu.RUnlock()
+		switch {
+		case read.IsZero():
+			return fmt.Errorf("%w: the revocations have not been read yet", errUnavailable)
+		case !ended && !(changed && now.revokes(p)):
+			return nil
+		case ended, read.After(seen):
+			return errRevoked
+		}
+		select {
+		case <-next:
+		case <-ctx.Done():
+			return errRevoked
+		case <-time.After(time.Until(seen.Add(revocationWait))): // PostgreSQL is away
+			return errRevoked
+		}
 	}
-	return nil
 }
 
 func (w *revocations) lastRead() time.Time {
@@ -83,55 +106,34 @@ func (w *revocations) lastRead() time.Time {
 	return w.read
 }
 
-// add takes revocations, and notes when the table was read if that is where they come from.
-func (w *revocations) add(read time.Time, all ...revocation) {
+// add takes what a look at the table has found that began at read, and forgets what revokes nothing any more.
+func (w *revocations) add(read time.Time, found ...revocation) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if !read.IsZero() {
-		w.read = read
-	}
-	for _, one := range all {
-		switch {
-		case one.SessionID != "":
-			w.sessions[one.SessionID] = received{one, time.Now()}
-		case one.Number > w.users[one.UserID].Number:
-			w.users[one.UserID] = received{one, time.Now()}
+	for _, r := range found {
+		if key := cmp.Or(r.SessionID, string(r.UserID)); r.Number > w.of[key].Number {
+			w.of[key] = received{r, time.Now()}
 		}
 	}
+	maps.DeleteFunc(w.of, func(_ string, r received) bool { return time.Since(r.at) > tokenLife+revocationLag })
+	close(w.next)
+	w.read, w.next = read, make(chan struct{})
 }
 
-// forget drops what revokes nothing any more.
-func (w *revocations) forget() {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	for sid, h := range w.sessions {
-		if time.Since(h.at) > tokenLife+revocationLag {
-			delete(w.sessions, sid)
-		}
-	}
-	for id, h := range w.users {
-		if time.Since(h.at) > tokenLife+revocationLag {
-			delete(w.users, id)
-		}
-	}
-}
-
-// pollRevocations reads the revocations that have come since the last time. One look overlaps
-// the one before by revocationLag, since a row becomes visible only when its transaction ends.
+// pollRevocations reads the revocations that have come since the last time. One look overlaps the one before by
+// revocationLag, since a row becomes visible only when its transaction ends.
 func (s *server) pollRevocations(ctx context.Context) error {
-	known, start := &s.verifier.revoked, time.Now()
-	since := min(time.Since(known.lastRead()), tokenLife) + revocationLag // never read is more than two centuries ago
+	last, start := s.verifier.revoked.lastRead(), time.Now()
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	all, err := s.store.revocations(ctx, since)
+	found, err := s.store.revocations(ctx, min(time.Since(last), tokenLife)+revocationLag)
 	if err != nil {
 		return err
 	}
-	if known.lastRead().IsZero() {
+	if last.IsZero() {
 		s.log.Info("revocations: read")
 	}
-	known.add(start, all...)
-	known.forget()
+	s.verifier.revoked.add(start, found...)
 	return nil
 }
 
@@ -142,11 +144,4 @@ func (st *store) revocations(ctx context.Context, since time.Duration) ([]revoca
 		where at > now() - $1::interval`, since)
 	all, err := pgx.CollectRows(rows, pgx.RowToStructByPos[revocation])
 	return all, storeError(err)
-}
-
-// purgeRevocations removes what revokes nothing any more.
-func (st *store) purgeRevocations(ctx context.Context) error {
-	_, err := st.pool.Exec(ctx, `delete from revocations where revocation_id = any(array(
-		select revocation_id from revocations where at < now() - $1::interval order by at limit 10000 for update skip locked))`, tokenLife)
-	return storeError(err)
 }

@@ -52,133 +52,160 @@ func (w *env) revoked(list ...answer) {
 	}
 }
 
-// Whatever makes a token untrue or ends its session revokes it, and nothing else.
-func TestRevocations(t *testing.T) {
-	w := newEnv(t, map[string]string{"JOB_INTERVAL": "200ms"})
-	_, bystander := w.signedIn()
-	admin := w.signsIn(w.administrator())
-	type victim struct {
-		id            string
-		first, second answer // two sign-ins
-	}
+// revokedUser is somebody who has signed in twice.
+type revokedUser struct {
+	id            string
+	first, second answer
+}
+
+// operatorBefore is what it was before something changes.
+var operatorBefore = body{"role": "operator", "network_id": "N1", "station_id": "S1"}
+
+// revocationCause is something that makes tokens untrue or ends their sessions, or does not.
+type revocationCause struct {
+	cause  string
+	do     func(v revokedUser)
+	tokens string // that are revoked: both, first, none …
+	ends   bool   // … with their sessions
+	undo   func(v revokedUser)
+	login  string // a problem, while it is not undone
+}
+
+func (w *env) revocationCauses(admin answer) []revocationCause {
 	const both, first, none = "both", "first", "none"
-	before := body{"role": "operator", "network_id": "N1", "station_id": "S1"}
-	manage := func(method, path string, in any) func(victim) {
-		return func(v victim) {
-			t.Helper()
+	manage := func(method, path string, in any) func(revokedUser) {
+		return func(v revokedUser) {
+			w.Helper()
 			if a := w.do(managing(admin, method, strings.NewReplacer("{id}", v.id, "{session}", v.first.text("session_id")).Replace(path), in)); a.Status/100 != 2 {
-				t.Fatal(a)
+				w.Fatal(a)
 			}
 		}
 	}
-	patch := func(in body) func(victim) { return manage("PATCH", "/{id}", in) }
-	listed := func(v victim) {
+	patch := func(in body) func(revokedUser) { return manage("PATCH", "/{id}", in) }
+	listed := func(v revokedUser) {
 		w.wants(w.as(v.second, "GET", sessionsPath), 200, "")
 		w.eventually("its task has ended it", 10*time.Second, func() bool {
 			return w.value(`select (ended_at is not null)::text from sessions where session_id = $1`, v.first.text("session_id")) == "true"
 		})
 	}
-	for _, c := range []struct {
-		cause  string
-		do     func(v victim)
-		tokens string // that are revoked …
-		ends   bool   // … with their sessions
-		undo   func(v victim)
-		login  string // a problem, while it is not undone
-	}{
+	return []revocationCause{
 		{"deleted", manage("DELETE", "/{id}", nil), both, true, manage("POST", "/{id}/restore", nil), "account-disabled"},
-		{"demoted", patch(body{"role": "user"}), both, false, patch(before), ""},
-		{"promoted", patch(body{"role": "partner"}), both, false, patch(before), ""},
-		{"another network", patch(body{"network_id": "N2"}), both, false, patch(before), ""},
-		{"no network", patch(body{"network_id": ""}), both, false, patch(before), ""},
-		{"another station", patch(body{"station_id": "S2"}), both, false, patch(before), ""},
-		{"role and scope as they were", patch(before), none, false, nil, ""},
+		{"demoted", patch(body{"role": "user"}), both, false, patch(operatorBefore), ""},
+		{"promoted", patch(body{"role": "partner"}), both, false, patch(operatorBefore), ""},
+		{"another network", patch(body{"network_id": "N2"}), both, false, patch(operatorBefore), ""},
+		{"no network", patch(body{"network_id": ""}), both, false, patch(operatorBefore), ""},
+		{"another station", patch(body{"station_id": "S2"}), both, false, patch(operatorBefore), ""},
+		{"role and scope as they were", patch(operatorBefore), none, false, nil, ""},
 		{"another name", patch(body{"first_name": "Grace", "phone": "+4930123456"}), none, false, nil, ""},
-		{"one session, by its owner", func(v victim) {
+		{"one session, by its owner", func(v revokedUser) {
 			w.wants(w.as(v.second, "DELETE", sessionsPath+"/"+v.first.text("session_id")), 204, "")
 		}, first, true, nil, ""},
-		{"all sessions, by their owner", func(v victim) { w.wants(w.as(v.second, "DELETE", sessionsPath), 204, "") }, both, true, nil, ""},
+		{"all sessions, by their owner", func(v revokedUser) { w.wants(w.as(v.second, "DELETE", sessionsPath), 204, "") }, both, true, nil, ""},
 		{"one session, managed", manage("DELETE", "/{id}/sessions/{session}", nil), first, true, nil, ""},
 		{"all sessions, managed", manage("DELETE", "/{id}/sessions", nil), both, true, nil, ""},
-		{"logout", func(v victim) { w.wants(w.do(loggingOut(v.first.text("refresh_token"))), 204, "") }, first, true, nil, ""},
-		{"refresh token used again", func(v victim) {
+		{"logout", func(v revokedUser) { w.wants(w.do(loggingOut(v.first.text("refresh_token"))), 204, "") }, first, true, nil, ""},
+		{"refresh token used again", func(v revokedUser) {
 			next := w.refreshed(v.first)
 			w.graceEnds(next)
 			w.wants(w.do(refreshing(v.first.text("refresh_token"))), 401, "token-reused")
 			w.revoked(next)
 		}, first, true, nil, ""},
-		{"ended in Keycloak, found by a list", func(v victim) {
+		{"ended in Keycloak, found by a list", func(v revokedUser) {
 			w.keycloakAdmin("DELETE", "/sessions/"+w.sid(v.first), nil, nil)
 			listed(v)
 		}, first, true, nil, ""},
-		{"ended in Keycloak, found by a refresh", func(v victim) {
+		{"ended in Keycloak, found by a refresh", func(v revokedUser) {
 			w.keycloakAdmin("DELETE", "/sessions/"+w.sid(v.first), nil, nil)
 			w.wants(w.do(refreshing(v.first.text("refresh_token"))), 401, "invalid-token")
 		}, first, true, nil, ""},
-	} {
-		w.Run(c.cause, func() {
-			email := newEmail()
-			w.account(email)
-			v := victim{id: w.value(`select user_id from users where email = $1`, email)}
-			patch(before)(v)
-			v.first, v.second = w.signsIn(email), w.signsIn(email)
-			if !w.passes(v.first) || !w.passes(v.second) { // issued right after a change, whatever the clocks say
-				t.Fatal("a token that is true does not pass")
-			}
-			c.do(v)
-			old := map[string][]answer{both: {v.first, v.second}, first: {v.first}}[c.tokens]
-			w.revoked(old...)
-			var fresh []answer
-			for i, session := range []answer{v.first, v.second} {
-				gone := i < len(old)
-				switch {
-				case !gone && !w.passes(session):
-					w.Errorf("the token of session %d was revoked, too", i)
-				case gone && c.ends:
-					w.wants(w.do(refreshing(session.text("refresh_token"))), 401, "invalid-token")
-				default: // the session goes on, with a token that says what is true
-					fresh = append(fresh, w.refreshed(session))
-				}
-			}
-			if c.login != "" {
-				w.wants(w.login(email, password), 403, c.login)
-			} else {
-				fresh = append(fresh, w.signsIn(email))
-			}
-			for i, a := range append(fresh, bystander, admin) {
-				if !w.passes(a) {
-					w.Errorf("token %d does not pass, and is true", i)
-				}
-			}
-			if c.undo == nil {
-				return
-			}
-			c.undo(v)
-			if c.ends { // its session does not come back
-				a := w.signsIn(email)
-				w.eventually("a new token passes", time.Second, func() bool { return w.passes(a) })
-				w.revoked(old...)
-				return
-			}
-			w.revoked(fresh...)
-			for _, a := range old { // what it says is true again
-				w.eventually("the first token passes again", time.Second, func() bool { return w.passes(a) })
-			}
-		})
 	}
 }
+
+// Whatever makes a token untrue or ends its session revokes it, and nothing else.
+func TestRevocations(t *testing.T) {
+	w := newEnv(t, map[string]string{"JOB_INTERVAL": "200ms"})
+	_, bystander := w.signedIn()
+	admin := w.signsIn(w.administrator())
+	for _, c := range w.revocationCauses(admin) {
+		w.Run(c.cause, func() { w.revokes(c, bystander, admin) })
+	}
+}
+
+// revokes fails unless a cause revokes what it should.
+func (w *env) revokes(c revocationCause, bystander, admin answer) {
+	w.Helper()
+	email := newEmail()
+	w.account(email)
+	v := revokedUser{id: w.value(`select user_id from users where email = $1`, email)}
+	w.wants(w.do(managing(admin, "PATCH", "/"+v.id, operatorBefore)), 200, "")
+	v.first, v.second = w.signsIn(email), w.signsIn(email)
+	if !w.passes(v.first) || !w.passes(v.second) { // issued right after a change, whatever the clocks say
+		w.Fatal("a token that is true does not pass")
+	}
+	c.do(v)
+	old := map[string][]answer{"both": {v.first, v.second}, "first": {v.first}}[c.tokens]
+	w.revoked(old...)
+	var fresh []answer
+	for i, session := range []answer{v.first, v.second} {
+		gone := i < len(old)
+		switch {
+		case !gone && !w.passes(session):
+			w.Errorf("the token of session %d was revoked, too", i)
+		case gone && c.ends:
+			w.wants(w.do(refreshing(session.text("refresh_token"))), 401, "invalid-token")
+		default: // the session goes on, with a token that says what is true
+			fresh = append(fresh, w.refreshed(session))
+		}
+	}
+	if c.login != "" {
+		w.wants(w.login(email, password), 403, c.login)
+	} else {
+		fresh = append(fresh, w.signsIn(email))
+	}
+	for i, a := range append(fresh, bystander, admin) {
+		if !w.passes(a) {
+			w.Errorf("token %d does not pass, and is true", i)
+		}
+	}
+	if c.undo == nil {
+		return
+	}
+	c.undo(v)
+	if c.ends { // its session does not come back
+		a := w.signsIn(email)
+		w.eventually("a new token passes", time.Second, func() bool { return w.passes(a) })
+		w.revoked(old...)
+		return
+	}
+	w.revoked(fresh...)
+	for _, a := range old { // what it says is true again
+		w.eventually("the first token passes again", time.Second, func() bool { return w.passes(a) })
+	}
+}
+
+// newRevocations has read the table, and found these, at a time.
+func newRevocations(read time.Time, found ...revocation) *revocations {
+	w := &revocations{of: map[string]received{}, next: make(chan struct{})}
+	w.add(read, found...)
+	return w
+}
+
+// holder is whom the tables of revocations are about.
+var holder = principal{UserID: "USR-a", SessionID: "s1", Roles: []string{roleOperator}, NetworkID: "N", StationID: "S"}
+
+// isNow is what is true of holder, with a change.
+func isNow(number int64, change func(*revocation)) revocation {
+	r := revocation{UserID: holder.UserID, Role: roleOperator, NetworkID: "N", StationID: "S", Active: true, Number: number}
+	change(&r)
+	return r
+}
+
+func same(*revocation)      {}
+func demoted(r *revocation) { r.Role = roleUser }
 
 // What is known of a user and a session decides alone: no clock, and not the order in
 // which it was received.
 func TestRevocationsCheck(t *testing.T) {
-	p := principal{UserID: "USR-a", SessionID: "s1", Roles: []string{roleOperator}, NetworkID: "N", StationID: "S"}
-	now := func(number int64, change func(*revocation)) revocation {
-		w := revocation{UserID: p.UserID, Role: roleOperator, NetworkID: "N", StationID: "S", Active: true, Number: number}
-		change(&w)
-		return w
-	}
-	same := func(*revocation) {}
-	demoted := func(w *revocation) { w.Role = roleUser }
 	for name, c := range map[string]struct {
 		received []revocation
 		passes   bool
@@ -186,44 +213,123 @@ func TestRevocationsCheck(t *testing.T) {
 		"nothing":                        {nil, true},
 		"its session":                    {[]revocation{{SessionID: "s1", Number: 1}}, false},
 		"another session":                {[]revocation{{SessionID: "s2", Number: 1}}, true},
-		"its session, then a user":       {[]revocation{{SessionID: "s1", Number: 1}, now(2, same)}, false},
-		"as it says":                     {[]revocation{now(1, same)}, true},
-		"another user":                   {[]revocation{now(1, func(w *revocation) { w.UserID, w.Active = "USR-b", false })}, true},
-		"another role":                   {[]revocation{now(1, demoted)}, false},
-		"another network":                {[]revocation{now(1, func(w *revocation) { w.NetworkID = "" })}, false},
-		"another station":                {[]revocation{now(1, func(w *revocation) { w.StationID = "S2" })}, false},
-		"deleted":                        {[]revocation{now(1, func(w *revocation) { w.Active = false })}, false},
-		"demoted and back":               {[]revocation{now(1, demoted), now(2, same)}, true},
-		"the same, received late":        {[]revocation{now(2, same), now(1, demoted)}, true},
-		"twice the same, received twice": {[]revocation{now(1, same), now(2, demoted), now(1, same), now(2, demoted)}, false},
+		"its session, then a user":       {[]revocation{{SessionID: "s1", Number: 1}, isNow(2, same)}, false},
+		"as it says":                     {[]revocation{isNow(1, same)}, true},
+		"another user":                   {[]revocation{isNow(1, func(r *revocation) { r.UserID, r.Active = "USR-b", false })}, true},
+		"another role":                   {[]revocation{isNow(1, demoted)}, false},
+		"another network":                {[]revocation{isNow(1, func(r *revocation) { r.NetworkID = "" })}, false},
+		"another station":                {[]revocation{isNow(1, func(r *revocation) { r.StationID = "S2" })}, false},
+		"deleted":                        {[]revocation{isNow(1, func(r *revocation) { r.Active = false })}, false},
+		"demoted and back":               {[]revocation{isNow(1, demoted), isNow(2, same)}, true},
+		"the same, received late":        {[]revocation{isNow(2, same), isNow(1, demoted)}, true},
+		"twice the same, received twice": {[]revocation{isNow(1, same), isNow(2, demoted), isNow(1, same), isNow(2, demoted)}, false},
 	} {
-		w := revocations{sessions: map[string]received{}, users: map[userID]received{}}
-		w.add(time.Time{}, c.received...)
-		if err := w.check(p); !errors.Is(err, errUnavailable) {
+		seen := time.Now()
+		w := newRevocations(time.Time{})
+		for _, one := range c.received { // each look finds one
+			w.add(time.Time{}, one)
+		}
+		if err := w.check(t.Context(), holder, seen); !errors.Is(err, errUnavailable) {
 			t.Errorf("%s, nothing read: %v", name, err)
 		}
 		w.add(time.Now())
-		if err := w.check(p); (err == nil) != c.passes {
-			t.Errorf("%s: %v", name, err)
+		for how, w := range map[string]*revocations{"by one look": newRevocations(time.Now(), c.received...), "one by one": w} {
+			if err := w.check(t.Context(), holder, seen); (err == nil) != c.passes || errors.Is(err, errUnavailable) {
+				t.Errorf("%s, received %s: %v", name, how, err)
+			}
 		}
-		two := p
+		two := holder
 		two.Roles = []string{roleOperator, roleUser}
-		if err := w.check(two); err == nil && len(w.users) > 0 && w.users[p.UserID].Number > 0 {
+		if err := w.check(t.Context(), two, seen); err == nil && w.of[string(holder.UserID)].Number > 0 {
 			t.Errorf("%s: two roles are not one", name)
 		}
-		for since, kept := range map[time.Duration]bool{0: true, tokenLife: true, tokenLife + revocationLag + time.Second: false} {
-			for sid, h := range w.sessions {
-				w.sessions[sid] = received{h.revocation, time.Now().Add(-since)}
-			}
-			for id, h := range w.users {
-				w.users[id] = received{h.revocation, time.Now().Add(-since)}
-			}
-			before := len(w.sessions) + len(w.users)
-			w.forget()
-			if n := len(w.sessions) + len(w.users); kept && n != before || !kept && n != 0 {
-				t.Errorf("%s: %d of %d are kept after %v", name, n, before, since)
-			}
-			w.add(time.Time{}, c.received...)
+	}
+}
+
+// A token that differs from what was read may be newer than that. It waits for a look at the table
+// that begins after its arrival, and for no other.
+func TestRevocationsWait(t *testing.T) {
+	for name, c := range map[string]struct {
+		before, found []revocation
+		late          bool // the look began before the token came
+		passes, waits bool
+	}{
+		"it is newer":                     {[]revocation{isNow(1, demoted)}, []revocation{isNow(2, same)}, false, true, true},
+		"its user was restored":           {[]revocation{isNow(1, func(r *revocation) { r.Active = false })}, []revocation{isNow(2, same)}, false, true, true},
+		"it is older":                     {[]revocation{isNow(1, demoted)}, nil, false, false, true},
+		"yet another change":              {[]revocation{isNow(1, demoted)}, []revocation{isNow(2, func(r *revocation) { r.Role = roleAdmin })}, false, false, true},
+		"newer, found by a look before":   {[]revocation{isNow(1, demoted)}, []revocation{isNow(2, same)}, true, true, true},
+		"older, and a look of before":     {[]revocation{isNow(1, demoted)}, nil, true, false, true},
+		"it says what was read":           {[]revocation{isNow(1, same)}, nil, false, true, false},
+		"its session has ended":           {[]revocation{{SessionID: "s1", Number: 1}}, nil, false, false, false},
+		"nothing is known of its user":    {nil, nil, false, true, false},
+		"ended while it waits for a look": {[]revocation{isNow(1, demoted)}, []revocation{isNow(2, same), {SessionID: "s1", Number: 3}}, false, false, true},
+	} {
+		w := newRevocations(time.Now(), c.before...)
+		seen := time.Now()
+		checked := make(chan error, 1)
+		go func() { checked <- w.check(t.Context(), holder, seen) }()
+		waits := false
+		select {
+		case err := <-checked:
+			checked <- err
+		case <-time.After(50 * time.Millisecond):
+			waits = true
+		}
+		read := time.Now()
+		if c.late {
+			read = seen.Add(-time.Millisecond)
+		}
+		w.add(read, c.found...)
+		err := <-checked
+		took := time.Since(seen)
+		if (err == nil) != c.passes || errors.Is(err, errUnavailable) || waits != c.waits {
+			t.Errorf("%s: %v; it waits: %v", name, err, waits)
+		}
+		if gaveUp := c.late && !c.passes; gaveUp != (took >= revocationWait) || took > 2*revocationWait {
+			t.Errorf("%s: it took %v", name, took)
+		}
+		if took := time.Now(); !c.late && w.check(t.Context(), holder, seen) != nil && time.Since(took) > revocationWait/2 {
+			t.Errorf("%s: the second time it is refused after %v", name, time.Since(took))
+		}
+	}
+}
+
+// Revocations are kept for as long as a token may live.
+func TestRevocationsForgotten(t *testing.T) {
+	for since, kept := range map[time.Duration]int{0: 2, tokenLife: 2, tokenLife + revocationLag + time.Second: 0} {
+		w := newRevocations(time.Now(), revocation{SessionID: "s1", Number: 1}, isNow(2, same))
+		for key, r := range w.of {
+			w.of[key] = received{r.revocation, time.Now().Add(-since)}
+		}
+		if w.add(time.Now()); len(w.of) != kept {
+			t.Errorf("%d are kept after %v", len(w.of), since)
+		}
+	}
+}
+
+// A token with a user's new role is good at once, also if this instance knows only an earlier change.
+func TestRevocationNewer(t *testing.T) {
+	w := newEnv(t, nil)
+	admin := w.admin()
+	path := usersPath + "/" + string(admin.invited("user", "", "").ID)
+	c := w.testUser(shown(admin.asks("GET", path, nil)).Email)
+	for i := range 6 {
+		old := w.signsIn(c.Email)
+		admin.changes(c.ID, body{"role": roleOperator, "network_id": fmt.Sprint("N", i)})
+		w.revoked(old) // this one it knows
+		if i%2 == 0 {
+			admin.changes(c.ID, body{"role": rolePartner})
+		} else {
+			w.wants(admin.asks("DELETE", path, nil), 204, "")
+			w.revocationsRead()
+			w.wants(admin.asks("POST", path+"/restore", nil), 200, "")
+		}
+		if fresh := w.signsIn(c.Email); !w.passes(fresh) {
+			t.Errorf("round %d: a token that says what is true does not pass", i)
+		}
+		if w.passes(old) {
+			t.Errorf("round %d: the old one does", i)
 		}
 	}
 }
@@ -241,7 +347,7 @@ func TestRevocationsRead(t *testing.T) {
 			w.exec(`insert into revocations (at, keycloak_session_id, user_id, role, network_id, station_id, is_active)
 				values (now() - $1::interval, $2, '', '', '', '', false)`, age, sid(age))
 		}
-		s.verifier.revoked.sessions, s.verifier.revoked.read = map[string]received{}, time.Time{}
+		s.verifier.revoked.of, s.verifier.revoked.read = map[string]received{}, time.Time{}
 		if away > 0 {
 			s.verifier.revoked.read = time.Now().Add(-away)
 		}
@@ -249,16 +355,16 @@ func TestRevocationsRead(t *testing.T) {
 			t.Fatal(err)
 		}
 		for i, age := range ages {
-			if _, received := s.verifier.revoked.sessions[sid(age)]; received != (i >= len(ages)-known) {
+			if _, received := s.verifier.revoked.of[sid(age)]; received != (i >= len(ages)-known) {
 				t.Errorf("%v after the last look (0: the first one): one of %v ago is known: %v", away, age, received)
 			}
 		}
 	}
-	if err := s.store.purgeRevocations(t.Context()); err != nil {
+	if err := s.store.purge(t.Context(), time.Now(), time.Now()); err != nil {
 		t.Fatal(err)
 	}
-	if left := w.value(`select string_agg(keycloak_session_id, ', ' order by at) from revocations where keycloak_session_id like $1 || '%'`, mark); strings.Count(left, ",") != 3 ||
-		strings.Contains(left, sid(ages[0])) {
+	left := w.value(`select string_agg(keycloak_session_id, ', ' order by at) from revocations where keycloak_session_id like $1 || '%'`, mark)
+	if strings.Count(left, ",") != 3 || strings.Contains(left, sid(ages[0])) {
 		t.Errorf("left is %s", left)
 	}
 }
@@ -421,7 +527,7 @@ func TestRevocationsAtStart(t *testing.T) {
 		name, says string
 		begin, end func() error
 	}{
-		{"PostgreSQL is away", "the database is down", w.pg.close, w.pg.open},
+		{"PostgreSQL is away", "the revocations have not been read yet", w.pg.close, w.pg.open},
 		{"the table is locked", "the revocations have not been read yet", func() error {
 			_, err := tx.Exec(t.Context(), `lock table revocations in access exclusive mode`)
 			return err

@@ -131,152 +131,238 @@ func (w *env) realmKey(priority int) (key *rsa.PrivateKey, kid string) {
 	return key, base64.RawURLEncoding.EncodeToString(sum[:])
 }
 
-// TestForgedTokens has every token that is not quite one, and next to it what is. Where
-// it can, exactly one thing is wrong, under a signature of the realm.
-func TestForgedTokens(t *testing.T) {
-	w := sharedEnv(t)
-	defer w.straysDie()        // of Keycloak's own tokens below
-	asked := new(atomic.Int32) // whoever forges would like us to fetch his keys
-	lure := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { asked.Add(1) }))
-	defer lure.Close()
+// forger makes tokens that are not quite those of a person who has signed in, where it can with a key of the realm.
+type forger struct {
+	*env
+	email        string
+	signIn       answer
+	claims       body // of the access token
+	head         body // of what key signs
+	key, foreign *rsa.PrivateKey
+}
+
+func (w *env) forger() forger {
+	w.Helper()
 	email, _, _ := w.member()
-	signIn := w.login(email, password)
-	real := signIn.text("access_token")
-	parts, claims, realKID := strings.Split(real, "."), unpacked(real, 1), unpacked(real, 0)["kid"]
-	foreign := newKey()
+	signIn := w.signsIn(email)
 	key, kid := w.realmKey(1)
-	head := body{"alg": "RS256", "typ": "JWT", "kid": kid}
-	with := func(changes body) string { return forge(key, head, changed(claims, changes)) }
-	under := func(changes body) string { return forge(key, changed(head, changes), claims) }
-	foreignly := func(changes body) string { return forge(foreign, changed(head, changes), claims) }
-	in := func(seconds int64) int64 { return time.Now().Unix() + seconds }
-	sized := func(size int) string { // base64 has not all lengths, but one of these fits
-		n := (size - len(with(nil))) * 3 / 4
-		for i := range 60 {
-			token := forge(key, changed(head, body{"x": strings.Repeat("x", i%3)}), changed(claims, body{"x": strings.Repeat("x", n-i/3)}))
-			if len(token) == size {
-				return token
-			}
-		}
-		t.Fatalf("no token has %d bytes", size)
-		return ""
-	}
+	return forger{w, email, signIn, unpacked(signIn.text("access_token"), 1), body{"alg": "RS256", "typ": "JWT", "kid": kid}, key, newKey()}
+}
 
-	// Keycloak's own, by all its algorithms, and those for something else.
-	tokenURL := services.KeycloakURL + "/realms/" + w.realm + "/protocol/openid-connect/token"
-	byKeycloak := map[string]string{}
+func (f forger) real() string              { return f.signIn.text("access_token") }
+func (f forger) with(changes body) string  { return forge(f.key, f.head, changed(f.claims, changes)) }
+func (f forger) under(changes body) string { return forge(f.key, changed(f.head, changes), f.claims) }
+func (f forger) foreignly(changes body) string {
+	return forge(f.foreign, changed(f.head, changes), f.claims)
+}
+
+// unixIn is a time in some seconds.
+func unixIn(seconds int64) int64 { return time.Now().Unix() + seconds }
+
+// sized has so many bytes: base64 has not all lengths, but one of these fits.
+func (f forger) sized(size int) string {
+	f.Helper()
+	n := (size - len(f.with(nil))) * 3 / 4
+	for i := range 60 {
+		head, claims := body{"x": strings.Repeat("x", i%3)}, body{"x": strings.Repeat("x", n-i/3)}
+		if token := forge(f.key, changed(f.head, head), changed(f.claims, claims)); len(token) == size {
+			return token
+		}
+	}
+	f.Fatalf("no token has %d bytes", size)
+	return ""
+}
+
+// tokenURL is Keycloak's, not that of the proxy in front of it.
+func (w *env) tokenURL() string {
+	return services.KeycloakURL + "/realms/" + w.realm + "/protocol/openid-connect/token"
+}
+
+// byKeycloak are the person's tokens by all of Keycloak's algorithms.
+func (f forger) byKeycloak() map[string]string {
+	f.Helper()
+	tokens := map[string]string{}
 	for _, alg := range []string{"RS384", "ES512", "HS512", "PS256", "ES256", "EdDSA", "RS256"} {
-		w.keycloakAdmin("PUT", "", body{"defaultSignatureAlgorithm": alg}, nil)
-		people := oauth2.Config{ClientID: "auth-client", Endpoint: oauth2.Endpoint{TokenURL: tokenURL}}
-		token, err := people.PasswordCredentialsToken(t.Context(), email, password)
+		f.keycloakAdmin("PUT", "", body{"defaultSignatureAlgorithm": alg}, nil)
+		people := oauth2.Config{ClientID: "auth-client", Endpoint: oauth2.Endpoint{TokenURL: f.tokenURL()}}
+		token, err := people.PasswordCredentialsToken(f.Context(), f.email, password)
 		if err != nil || unpacked(token.AccessToken, 0)["alg"] != alg {
-			t.Fatalf("%s: %+v %v", alg, token, err)
+			f.Fatalf("%s: %+v %v", alg, token, err)
 		}
-		byKeycloak[alg] = token.AccessToken
+		tokens[alg] = token.AccessToken
 	}
-	backend := clientcredentials.Config{ClientID: "backend-admin", ClientSecret: backendSecret, TokenURL: tokenURL}
-	serviceToken, err := backend.Token(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	adminToken, err := services.AdminToken(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
+	return tokens
+}
 
-	good := map[string]string{
-		"from Keycloak": real, "from the test": with(nil), "as long as may be": sized(maxToken),
-		"ES256": byKeycloak["ES256"], "PS256": byKeycloak["PS256"], "EdDSA": byKeycloak["EdDSA"], "header typ": under(body{"typ": "at+jwt"}),
-		"client only in aud": with(body{"azp": "other"}), "client among aud": with(body{"azp": nil, "aud": []string{"other", "auth-client"}}),
-		"client only in azp": with(body{"aud": "other"}), "just expired": with(body{"exp": in(-20)}),
-		"valid in a moment": with(body{"nbf": in(20)}), "issued in a moment": with(body{"iat": in(20)}),
-		"claims in capitals": forge(key, head, strings.TrimSuffix(jsonText(claims), "}")+`,"ROLES":["admin"],"Network_ID":"N1"}`),
+// accepted are tokens that are as they should be.
+func (f forger) accepted(byKeycloak map[string]string) map[string]string {
+	return map[string]string{
+		"from Keycloak":      f.real(),
+		"from the test":      f.with(nil),
+		"as long as may be":  f.sized(maxToken),
+		"ES256":              byKeycloak["ES256"],
+		"PS256":              byKeycloak["PS256"],
+		"EdDSA":              byKeycloak["EdDSA"],
+		"header typ":         f.under(body{"typ": "at+jwt"}),
+		"client only in aud": f.with(body{"azp": "other"}),
+		"client among aud":   f.with(body{"azp": nil, "aud": []string{"other", "auth-client"}}),
+		"client only in azp": f.with(body{"aud": "other"}),
+		"just expired":       f.with(body{"exp": unixIn(-20)}),
+		"valid in a moment":  f.with(body{"nbf": unixIn(20)}),
+		"issued in a moment": f.with(body{"iat": unixIn(20)}),
+		"claims in capitals": forge(f.key, f.head, strings.TrimSuffix(jsonText(f.claims), "}")+`,"ROLES":["admin"],"Network_ID":"N1"}`),
 	}
-	unencoded := segment(changed(head, body{"b64": false, "crit": []string{"b64"}}))
-	kidTwice := segment(`{"alg":"RS256","kid":"x","kid":"`+kid+`"}`) + "." + segment(claims)
-	bad := map[string]string{
+}
+
+// malformed are no tokens, or those of somebody or something else.
+func (f forger) malformed(byKeycloak map[string]string) map[string]string {
+	f.Helper()
+	backend := clientcredentials.Config{ClientID: "backend-admin", ClientSecret: backendSecret, TokenURL: f.tokenURL()}
+	serviceToken, err := backend.Token(f.Context())
+	if err != nil {
+		f.Fatal(err)
+	}
+	adminToken, err := services.AdminToken(f.Context())
+	if err != nil {
+		f.Fatal(err)
+	}
+	real := f.real()
+	parts := strings.Split(real, ".")
+	unencoded := segment(changed(f.head, body{"b64": false, "crit": []string{"b64"}}))
+	kidTwice := segment(`{"alg":"RS256","kid":"x","kid":"`+f.head["kid"].(string)+`"}`) + "." + segment(f.claims)
+	return map[string]string{
 		"no signature":        parts[0] + "." + parts[1] + ".",
-		"another's signature": parts[0] + "." + parts[1] + "." + strings.Split(with(nil), ".")[2],
+		"another's signature": parts[0] + "." + parts[1] + "." + strings.Split(f.with(nil), ".")[2],
 		"altered signature":   parts[0] + "." + parts[1] + ".AAAAAAAA" + parts[2][8:],
-		"altered payload":     parts[0] + "." + segment(changed(claims, body{"roles": []string{"admin"}})) + "." + parts[2],
+		"altered payload":     parts[0] + "." + segment(changed(f.claims, body{"roles": []string{"admin"}})) + "." + parts[2],
 		"altered header":      segment(changed(unpacked(real, 0), body{"typ": "jwt"})) + "." + parts[1] + "." + parts[2],
-		"b64":                 unencoded + "." + segment(claims) + "." + signature("RS256", key, unencoded+"."+jsonText(claims)),
-		"kid twice":           kidTwice + "." + signature("RS256", key, kidTwice),
-		"claim twice":         forge(key, head, strings.Replace(jsonText(claims), `"roles":`, `"roles":["admin"],"roles":`, 1)),
-		"claims null":         forge(key, head, "null"), "claims of a list": forge(key, head, "[]"), "claims of a text": forge(key, head, `"text"`),
-		"too long": sized(maxToken + 1), "much too long": with(body{"x": strings.Repeat("x", 20_000)}),
-		"ID token": signIn.text("id_token"), "refresh token": signIn.text("refresh_token"),
+		"b64":                 unencoded + "." + segment(f.claims) + "." + signature("RS256", f.key, unencoded+"."+jsonText(f.claims)),
+		"kid twice":           kidTwice + "." + signature("RS256", f.key, kidTwice),
+		"claim twice":         forge(f.key, f.head, strings.Replace(jsonText(f.claims), `"roles":`, `"roles":["admin"],"roles":`, 1)),
+		"claims null":         forge(f.key, f.head, "null"), "claims of a list": forge(f.key, f.head, "[]"), "claims of a text": forge(f.key, f.head, `"text"`),
+		"too long": f.sized(maxToken + 1), "much too long": f.with(body{"x": strings.Repeat("x", 20_000)}),
+		"ID token": f.signIn.text("id_token"), "refresh token": f.signIn.text("refresh_token"),
 		"service account's": serviceToken.AccessToken, "another realm's": adminToken,
 		"RS384": byKeycloak["RS384"], "ES512": byKeycloak["ES512"], "HS512": byKeycloak["HS512"],
 		"trailing garbage": real + "x", "trailing dot": real + ".", "trailing padding": real + "==", "twice": real + "," + real,
 		"whitespace": real[:20] + " " + real[20:], "a tab": "\t" + real, "quoted": `"` + real + `"`,
 		"flattened JSON": fmt.Sprintf(`{"protected":%q,"payload":%q,"signature":%q}`, parts[0], parts[1], parts[2]),
 		"general JSON":   fmt.Sprintf(`{"payload":%q,"signatures":[{"protected":%q,"signature":%q}]}`, parts[1], parts[0], parts[2]),
-		"five parts":     real + "." + parts[0] + "." + parts[1], "two parts": parts[0] + "." + parts[1], "one dot": ".", "two dots": "..", "three dots": "...",
+		"five parts":     real + "." + parts[0] + "." + parts[1], "two parts": parts[0] + "." + parts[1],
+		"one dot": ".", "two dots": "..", "three dots": "...",
 		"not base64": "!.!.!", "no token": "token", "not ASCII": "é", "empty": "", "blanks": "   ",
 	}
-	for _, c := range []body{{"iss": lure.URL}, {"iss": claims["iss"].(string) + "/"}, {"iss": nil}, {"azp": "other", "aud": []string{"other", "account"}},
-		{"azp": nil, "aud": nil}, {"typ": "ID"}, {"typ": "Refresh"}, {"typ": "bearer"}, {"typ": nil}, {"exp": in(-32)}, {"exp": nil}, {"exp": "tomorrow"},
-		{"nbf": in(40)}, {"iat": in(40)}, {"user_id": nil}, {"user_id": ""}, {"user_id": 7}, {"sub": nil}, {"roles": "admin"}} {
-		bad["claim "+jsonText(c)] = with(c)
-	}
-	for _, h := range []body{{"alg": "RS512"}, {"alg": "PS256"}, {"alg": "none"}, {"alg": "none", "kid": realKID}, {"alg": "None"}, {"alg": nil}, {"kid": nil}, {"kid": ""},
-		{"crit": []string{"exp"}, "exp": in(300)}, {"crit": []string{"x"}, "x": 1}, {"b64": false}} {
-		bad["header "+jsonText(h)] = under(h)
-	}
-	for _, h := range []body{{"kid": realKID}, {}, {"kid": "unknown"}, {"kid": "../../../dev/null"}, {"jku": lure.URL}, {"kid": "unknown", "jku": lure.URL}, {"kid": "unknown", "x5u": lure.URL},
-		{"jwk": jose.JSONWebKey{Key: &foreign.PublicKey, KeyID: kid}}, {"kid": "unknown", "jwk": jose.JSONWebKey{Key: &foreign.PublicKey, KeyID: "unknown"}},
-		{"kid": nil, "jwk": jose.JSONWebKey{Key: &foreign.PublicKey}}} {
-		bad["foreign key, header "+jsonText(h)] = foreignly(h)
-	}
-	text, der := pemAndDER(&key.PublicKey)
-	for name, secret := range map[string][]byte{"nothing": {}, "PEM": text, "DER": der, "PKCS 1": x509.MarshalPKCS1PublicKey(&key.PublicKey),
-		"modulus": key.N.Bytes(), "modulus in base64": []byte(base64.RawURLEncoding.EncodeToString(key.N.Bytes()))} {
-		bad["HS256 with "+name] = forge(secret, changed(head, body{"alg": "HS256"}), claims)
-	}
+}
 
-	type row struct {
-		name      string
-		auth      []string
-		challenge string // "": accepted
+// forged have one thing that is wrong in the claims, in the header, or of the key. Some of them lure us to fetch keys.
+func (f forger) forged(lure string) map[string]string {
+	bad := map[string]string{}
+	for _, c := range []body{{"iss": lure}, {"iss": f.claims["iss"].(string) + "/"}, {"iss": nil}, {"azp": "other", "aud": []string{"other", "account"}},
+		{"azp": nil, "aud": nil}, {"typ": "ID"}, {"typ": "Refresh"}, {"typ": "bearer"}, {"typ": nil}, {"exp": unixIn(-32)}, {"exp": nil}, {"exp": "tomorrow"},
+		{"nbf": unixIn(40)}, {"iat": unixIn(40)}, {"user_id": nil}, {"user_id": ""}, {"user_id": 7}, {"sub": nil}, {"roles": "admin"}} {
+		bad["claim "+jsonText(c)] = f.with(c)
 	}
-	rows := []row{
-		{"nothing", nil, bareChallenge}, {"empty", []string{""}, bareChallenge}, {"Basic", []string{"Basic dTpw"}, bareChallenge},
-		{"DPoP", []string{"DPoP " + real}, bareChallenge}, {"no scheme", []string{real}, bareChallenge}, {"Bearers", []string{"Bearers " + real}, bareChallenge},
-		{"scheme only", []string{"Bearer"}, tokenChallenge}, {"two", []string{"Bearer " + real, "Bearer " + real}, tokenChallenge},
-		{"two schemes", []string{"Bearer " + real, "Basic dTpw"}, tokenChallenge}, {"two schemes", []string{"Basic dTpw", "Bearer " + real}, bareChallenge},
-		{"lower case", []string{"bearer " + real}, ""}, {"upper case", []string{"BEARER " + real}, ""}, {"blanks", []string{"Bearer    " + real}, ""},
+	realKID := unpacked(f.real(), 0)["kid"]
+	for _, h := range []body{{"alg": "RS512"}, {"alg": "PS256"}, {"alg": "none"}, {"alg": "none", "kid": realKID}, {"alg": "None"}, {"alg": nil}, {"kid": nil}, {"kid": ""},
+		{"crit": []string{"exp"}, "exp": unixIn(300)}, {"crit": []string{"x"}, "x": 1}, {"b64": false}} {
+		bad["header "+jsonText(h)] = f.under(h)
 	}
-	for name, token := range good {
-		rows = append(rows, row{name, []string{"Bearer " + token}, ""})
+	jwk := func(id any) jose.JSONWebKey {
+		kid, _ := id.(string)
+		return jose.JSONWebKey{Key: &f.foreign.PublicKey, KeyID: kid}
 	}
-	for name, token := range bad {
-		rows = append(rows, row{name, []string{"Bearer " + token}, tokenChallenge})
-		if len(token) > 100 {
-			w.secrets.add(token)
-		}
+	for _, h := range []body{{"kid": realKID}, {}, {"kid": "unknown"}, {"kid": "../../../dev/null"}, {"jku": lure}, {"kid": "unknown", "jku": lure},
+		{"kid": "unknown", "x5u": lure}, {"jwk": jwk(f.head["kid"])}, {"kid": "unknown", "jwk": jwk("unknown")}, {"kid": nil, "jwk": jwk(nil)}} {
+		bad["foreign key, header "+jsonText(h)] = f.foreignly(h)
 	}
+	text, der := pemAndDER(&f.key.PublicKey)
+	modulus := f.key.N.Bytes()
+	for name, secret := range map[string][]byte{"nothing": {}, "PEM": text, "DER": der, "PKCS 1": x509.MarshalPKCS1PublicKey(&f.key.PublicKey),
+		"modulus": modulus, "modulus in base64": []byte(base64.RawURLEncoding.EncodeToString(modulus))} {
+		bad["HS256 with "+name] = forge(secret, changed(f.head, body{"alg": "HS256"}), f.claims)
+	}
+	return bad
+}
+
+// credentials is what somebody sends as Authorization, and the challenge that it gets; "": it is accepted.
+type credentials struct {
+	name      string
+	auth      []string
+	challenge string
+}
+
+// headers are the ways to send a good token.
+func headers(token string) []credentials {
+	bearer, basic := "Bearer "+token, "Basic dTpw"
+	return []credentials{
+		{"nothing", nil, bareChallenge},
+		{"empty", []string{""}, bareChallenge},
+		{"Basic", []string{basic}, bareChallenge},
+		{"DPoP", []string{"DPoP " + token}, bareChallenge},
+		{"no scheme", []string{token}, bareChallenge},
+		{"Bearers", []string{"Bearers " + token}, bareChallenge},
+		{"scheme only", []string{"Bearer"}, tokenChallenge},
+		{"two", []string{bearer, bearer}, tokenChallenge},
+		{"two schemes", []string{bearer, basic}, tokenChallenge},
+		{"two schemes, Basic first", []string{basic, bearer}, bareChallenge},
+		{"lower case", []string{"bearer " + token}, ""},
+		{"upper case", []string{"BEARER " + token}, ""},
+		{"blanks", []string{"Bearer    " + token}, ""},
+	}
+}
+
+// judges sends all of them, to what gateways ask and to the API.
+func (w *env) judges(rows []credentials) {
+	w.Helper()
 	var all sync.WaitGroup // a key that is not known is waited for
 	for _, r := range rows {
 		for _, path := range []string{validatePath, mePath} {
 			all.Go(func() {
-				switch a := w.do(call{path: path, auth: r.auth}); {
+				a := w.do(call{path: path, auth: r.auth})
+				identity := a.Header.Get("X-Auth-Roles") + a.Header.Get("X-Auth-Network-Id") + a.Header.Get("X-Auth-Station-Id")
+				switch {
 				case r.challenge == "":
-					if a.Status != 200 || path == validatePath && a.Header.Get("X-Auth-Roles")+a.Header.Get("X-Auth-Network-Id") != "user" {
-						t.Errorf("%s: %s: %v %v", path, r.name, a, a.Header)
+					if a.Status != 200 || path == validatePath && identity != "user" {
+						w.Errorf("%s: %s: %v %v", path, r.name, a, a.Header)
 					}
-				case a.Status != 401 || a.slug() != "unauthorized" || a.Header.Get("WWW-Authenticate") != r.challenge || a.Header.Get("X-Auth-User-Id") != "":
-					t.Errorf("%s: %s: %v %v", path, r.name, a, a.Header)
+				case a.Status != 401 || a.slug() != "unauthorized" || a.Header.Get("WWW-Authenticate") != r.challenge ||
+					a.Header.Get("X-Auth-User-Id") != "":
+					w.Errorf("%s: %s: %v %v", path, r.name, a, a.Header)
 				}
 			})
 		}
 	}
 	all.Wait()
+}
+
+// TestForgedTokens has every token that is not quite one, and next to it what is. Where
+// it can, exactly one thing is wrong, under a signature of the realm.
+func TestForgedTokens(t *testing.T) {
+	w := sharedEnv(t)
+	defer w.straysDie()        // of Keycloak's own tokens
+	asked := new(atomic.Int32) // whoever forges would like us to fetch his keys
+	lure := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { asked.Add(1) }))
+	defer lure.Close()
+	f := w.forger()
+	byKeycloak := f.byKeycloak()
+	rows := headers(f.real())
+	for name, token := range f.accepted(byKeycloak) {
+		rows = append(rows, credentials{name, []string{"Bearer " + token}, ""})
+	}
+	for _, bad := range []map[string]string{f.malformed(byKeycloak), f.forged(lure.URL)} {
+		for name, token := range bad {
+			rows = append(rows, credentials{name, []string{"Bearer " + token}, tokenChallenge})
+			if len(token) > 100 {
+				w.secrets.add(token)
+			}
+		}
+	}
+	w.judges(rows)
 	if n := asked.Load(); n > 0 {
 		t.Errorf("the forger was asked for keys %d times", n)
 	}
 	// An account that is gone has a token for a while.
-	gone := with(body{"user_id": newUserID()})
+	gone := f.with(body{"user_id": newUserID()})
 	w.wants(w.do(bearing(validatePath, gone)), 200, "")
 	a := w.do(bearing(mePath, gone))
 	if w.wants(a, 401, "unauthorized"); a.Header.Get("WWW-Authenticate") != tokenChallenge {
@@ -433,12 +519,13 @@ func TestTokensWithoutKeycloak(t *testing.T) {
 	})
 }
 
-// TestValidate has the decision table of what a gateway may demand. It holds without
-// PostgreSQL and Keycloak, too, and asks neither while they are there.
-func TestValidate(t *testing.T) {
-	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0"}) // what follows is Keycloak's alone
-	type person struct{ name, roles, network, station, token, id, subject string }
-	people := []person{
+// gatewayUser is somebody whose token gateways ask about.
+type gatewayUser struct{ name, roles, network, station, token, id, subject string }
+
+// gatewayUsers are people of all roles, in and out of scope.
+func (w *env) gatewayUsers() []gatewayUser {
+	w.Helper()
+	people := []gatewayUser{
 		{name: "admin", roles: "admin"},
 		{name: "partner", roles: "partner", network: "N1"},
 		{name: "unbound", roles: "partner"}, // to any network
@@ -462,85 +549,115 @@ func TestValidate(t *testing.T) {
 		w.keycloakAdmin("PUT", "/users/"+subject, u, nil)
 		role, more, _ := strings.Cut(p.roles, ",")
 		w.exec(`update users set role = $2, network_id = $3, station_id = $4 where keycloak_id = $1`, subject, role, p.network, p.station)
-		if more != "" { // as can be in a token, but not here
-			attributes["roles"] = []string{role}
-			defer w.keycloakAdmin("PUT", "/users/"+subject, u, nil)
-		}
 		p.token = w.grant(url.Values{"grant_type": {"password"}, "username": {email}, "password": {password}}).text("access_token")
 		p.subject, p.id = subject, w.value(`select user_id from users where email = $1`, email)
+		if more != "" { // as can be in a token, but not here
+			attributes["roles"] = []string{role}
+			w.keycloakAdmin("PUT", "/users/"+subject, u, nil)
+		}
 	}
 	w.straysDie()
-	table := []struct{ queries, passes string }{
-		{"?", "admin partner unbound operator user stranger both"},
-		{"?role=admin", "admin"},
-		{"?role=partner", "partner unbound"},
-		{"?role=operator", "operator both"},
-		{"?role=user ?role=user&role=user", "user stranger both"},
-		{"?role=admin&role=partner", "admin partner unbound"},
-		{"?role=operator&role=admin&role=user", "admin operator user stranger both"},
-		{"?network_id=N1 ?network_id=N1&network_id=N1", "admin partner operator user"},
-		{"?network_id=N2", "admin both"},
-		{"?network_id=N3 ?network_id=n1 ?network_id=N1%20 ?network_id=N1&network_id=N2", "admin"},
-		{"?network_id= ?network_id ?network_id=X ?station_id= ?station_id=X", "admin"}, // none is in nobody's scope
-		{"?station_id=S1", "admin operator user"},
-		{"?station_id=S2", "admin both"},
-		{"?station_id=S3 ?station_id=S1&station_id=S2", "admin"},
-		{"?network_id=N1&station_id=S1", "admin partner operator user"},
-		{"?network_id=N1&station_id=S2 ?network_id=N1&station_id=X", "admin partner"}, // who has the whole network
-		{"?network_id=N2&station_id=S1 ?network_id=N1&station_id= ?network_id=&station_id=S1 ?network_id=X&station_id=S1", "admin"},
-		{"?role=operator&network_id=N1&station_id=S1", "operator"},
-		{"?role=operator&role=partner&network_id=N1&station_id=S2", "partner"},
-		{"?role=user&network_id=N2&station_id=S2", "both"},
-		{"?role=partner&network_id=N2", ""},
-		// What can't be understood is 400, with the fields, and met by nobody.
-		{"?role=chief ?role=Admin ?role= ?role=admin,user ?role=admin&role=chief", "!role"},
-		{"?rolle=admin", "!rolle"},
-		{"?Role=admin", "!Role"},
-		{"?role=user&network=N1", "!network"},
-		{"?role=chief&network=N1", "!network role"},
-		{"?role=user;network_id=N9 ?role=user&network_id=%zz ?%", "!query"},
-	}
-	decide := func(query string, p person, passes string) {
-		t.Helper()
-		r := bearing(validatePath+query, p.token)
-		a := w.do(r)
-		got := body{"status": a.Status, "problem": a.slug(), "body": len(a.JSON) > 0}
-		for name, values := range a.Header {
-			if strings.HasPrefix(name, "X-Auth-") || name == "Cache-Control" {
-				got[name] = strings.Join(values, " and ")
-			}
-		}
-		want := body{"status": 403, "problem": "forbidden", "body": true, "Cache-Control": "no-store"}
-		fields, unclear := strings.CutPrefix(passes, "!")
-		switch {
-		case unclear:
-			want["status"], want["problem"], want["errors"] = 400, "invalid-request", fields
-			var named []string
-			list, _ := a.JSON["errors"].([]any)
-			for _, e := range list {
-				named = append(named, e.(body)["field"].(string))
-			}
-			slices.Sort(named)
-			got["errors"] = strings.Join(named, " ")
-		case slices.Contains(strings.Fields(passes), p.name):
-			want = body{"status": 200, "problem": "", "body": false, "Cache-Control": "no-store", "X-Auth-User-Id": p.id, "X-Auth-Subject": p.subject,
-				"X-Auth-Roles": p.roles, "X-Auth-Network-Id": p.network, "X-Auth-Station-Id": p.station}
-		case !strings.HasPrefix(a.Header.Get("WWW-Authenticate"), bareChallenge+`, error="insufficient_scope"`):
-			t.Errorf("%s: %s: %v", query, p.name, a.Header)
-		}
-		if diff := cmp.Diff(want, got); diff != "" {
-			t.Errorf("%s: %s: %s", query, p.name, diff)
-		}
-		r.method = "HEAD"
-		if head := w.do(r); head.Status != a.Status || len(head.Body) > 0 {
-			t.Errorf("%s: %s: HEAD %v, GET %v", query, p.name, head, a)
+	return people
+}
+
+// demands are what a gateway may ask for, and who has it; "!" are the fields that can't be understood, for anybody.
+var demands = []struct{ queries, passes string }{
+	{"?", "admin partner unbound operator user stranger both"},
+	{"?role=admin", "admin"},
+	{"?role=partner", "partner unbound"},
+	{"?role=operator", "operator both"},
+	{"?role=user ?role=user&role=user", "user stranger both"},
+	{"?role=admin&role=partner", "admin partner unbound"},
+	{"?role=operator&role=admin&role=user", "admin operator user stranger both"},
+	{"?network_id=N1 ?network_id=N1&network_id=N1", "admin partner operator user"},
+	{"?network_id=N2", "admin both"},
+	{"?network_id=N3 ?network_id=n1 ?network_id=N1%20 ?network_id=N1&network_id=N2", "admin"},
+	{"?network_id= ?network_id ?network_id=X ?station_id= ?station_id=X", "admin"}, // none is in nobody's scope
+	{"?station_id=S1", "admin operator user"},
+	{"?station_id=S2", "admin both"},
+	{"?station_id=S3 ?station_id=S1&station_id=S2", "admin"},
+	{"?network_id=N1&station_id=S1", "admin partner operator user"},
+	{"?network_id=N1&station_id=S2 ?network_id=N1&station_id=X", "admin partner"}, // who has the whole network
+	{"?network_id=N2&station_id=S1 ?network_id=N1&station_id= ?network_id=&station_id=S1 ?network_id=X&station_id=S1", "admin"},
+	{"?role=operator&network_id=N1&station_id=S1", "operator"},
+	{"?role=operator&role=partner&network_id=N1&station_id=S2", "partner"},
+	{"?role=user&network_id=N2&station_id=S2", "both"},
+	{"?role=partner&network_id=N2", ""},
+	// What can't be understood is 400, with the fields, and met by nobody.
+	{"?role=chief ?role=Admin ?role= ?role=admin,user ?role=admin&role=chief", "!role"},
+	{"?rolle=admin", "!rolle"},
+	{"?Role=admin", "!Role"},
+	{"?role=user&network=N1", "!network"},
+	{"?role=chief&network=N1", "!network role"},
+	{"?role=user;network_id=N9 ?role=user&network_id=%zz ?%", "!query"},
+}
+
+// decides fails unless a gateway is told what the table says of one query and person.
+func (w *env) decides(query string, p gatewayUser, passes string) {
+	w.Helper()
+	r := bearing(validatePath+query, p.token)
+	a := w.do(r)
+	got := body{"status": a.Status, "problem": a.slug(), "body": len(a.JSON) > 0}
+	for name, values := range a.Header {
+		if strings.HasPrefix(name, "X-Auth-") || name == "Cache-Control" {
+			got[name] = strings.Join(values, " and ")
 		}
 	}
+	want := body{"status": 403, "problem": "forbidden", "body": true, "Cache-Control": "no-store"}
+	fields, unclear := strings.CutPrefix(passes, "!")
+	switch {
+	case unclear:
+		want["status"], want["problem"], want["errors"] = 400, "invalid-request", fields
+		var named []string
+		list, _ := a.JSON["errors"].([]any)
+		for _, e := range list {
+			named = append(named, e.(body)["field"].(string))
+		}
+		slices.Sort(named)
+		got["errors"] = strings.Join(named, " ")
+	case slices.Contains(strings.Fields(passes), p.name):
+		want = body{"status": 200, "problem": "", "body": false, "Cache-Control": "no-store", "X-Auth-User-Id": p.id,
+			"X-Auth-Subject": p.subject, "X-Auth-Roles": p.roles, "X-Auth-Network-Id": p.network, "X-Auth-Station-Id": p.station}
+	case !strings.HasPrefix(a.Header.Get("WWW-Authenticate"), bareChallenge+`, error="insufficient_scope"`):
+		w.Errorf("%s: %s: %v", query, p.name, a.Header)
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		w.Errorf("%s: %s: %s", query, p.name, diff)
+	}
+	r.method = "HEAD"
+	if head := w.do(r); head.Status != a.Status || len(head.Body) > 0 {
+		w.Errorf("%s: %s: HEAD %v, GET %v", query, p.name, head, a)
+	}
+}
+
+// decidesForEnvoy fails unless only the token counts: Envoy appends the client's path and query, and uses its method.
+func (w *env) decidesForEnvoy(p gatewayUser) {
+	w.Helper()
+	for _, path := range []string{"/", "/any/path?role=admin", "/any?network_id=N9&rolle=%zz", "/a%2Fb/%2e%2e/c", "/.well-known/x", "/a//b/../c/./d/"} {
+		for _, method := range []string{"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "PROPFIND"} {
+			r := bearing(strings.TrimSuffix(envoyPath, "/")+path, p.token)
+			r.method = method
+			if a := w.do(r); a.Status != 200 || a.Header.Get("X-Auth-User-Id") != p.id || len(a.Body) > 0 {
+				w.Errorf("%s %s: %v", method, path, a)
+			}
+			r.auth = nil
+			if a := w.do(r); a.Status != 401 || a.Header.Get("WWW-Authenticate") != bareChallenge {
+				w.Errorf("%s %s: %v", method, path, a)
+			}
+		}
+	}
+}
+
+// TestValidate has the decision table of what a gateway may demand. It holds without
+// PostgreSQL and Keycloak, too, and asks neither while they are there.
+func TestValidate(t *testing.T) {
+	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0"}) // what follows is Keycloak's alone
+	people := w.gatewayUsers()
 	decideAll := func() {
-		for _, row := range table {
+		for _, row := range demands {
 			for query := range strings.FieldsSeq(row.queries) {
 				for _, p := range people {
-					decide(query, p, row.passes)
+					w.decides(query, p, row.passes)
 				}
 				w.wants(w.do(call{path: validatePath + query}), 401, "unauthorized")
 			}
@@ -548,20 +665,7 @@ func TestValidate(t *testing.T) {
 		if a, err := w.send(w.url, bearing(validatePath+"/?role=admin", people[0].token)); err != nil || a.Status != 404 {
 			t.Errorf("not 404, and the demand is lost: %v %v", a, err)
 		}
-		// Envoy appends the client's path and query, and uses its method.
-		for _, path := range []string{"/", "/any/path?role=admin", "/any?network_id=N9&rolle=%zz", "/a%2Fb/%2e%2e/c", "/.well-known/x", "/a//b/../c/./d/"} {
-			for _, method := range []string{"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "PROPFIND"} {
-				r := bearing(strings.TrimSuffix(envoyPath, "/")+path, people[0].token)
-				r.method = method
-				if a := w.do(r); a.Status != 200 || a.Header.Get("X-Auth-User-Id") != people[0].id || len(a.Body) > 0 {
-					t.Errorf("%s %s: %v", method, path, a)
-				}
-				r.auth = nil
-				if a := w.do(r); a.Status != 401 || a.Header.Get("WWW-Authenticate") != bareChallenge {
-					t.Errorf("%s %s: %v", method, path, a)
-				}
-			}
-		}
+		w.decidesForEnvoy(people[0])
 	}
 	calls := func() (n int) {
 		for name := range strings.FieldsSeq("service_token token find_user get_user other") {

@@ -146,39 +146,27 @@ func (in patchUserIn) apply(c caller, u user) (user, error) {
 // patchUser changes what it is given: names in Keycloak first, then U1 our row, with the
 // revocation of tokens that say something else, U2 Keycloak's attributes.
 func (s *server) patchUser(ctx context.Context, c caller, in patchUserIn) (user, error) {
-	if in.FirstName != nil || in.LastName != nil {
-		before, err := s.target(ctx, c, in.ID, actEdit)
-		if err != nil {
-			return before, err
-		}
-		after, err := in.apply(c, before)
-		if err == nil && (after.FirstName != before.FirstName || after.LastName != before.LastName) {
-			err = s.rename(ctx, before.KeycloakID, after.FirstName, after.LastName)
-		}
-		if errors.Is(err, errNotFound) {
-			err = problemUserGone
-		}
-		if err != nil {
-			return before, targeted(registerError(err), before.ID)
-		}
-	}
-	return s.changeUser(ctx, c, in.ID, "user.update", func(u user) (user, error) { return in.apply(c, u) })
-}
-
-// rename gives Keycloak's user other names, while nobody else writes it. Dying after this leaves
-// Keycloak with the new names: its event brings them to PostgreSQL.
-func (s *server) rename(ctx context.Context, keycloakID, first, last string) error {
-	t, err := s.store.lock(ctx, kcTask(keycloakID), lockTime, s.now)
+	before, err := s.target(ctx, c, in.ID, actEdit)
 	if err != nil {
-		return err
+		return before, err
 	}
-	err = s.kc.rename(ctx, keycloakID, first, last)
-	s.unlock(ctx, t, err) // the task stays: it may have a change to push
-	return err
+	after, err := in.apply(c, before)
+	if err == nil && (after.FirstName != before.FirstName || after.LastName != before.LastName) {
+		err = s.push(ctx, before, func(ku *keycloakUser) { ku.FirstName, ku.LastName = &after.FirstName, &after.LastName })
+	}
+	// Dying here leaves Keycloak with the new names: its event brings them to PostgreSQL.
+	if errors.Is(err, errNotFound) {
+		err = problemUserGone
+	}
+	if err != nil {
+		return before, targeted(err, before.ID)
+	}
+	return s.changeUser(ctx, c, before.ID, "user.update", func(u user) (user, error) { return in.apply(c, u) })
 }
 
-// targeted names the user that a refusal is about, for the audit log.
+// targeted is the problem of err, with the user that it is about, for the audit log.
 func targeted(err error, id userID) error {
+	err = registerError(err)
 	if refused := (problem{}); errors.As(err, &refused) {
 		return refused.withTarget(string(id))
 	}
@@ -192,9 +180,10 @@ func (s *server) deleteUser(ctx context.Context, c caller, in userIn) (noContent
 	if err == nil && u.RegistrationOpen {
 		var reg registration
 		if reg, err = s.store.openRegistrationOf(ctx, u.ID); err == nil {
-			_, err = s.cancelOpen(ctx, c, reg, "deleted")
+			err = s.cancelPending(ctx, c, reg, "deleted")
 		}
-		if errors.Is(err, errNotFound) || errors.Is(err, problemVerificationExpired) { // it has just ended
+		if errors.Is(err, errNotFound) || errors.Is(err, problemVerificationExpired) ||
+			errors.Is(err, problemVerificationCancelled) { // it has just ended
 			err = nil
 		}
 		return noContent{}, err
@@ -229,7 +218,7 @@ func (s *server) restoreUser(ctx context.Context, c caller, in userIn) (user, er
 	case errors.Is(err, errNotFound):
 		return u, problemUserGone.withTarget(string(u.ID))
 	case err != nil:
-		return u, targeted(registerError(err), u.ID)
+		return u, targeted(err, u.ID)
 	}
 	// Dying here leaves the user enabled in Keycloak and deleted in PostgreSQL: sync disables it.
 	u, err = s.changeUser(ctx, c, u.ID, "user.restore", func(u user) (user, error) {
@@ -245,7 +234,8 @@ func (s *server) restoreUser(ctx context.Context, c caller, in userIn) (user, er
 // changeUser changes a user: U1 our row, with everything that follows from it, U2 Keycloak's.
 // While Keycloak is away the change stands in PostgreSQL, where it counts, and the task brings
 // it to Keycloak.
-func (s *server) changeUser(ctx context.Context, c caller, id userID, action string, change func(user) (user, error)) (user, error) {
+func (s *server) changeUser(ctx context.Context, c caller, id userID, action string,
+	change func(user) (user, error)) (user, error) {
 	if id == "me" {
 		id = c.UserID
 	}
@@ -254,14 +244,16 @@ func (s *server) changeUser(ctx context.Context, c caller, id userID, action str
 	case errors.Is(err, errNotFound):
 		return u, problemUserNotFound.withTarget(string(id))
 	case err != nil:
-		return u, targeted(registerError(err), id)
+		return u, targeted(err, id)
 	}
 	// Dying here (U1) leaves Keycloak with the former role: the task pushes ours.
 	if !u.IsActive {
 		s.endInKeycloak(ctx, u.KeycloakID, "", effect.ended)
 	}
 	if effect.push {
-		s.pushNow(ctx, u)
+		if err := s.push(ctx, u, nil); err != nil {
+			s.log.WarnContext(ctx, "user: push to Keycloak failed, will retry", "user", u.ID, "error", err)
+		}
 	}
 	return u, nil
 }
@@ -272,33 +264,32 @@ const pushDelay = 10 * time.Second
 // kcTask is the task that reconciles the user with an id in Keycloak.
 func kcTask(keycloakID string) string { return "kc:" + keycloakID }
 
-// pushNow brings a change to Keycloak (U2), unless another does so or Keycloak is away: then
-// the task does it.
-func (s *server) pushNow(ctx context.Context, u user) {
+// push brings role, scope and state of a user to Keycloak (U2), and the names that edit gives it. A
+// refusal of those is a problem. After all other failures the task tries again.
+func (s *server) push(ctx context.Context, u user, edit func(*keycloakUser)) error {
 	t, err := s.store.lock(ctx, kcTask(u.KeycloakID), lockTime, s.now)
-	if err == nil {
-		var ku keycloakUser
-		if u, err = s.store.user(ctx, u.ID); err == nil { // another may have changed it meanwhile
-			ku, err = s.kc.user(ctx, u.KeycloakID)
-		}
-		if err == nil {
-			err = s.kc.push(ctx, ku, u)
-		}
-		s.release(ctx, t, never, err)
-	}
 	if err != nil {
-		s.log.WarnContext(ctx, "user: push to Keycloak failed, will retry", "user", u.ID, "error", err)
+		return err
 	}
+	var ku keycloakUser
+	if u, err = s.store.user(ctx, u.ID); err == nil { // another may have changed it meanwhile
+		ku, err = s.kc.user(ctx, u.KeycloakID)
+	}
+	if err == nil {
+		err = registerError(s.kc.push(ctx, ku, u, edit))
+	}
+	s.release(ctx, t, never, err)
+	return err
 }
 
 // userSessions lists where a user is signed in.
 func (s *server) userSessions(ctx context.Context, c caller, in struct {
 	userIn
 	pageIn
-}) (listOut[sessionOut], error) {
+}) (listOut[session], error) {
 	u, err := s.target(ctx, c, in.ID, actSessions)
 	if err != nil {
-		return listOut[sessionOut]{}, err
+		return listOut[session]{}, err
 	}
 	return s.sessionsOf(ctx, c, u, in.pageIn)
 }

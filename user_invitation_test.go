@@ -104,6 +104,21 @@ func TestInvitationIsSpent(t *testing.T) {
 	}
 }
 
+// Whose invitation has expired asks for a new one: an account of one's own would have neither role nor scope.
+func TestInvitationExpired(t *testing.T) {
+	w := sharedEnv(t)
+	u := w.admin().invites(nil)
+	l := w.readMail(u.Email, 1)
+	w.expire(u.Email)
+	for range 2 { // before and after it was ended
+		page := w.get("/account/verify?token=" + l.Token)
+		if body := string(page.Body); page.Status != 410 || !strings.Contains(body, "Please ask for a new one") || strings.Contains(body, "/account/register") {
+			t.Errorf("%d %s", page.Status, body)
+		}
+		w.wants(w.do(verifying(l)), 410, "verification-expired")
+	}
+}
+
 // Without a mail server the invitation waits and goes out once. While Keycloak is away nobody
 // is invited, and nothing stays of it.
 func TestInvitationQueued(t *testing.T) {

@@ -2,6 +2,8 @@ package main
 
 import (
 	"context"
+	"reflect"
+	"slices"
 	"strings"
 	"time"
 )
@@ -29,9 +31,10 @@ type user struct {
 	RegistrationOpen bool       `json:"-"` // its registration is pending; not so if only a new address is unconfirmed
 }
 
-const userColumns = `user_id, keycloak_id, email, username, coalesce(first_name, ''), coalesce(last_name, ''), coalesce(phone, ''),
-	coalesce(photo, ''), is_verified, role, network_id, station_id, source, is_active, last_login_at, created_at, updated_at, deleted_at,
-	not is_verified and coalesce((select true from user_registrations r where r.user_id = users.user_id and r.status = 'pending' limit 1), false)`
+const userColumns = `user_id, keycloak_id, email, username, coalesce(first_name, ''), coalesce(last_name, ''),
+	coalesce(phone, ''), coalesce(photo, ''), is_verified, role, network_id, station_id, source, is_active,
+	last_login_at, created_at, updated_at, deleted_at, not is_verified and coalesce(
+		(select true from user_registrations r where r.user_id = users.user_id and r.status = 'pending' limit 1), false)`
 
 // user returns one user, deleted or not, or errNotFound.
 func (st *store) user(ctx context.Context, id userID) (user, error) {
@@ -40,7 +43,8 @@ func (st *store) user(ctx context.Context, id userID) (user, error) {
 
 // userByEmail returns the live user with an address, or errNotFound.
 func (st *store) userByEmail(ctx context.Context, email string) (user, error) {
-	return one[user](ctx, st.pool, `select `+userColumns+` from users where lower(email) = lower($1) and deleted_at is null`, email)
+	return one[user](ctx, st.pool, `
+		select `+userColumns+` from users where lower(email) = lower($1) and deleted_at is null`, email)
 }
 
 // userByKeycloakID returns the user whose tokens have this sub, deleted or not,
@@ -53,7 +57,8 @@ func (st *store) userByKeycloakID(ctx context.Context, id string) (user, error) 
 // belongs to, or "".
 func (st *store) accountByLogin(ctx context.Context, login string) (string, error) {
 	id, err := one[struct{ ID string }](ctx, st.pool, `
-		select coalesce(min(user_id), '') from users where deleted_at is null and (lower(email) = lower($1) or lower(username) = lower($1))`, login)
+		select coalesce(min(user_id), '') from users
+		where deleted_at is null and (lower(email) = lower($1) or lower(username) = lower($1))`, login)
 	return id.ID, err
 }
 
@@ -98,7 +103,8 @@ type changeEffect struct {
 //
 // It returns errNotFound, errConflict when the address or username is another's by now,
 // problemLastAdmin, or the error of change.
-func (st *store) changeUser(ctx context.Context, c caller, id userID, action string, change func(user) (user, error), now time.Time) (u user, effect changeEffect, err error) {
+func (st *store) changeUser(ctx context.Context, c caller, id userID, action string,
+	change func(user) (user, error), now time.Time) (u user, effect changeEffect, err error) {
 	err = st.tx(ctx, func(tx *txn) {
 		before, err := one[user](ctx, tx, `select `+userColumns+` from users where user_id = $1 for update`, id)
 		if err == nil {
@@ -113,13 +119,13 @@ func (st *store) changeUser(ctx context.Context, c caller, id userID, action str
 		}
 		u.UpdatedAt = now
 		tx.exec(`
-			update users set first_name = $2, last_name = $3, phone = $4, photo = $5, role = $6, network_id = $7, station_id = $8,
-				is_active = $9, deleted_at = $10, updated_at = $11, updated_by = $12, email = $13, username = $14, is_verified = $15
-			where user_id = $1`,
-			id, nullString(u.FirstName), nullString(u.LastName), nullString(u.Phone), nullString(u.Photo), u.Role, u.NetworkID, u.StationID,
-			u.IsActive, u.DeletedAt, now, nullString(string(c.UserID)), u.Email, u.Username, u.IsVerified)
+			update users set first_name = nullif($2, ''), last_name = nullif($3, ''), phone = nullif($4, ''),
+				photo = nullif($5, ''), role = $6, network_id = $7, station_id = $8, is_active = $9, deleted_at = $10,
+				updated_at = $11, updated_by = nullif($12, ''), email = $13, username = $14, is_verified = $15
+			where user_id = $1`, id, u.FirstName, u.LastName, u.Phone, u.Photo, u.Role, u.NetworkID, u.StationID,
+			u.IsActive, u.DeletedAt, now, c.UserID, u.Email, u.Username, u.IsVerified)
+		effect.push = u.revocation() != before.revocation()
 		changed := changes(before, u)
-		effect.push = changed["role"] != nil || changed["network_id"] != nil || changed["station_id"] != nil || changed["is_active"] != nil
 		if effect.push {
 			tx.check(revoke(ctx, tx, u.revocation()))
 		}
@@ -127,7 +133,7 @@ func (st *store) changeUser(ctx context.Context, c caller, id userID, action str
 			tx.check(enqueue(ctx, tx, now.Add(pushDelay), kcTask(u.KeycloakID)))
 		}
 		if !u.IsActive {
-			effect.ended = tx.endSessions(c, id, "", entry{Action: "session.end", Reason: "user deleted"}, now)
+			effect.ended = tx.endSessions(c, id, "", "user deleted", now)
 		}
 		tx.audit(c, now, entry{Action: action, Target: string(id), Network: before.NetworkID, Details: changed})
 	})
@@ -138,16 +144,14 @@ func (st *store) changeUser(ctx context.Context, c caller, id userID, action str
 // changed, not what they were: the audit log can't be erased.
 func changes(before, after user) map[string]any {
 	changed := map[string]any{}
-	for name, values := range map[string][2]any{"role": {before.Role, after.Role}, "network_id": {before.NetworkID, after.NetworkID},
-		"station_id": {before.StationID, after.StationID}, "is_active": {before.IsActive, after.IsActive},
-		"is_verified": {before.IsVerified, after.IsVerified}} {
-		if values[0] != values[1] {
-			changed[name] = map[string]any{"before": values[0], "after": values[1]}
-		}
-	}
-	for name, values := range map[string][2]string{"first_name": {before.FirstName, after.FirstName}, "last_name": {before.LastName, after.LastName},
-		"phone": {before.Phone, after.Phone}, "photo": {before.Photo, after.Photo}, "email": {before.Email, after.Email}, "username": {before.Username, after.Username}} {
-		if values[0] != values[1] {
+	was, is := reflect.ValueOf(before), reflect.ValueOf(after)
+	for i := range was.NumField() {
+		name, a, b := was.Type().Field(i).Tag.Get("json"), was.Field(i).Interface(), is.Field(i).Interface()
+		switch {
+		case a == b:
+		case slices.Contains([]string{"role", "network_id", "station_id", "is_active", "is_verified"}, name):
+			changed[name] = map[string]any{"before": a, "after": b}
+		case slices.Contains([]string{"first_name", "last_name", "phone", "photo", "email", "username"}, name):
 			changed[name] = "changed"
 		}
 	}

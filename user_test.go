@@ -291,7 +291,7 @@ func TestManagedSessions(t *testing.T) {
 func TestUserRequests(t *testing.T) {
 	w := sharedEnv(t)
 	admin := w.admin()
-	long, pending := strings.Repeat("x", 101), newEmail()
+	long, pending, null := strings.Repeat("x", 101), newEmail(), (*string)(nil)
 	w.wants(w.post(registerPath, body{"email": pending, "username": "p-" + pending[:8]}), 201, "")
 	unverified := userID(w.value(`select user_id from users where email = $1`, pending))
 	elsewhere := newEmail()
@@ -313,7 +313,9 @@ func TestUserRequests(t *testing.T) {
 		{"create: all", "POST", usersPath, create(body{"username": "a-" + gonanoid.MustGenerate("abcdef", 8), "first_name": "Ada", "last_name": "Lovelace", "phone": "+4930123456",
 			"role": "partner", "network_id": "NET_1.a-b", "station_id": "STA-7", "locale": "de-AT"}), 201, ""},
 		{"create: its address as username", "POST", usersPath, body{"email": "N" + pending, "username": "n" + pending}, 201, ""},
-		{"create: null and empty are nothing", "POST", usersPath, create(body{"username": nil, "role": nil, "network_id": "", "phone": "", "first_name": nil}), 201, ""},
+		{"create: empty", "POST", usersPath, create(body{"network_id": "", "station_id": "", "first_name": "", "last_name": ""}), 201, ""},
+		{"create: null, and empty where that is no value", "POST", usersPath, create(body{"username": null, "role": null, "network_id": null, "first_name": null, "phone": "", "locale": ""}),
+			400, "first_name locale network_id phone role username"},
 		{"create: nothing", "POST", usersPath, body{}, 400, "email"},
 		{"create: everything wrong", "POST", usersPath, body{"email": "ada", "username": "a", "first_name": "<b>", "last_name": long, "phone": "030", "role": "chief",
 			"network_id": "N 1", "station_id": strings.Repeat("S", 33), "locale": "german", "password": password, "photo": "https://x.example/"},
@@ -378,6 +380,8 @@ func TestUserRequests(t *testing.T) {
 		{"me: delete", "DELETE", usersPath + "/me", nil, 403, "forbidden"},
 		{"me: restore", "POST", usersPath + "/me/restore", nil, 403, "forbidden"},
 		{"me: sessions", "GET", usersPath + "/me/sessions", nil, 200, ""},
+		{"me: no session", "DELETE", usersPath + "/me/sessions/SES-1", nil, 404, "not-found"},
+		{"nobody: no session", "DELETE", usersPath + "/USR-1/sessions/SES-0123456789abcdef", nil, 404, "not-found"},
 		{"me: a session", "DELETE", usersPath + "/me/sessions/" + w.signsIn(admin.Email).text("session_id"), nil, 204, ""},
 		{"create: where nothing is", "PUT", usersPath, create(nil), 405, "method-not-allowed"},
 	} {

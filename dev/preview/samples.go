@@ -55,7 +55,7 @@ func Samples() []Sample {
 			Mistakes: wrong(map[string]string{"password": "must not be equal to the email"})})},
 		{"invitation-expired", templates.Message(templates.Refused(templates.ProblemView{Slug: "verification-expired",
 			Title: "Verification expired", Status: 410,
-			Text: "The time to accept this invitation is over. Please ask for a new one."}, id, ""))},
+			Text: "The time to accept this invitation is over. Please ask for a new one."}, id, "/"))},
 		{"code", templates.Verify(templates.VerifyForm{Person: templates.Person{Email: email}})},
 		{"code-errors", templates.Verify(templates.VerifyForm{Person: templates.Person{Email: "ada"},
 			Mistakes: wrong(map[string]string{"email": "is not a valid e-mail address", "code": "must be six digits",
