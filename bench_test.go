@@ -310,7 +310,7 @@ func BenchmarkSync(b *testing.B) {
 	}
 	s := newSeeds()
 	w := uncheckedEnv(b, map[string]string{"KEYCLOAK_URL": services.KeycloakURL, "JOB_INTERVAL": "0", "LOG_LEVEL": "info"}, s.inKeycloak(0, *syncUsers)...)
-	s.here(w, 0, *syncUsers)
+	s.inPostgreSQL(w, 0, *syncUsers)
 	w.exec(`analyze users`)
 	binary := filepath.Join(b.TempDir(), "auth-service")
 	if out, err := exec.Command("go", "build", "-o", binary, ".").CombinedOutput(); err != nil {

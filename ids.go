@@ -54,12 +54,6 @@ func digest(text string) string {
 	return hex.EncodeToString(sum[:])
 }
 
-// shortDigest stands for a text in a set of many.
-func shortDigest(text string) [16]byte {
-	sum := sha256.Sum256([]byte(text))
-	return [16]byte(sum[:16])
-}
-
 // newCode returns the six digits that stand in the mail beside the link.
 func newCode() string {
 	n, err := rand.Int(rand.Reader, big.NewInt(1_000_000))

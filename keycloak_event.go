@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"net/url"
 	"slices"
@@ -37,11 +38,12 @@ func (k *keycloak) countUsers(ctx context.Context) (n int, err error) {
 }
 
 // Keycloak's user events that matter: those that change what PostgreSQL has, changes of
-// credentials, and sign-ins.
+// credentials, and sign-ins. UPDATE_PASSWORD, UPDATE_TOTP and REMOVE_TOTP are not among them:
+// since Keycloak 26 they only come along with the two of credentials, for the same deed.
 var (
-	profileEvents    = []string{"REGISTER", "UPDATE_PROFILE", "UPDATE_EMAIL", "VERIFY_EMAIL", "EXECUTE_ACTIONS", "DELETE_ACCOUNT", "USER_DISABLED_BY_PERMANENT_LOCKOUT", "IDENTITY_PROVIDER_FIRST_LOGIN"}
-	credentialEvents = []string{"UPDATE_PASSWORD", "RESET_PASSWORD", "UPDATE_CREDENTIAL", "REMOVE_CREDENTIAL", "UPDATE_TOTP", "REMOVE_TOTP"}
-	userEventTypes   = slices.Concat(profileEvents, credentialEvents, []string{"LOGIN", "LOGIN_ERROR"})
+	profileEvents = []string{"REGISTER", "UPDATE_PROFILE", "UPDATE_EMAIL", "VERIFY_EMAIL", "EXECUTE_ACTIONS",
+		"DELETE_ACCOUNT", "USER_DISABLED_BY_PERMANENT_LOCKOUT", "IDENTITY_PROVIDER_FIRST_LOGIN"}
+	userEventTypes = append(profileEvents, "UPDATE_CREDENTIAL", "REMOVE_CREDENTIAL", "LOGIN", "LOGIN_ERROR")
 )
 
 // eventSources are Keycloak's two logs: of what administrators do, and of what users do.
@@ -55,14 +57,21 @@ var eventSources = [...]struct {
 
 // keycloakEvent says that something has happened to a user in Keycloak.
 type keycloakEvent struct {
-	ID        string
-	At        int64  // milliseconds since 1970
-	Type      string // of a user event; "" for an administrator's
-	Resource  string // of an admin event: users/{id}/…
-	UserID    string // in Keycloak; "" if it knows nobody of that name
-	SessionID string
-	Address   string
-	Grant     string // password: by the API, not on Keycloak's page
+	ID        string `json:"id"`
+	At        int64  `json:"time"`   // milliseconds since 1970
+	Type      string `json:"type"`   // "": an administrator's
+	UserID    string `json:"userId"` // in Keycloak; "" if it knows nobody of that name
+	SessionID string `json:"sessionId"`
+	Address   string `json:"ipAddress"`
+	Details   struct {
+		Grant string `json:"grant_type"` // password: by the API, not on Keycloak's page
+	} `json:"details"`
+	Resource string `json:"resourcePath"` // of an administrator's event: users/{id}/…
+	Admin    struct {
+		UserID  string `json:"userId"`
+		Address string `json:"ipAddress"`
+	} `json:"authDetails"`
+	own bool // done by this service
 }
 
 // changesUser says whether the event may have changed what PostgreSQL has of the user.
@@ -71,88 +80,68 @@ func (e keycloakEvent) changesUser() bool {
 }
 
 // audited returns the audit entry of an event, and who has done it; false: it is not worth one.
-// user is the user's id here, or "". ours says that this service has made the session, and has
-// audited it. A failed password grant was refused by this service, which has audited that.
+// user is the user's id in PostgreSQL, "" if it has none. ours says that this service has made
+// the session, and has audited it. So it has if it was refused a password grant.
 func (e keycloakEvent) audited(user string, ours bool) (caller, entry, bool) {
-	c := caller{Actor: anonymous, Address: e.Address}
-	details := map[string]any{"event": e.ID, "type": e.Type}
-	switch {
-	case e.Type == "" && strings.HasSuffix(e.Resource, "/reset-password"), e.Type == "" && strings.Contains(e.Resource, "/credentials"):
-		details["type"] = "ADMIN"
-		return caller{Actor: "keycloak:admin", Address: e.Address}, entry{Action: "credential.change", Target: user, Details: details}, true
-	case slices.Contains(credentialEvents, e.Type):
-		c.Actor = user
-		return c, entry{Action: "credential.change", Target: user, Details: details}, user != ""
-	case e.Type == "LOGIN" && !ours:
-		c.Actor = user
-		return c, entry{Action: "keycloak.login", Target: user, Details: details}, user != ""
-	case e.Type == "LOGIN_ERROR" && e.Grant != "password":
-		return c, entry{Action: "keycloak.login", Target: user, Outcome: "refused", Reason: problemInvalidCredentials.slug(), Details: details}, true
+	c := caller{Actor: cmp.Or(user, anonymous), Address: e.Address}
+	a := entry{Action: "keycloak.login", Target: user,
+		Details: map[string]any{"event": e.ID, "type": cmp.Or(e.Type, "ADMIN")}}
+	if user == "" && e.UserID != "" {
+		a.Details["keycloak_id"] = e.UserID
 	}
-	return c, entry{}, false
+	switch e.Type {
+	case "LOGIN":
+		return c, a, !ours
+	case "LOGIN_ERROR":
+		c.Actor, a.Outcome, a.Reason = anonymous, "refused", problemInvalidCredentials.slug()
+		return c, a, e.Details.Grant != "password"
+	case "":
+		c.Actor, a.Action = "keycloak:admin", "credential.change"
+		return c, a, strings.HasSuffix(e.Resource, "/reset-password") || strings.Contains(e.Resource, "/credentials")
+	}
+	a.Action = "credential.change"
+	return c, a, !slices.Contains(profileEvents, e.Type)
 }
 
 // eventsPage is how many events are asked for at once.
 const eventsPage = 1000
 
-// events returns what has happened since a time, according to one source, other than by this
-// service; and the time of the latest event, this service's own included, so that those are not
-// read again and again. It calls progress after each page. The next page begins at the time of
-// the last event, as others may have expired meanwhile: some come twice.
-func (k *keycloak) events(ctx context.Context, source int, since int64, progress func() error) (all []keycloakEvent, latest int64, err error) {
-	type event struct {
-		ID           string `json:"id"`
-		Time         int64  `json:"time"`
-		Type         string `json:"type"`
-		UserID       string `json:"userId"`
-		SessionID    string `json:"sessionId"`
-		Address      string `json:"ipAddress"`
-		ResourcePath string `json:"resourcePath"`
-		Details      struct {
-			Grant string `json:"grant_type"`
-		} `json:"details"`
-		Administrator struct {
-			UserID  string `json:"userId"`
-			Address string `json:"ipAddress"`
-		} `json:"authDetails"`
-	}
-	for first := 0; ; {
-		var page []event
-		query := url.Values{"dateFrom": {strconv.FormatInt(since, 10)}, "direction": {"asc"},
-			"first": {strconv.Itoa(first)}, "max": {strconv.Itoa(eventsPage)}}
-		var own string
-		err := k.asService(ctx, "list_events", func(ctx context.Context, token string) error {
-			claims, err := readClaims(token)
-			if err != nil {
+// events returns what has happened since a time, according to one source, in order. It calls
+// progress after each page. The next page begins at the time of the last event, not after so
+// many, as others may have expired meanwhile: some come twice.
+func (k *keycloak) events(ctx context.Context, source int, since int64, progress func() error) ([]keycloakEvent, error) {
+	var all []keycloakEvent
+	endpoint := k.cfg.KeycloakURL + "/admin/realms/" + k.cfg.KeycloakRealm + "/" + eventSources[source].path
+	for {
+		var page []keycloakEvent
+		var own tokenClaims
+		err := k.asService(ctx, "list_events", func(ctx context.Context, token string) (err error) {
+			if own, err = readClaims(token); err != nil {
 				return err
 			}
-			own = claims.Subject
-			resp, err := k.admin.GetRequestWithBearerAuth(ctx, token).SetResult(&page).SetQueryParamsFromValues(eventSources[source].query).
-				SetQueryParamsFromValues(query).Get(strings.Join([]string{k.cfg.KeycloakURL, "admin/realms", k.cfg.KeycloakRealm, eventSources[source].path}, "/"))
+			resp, err := k.admin.GetRequestWithBearerAuth(ctx, token).SetResult(&page).
+				SetQueryParamsFromValues(eventSources[source].query).
+				SetQueryParams(map[string]string{"dateFrom": strconv.FormatInt(since, 10), "direction": "asc",
+					"max": strconv.Itoa(eventsPage)}).
+				Get(endpoint)
 			return responseError(resp, err)
 		})
 		if err == nil {
 			err = progress()
 		}
 		if err != nil {
-			return nil, 0, err
+			return nil, err
 		}
 		for _, e := range page {
-			latest = max(latest, e.Time)
-			if e.Administrator.UserID == own {
-				continue
-			}
-			if id, ok := strings.CutPrefix(e.ResourcePath, "users/"); ok {
+			if id, ok := strings.CutPrefix(e.Resource, "users/"); ok {
 				e.UserID, _, _ = strings.Cut(id, "/")
-				e.Address = e.Administrator.Address
+				e.Address, e.own = e.Admin.Address, e.Admin.UserID == own.Subject
 			}
-			all = append(all, keycloakEvent{e.ID, e.Time, e.Type, e.ResourcePath, e.UserID, e.SessionID, e.Address, e.Details.Grant})
+			all = append(all, e)
 		}
 		if len(page) < eventsPage {
-			return all, latest, nil
+			return all, nil
 		}
-		if first += eventsPage; latest > since {
-			since, first = latest, 0
-		}
+		since = max(since+1, page[len(page)-1].At)
 	}
 }

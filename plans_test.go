@@ -193,7 +193,7 @@ type node struct {
 var seeded = regexp.MustCompile(`^(users|user_registrations|sessions|refresh_tokens|revocations|audit_log.*|rate_limits|sync_runs|tasks)$`)
 
 // wholePass are statements of a full pass of sync, which goes through all users.
-var wholePass = regexp.MustCompile(`^select (count\(\*\) from users where is_active$|keycloak_id from users where keycloak_id > )`)
+var wholePass = regexp.MustCompile(`^select keycloak_id from users where is_active$`)
 
 // blocks are those that a statement has looked at. A part of it that changes something and
 // that nothing reads from is done after the rest.

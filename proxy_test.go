@@ -23,9 +23,10 @@ type fault int
 const (
 	lost    fault = iota + 1 // it never arrives
 	applied                  // it arrives, and the answer is lost
+	failing                  // Keycloak answers that it has failed
 )
 
-func (f fault) String() string { return [...]string{"", "lost", "applied"}[f] }
+func (f fault) String() string { return [...]string{"", "lost", "applied", "failing"}[f] }
 
 // keycloakProxy is a reverse proxy in front of the real Keycloak. Closed, it refuses
 // connections like a server that is stopped. Patterns are regular expressions for
@@ -192,6 +193,12 @@ func (g *keycloakProxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	if !g.wait(r.Context(), call, false) || r.Context().Err() != nil || g.fault(call) == lost {
 		panic(http.ErrAbortHandler)
+	}
+	if g.fault(call) == failing {
+		w.Header().Set("Content-Type", "application/json")
+		w.WriteHeader(http.StatusInternalServerError)
+		io.WriteString(w, `{"error":"unknown_error"}`)
+		return
 	}
 	g.proxy.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), callKey{}, call)))
 }

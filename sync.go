@@ -1,12 +1,12 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"slices"
 	"strings"
 	"time"
-	"unicode/utf8"
 
 	"auth-service/templates"
 
@@ -38,14 +38,18 @@ const (
 // descriptions are for the report of a full pass.
 var descriptions = map[difference]string{
 	diffProfile:  "E-mail address, username or names differ: Keycloak's are written to PostgreSQL.",
-	diffVerified: "One store has the address as confirmed, the other has not: Keycloak's answer is written to PostgreSQL.",
-	diffRole:     "Role, scope or user id differ: PostgreSQL's are written to Keycloak. What Keycloak had is in the audit log (user.overwrite), and may have been right if this database was restored.",
+	diffVerified: "Only one store has the address as confirmed: Keycloak's answer is written to PostgreSQL.",
+	diffRole: "Role, scope or user id differ: PostgreSQL's are written to Keycloak. What Keycloak had is in the " +
+		"audit log (user.overwrite), and may have been right if this database was restored.",
 	diffDisabled: "Disabled in Keycloak: deleted in PostgreSQL. Only restore undoes that.",
 	diffMissing:  "Not in Keycloak: deleted in PostgreSQL.",
-	diffDeleted:  "Deleted in PostgreSQL and enabled in Keycloak: disabled in Keycloak. If this database was restored, the user may have been restored since.",
-	diffUnknown:  "Only in Keycloak: imported as a user without scope. What Keycloak says of role and scope is in the audit log (user.import).",
-	diffConflict: "Another user has its address or username in PostgreSQL, or it has no address, or something too long: left as it is, for an administrator.",
-	diffUnread:   "A store has failed for this user alone: not compared.",
+	diffDeleted: "Deleted in PostgreSQL and enabled in Keycloak: disabled in Keycloak. If this database was " +
+		"restored, the user may have been restored since.",
+	diffUnknown: "Only in Keycloak: imported as a user without scope. What Keycloak says of it is in the audit log " +
+		"(user.import).",
+	diffConflict: "Another user has its address or username in PostgreSQL, or it has no address, or something too " +
+		"long: left as it is, for an administrator.",
+	diffUnread: "A store has failed for this user alone: not compared.",
 }
 
 // syncAction is the audit action of a change that applies Keycloak's.
@@ -65,32 +69,31 @@ func compare(local *user, remote *keycloakUser) comparison {
 		return comparison{}
 	case local == nil:
 		return comparison{[]difference{diffUnknown}, remote.imported(), true}
-	case local.RegistrationOpen:
+	case local.RegistrationOpen, remote == nil && !local.IsActive:
 		return comparison{Local: *local}
-	case remote == nil && local.IsActive:
+	case remote == nil:
 		gone := *local
 		gone.IsActive = false
 		return comparison{[]difference{diffMissing}, gone, false}
-	case remote == nil:
-		return comparison{Local: *local}
 	}
-	merged := remote.profileOf(*local)
-	merged.IsVerified = remote.verified()
-	merged.IsActive = local.IsActive && remote.enabled()
-	c := comparison{Local: merged}
-	found := func(d difference, differs bool) bool {
-		if differs {
-			c.Differences = append(c.Differences, d)
+	profile := remote.profileOf(*local)
+	c := comparison{Local: profile}
+	c.Local.IsVerified = remote.verified()
+	c.Local.IsActive = local.IsActive && remote.enabled()
+	for _, d := range []struct {
+		class        difference
+		differ, push bool
+	}{
+		{diffProfile, profile != *local, false},
+		{diffVerified, c.Local.IsVerified != local.IsVerified, false},
+		{diffDisabled, c.Local.IsActive != local.IsActive, false},
+		{diffRole, !remote.hasClaims(*local), true},
+		{diffDeleted, !local.IsActive && remote.enabled(), true},
+	} {
+		if d.differ {
+			c.Differences, c.Push = append(c.Differences, d.class), c.Push || d.push
 		}
-		return differs
 	}
-	found(diffProfile, merged.Email != local.Email || merged.Username != local.Username ||
-		merged.FirstName != local.FirstName || merged.LastName != local.LastName)
-	found(diffVerified, merged.IsVerified != local.IsVerified)
-	found(diffDisabled, merged.IsActive != local.IsActive)
-	overwrite := found(diffRole, !remote.hasClaims(*local))
-	disable := found(diffDeleted, !local.IsActive && remote.enabled())
-	c.Push = overwrite || disable
 	return c
 }
 
@@ -110,87 +113,101 @@ func (ku keycloakUser) profileOf(u user) user {
 // imported is a user that only Keycloak has, as PostgreSQL should have it: without scope,
 // whatever Keycloak says. Its user id may not be one, or another's.
 func (ku keycloakUser) imported() user {
-	u := ku.profileOf(user{ID: userID(ku.attribute(attrUserID)), KeycloakID: ku.id(), Role: roleUser, Source: sourceInternal,
-		IsVerified: ku.verified(), IsActive: ku.enabled() || ku.awaitsVerification()})
+	u := ku.profileOf(user{ID: userID(ku.attribute(attrUserID)), KeycloakID: ku.id(), Role: roleUser,
+		Source: sourceInternal, IsVerified: ku.verified(), IsActive: ku.enabled() || ku.awaitsVerification()})
 	if registrationIDPattern.MatchString(ku.attribute(attrRegistrationID)) {
 		u.Source = sourceWeb
 	}
 	return u
 }
 
-// fits says whether u can be in PostgreSQL: Keycloak's imports know no limits.
-func (u user) fits() bool {
-	return u.Email != "" && utf8.RuneCountInString(u.Email) <= 255 && utf8.RuneCountInString(u.Username) <= 100 &&
-		utf8.RuneCountInString(u.FirstName) <= 100 && utf8.RuneCountInString(u.LastName) <= 100
+// inspection is a user in both stores; nil: that store has none.
+type inspection struct {
+	local  *user
+	remote *keycloakUser
+	reg    *registration // by which a user came whom only Keycloak has
+	comparison
 }
 
-// conflicts says whether a user can't have the address, username or names that it should have.
-func (s *server) conflicts(ctx context.Context, u user) (bool, error) {
-	if !u.fits() || !u.IsActive {
-		return !u.fits(), nil
+// inspect compares a user. Keycloak is asked first: what is changed in PostgreSQL meanwhile is
+// noticed. A profile that PostgreSQL can't have is a conflict, and left as it is.
+func (s *server) inspect(ctx context.Context, keycloakID string) (in inspection, err error) {
+	if in.remote, err = orNone(s.kc.user(ctx, keycloakID)); err == nil {
+		in.local, err = orNone(s.store.userByKeycloakID(ctx, keycloakID))
 	}
-	return s.store.taken(ctx, u)
+	if err != nil {
+		return in, err
+	}
+	in.comparison = compare(in.local, in.remote)
+	if in.local == nil && in.Local.Source == sourceWeb {
+		in.reg, err = orNone(s.store.registration(ctx, registrationID(in.remote.attribute(attrRegistrationID))))
+		if err != nil || in.reg != nil && !in.remote.verified() &&
+			(in.reg.State == pending || in.reg.State != verified && in.reg.KeycloakID != "") {
+			in.comparison = comparison{} // R2, E2: it belongs to its registration
+		}
+	}
+	if len(in.Differences) == 0 || in.Differences[0] != diffProfile && in.Differences[0] != diffUnknown {
+		return in, err
+	}
+	conflict, err := s.store.conflicts(ctx, in.Local)
+	if conflict {
+		in.Differences[0] = diffConflict
+	}
+	if u := in.local; conflict && u != nil {
+		in.Local.Email, in.Local.Username = u.Email, u.Username
+		in.Local.FirstName, in.Local.LastName = u.FirstName, u.LastName
+	}
+	return in, err
 }
 
-// bothUsers returns the user of both stores with an id in Keycloak; nil: that store has none.
-func (s *server) bothUsers(ctx context.Context, keycloakID string) (local *user, remote *keycloakUser, err error) {
-	ku, err := s.kc.user(ctx, keycloakID)
-	if err == nil {
-		remote = &ku
-	} else if !errors.Is(err, errNotFound) {
-		return nil, nil, err
+// orNone returns nil for what was not found.
+func orNone[T any](v T, err error) (*T, error) {
+	if errors.Is(err, errNotFound) {
+		return nil, nil
 	}
-	u, err := s.store.userByKeycloakID(ctx, keycloakID) // after Keycloak's: what is changed here meanwhile is noticed
-	if err == nil {
-		local = &u
-	} else if !errors.Is(err, errNotFound) {
-		return nil, nil, err
-	}
-	return local, remote, nil
+	return &v, err
 }
 
 // reconcile makes both stores agree on the user of a locked task, whatever the difference is by
-// now. It may be repeated and loses nothing wherever it dies. errConflict: the user can't be
-// imported, or can't have the address that it has in Keycloak; the rest was done.
+// now: PostgreSQL gets what Keycloak says; then Keycloak gets role, scope and state: O1 audit
+// entry and revocation of tokens that say something else, O2 Keycloak. It may be repeated and
+// loses nothing wherever it dies. errConflict: the user can't be imported, or can't have the
+// address that it has in Keycloak; the rest was done.
 func (s *server) reconcile(ctx context.Context, c caller, t task) error {
-	keycloakID := strings.TrimPrefix(t.ID, "kc:")
 	for {
-		local, remote, err := s.bothUsers(ctx, keycloakID)
+		in, err := s.inspect(ctx, strings.TrimPrefix(t.ID, "kc:"))
+		conflict := slices.Contains(in.Differences, diffConflict)
 		switch {
-		case err != nil, local == nil && remote == nil:
-			return err
-		case local == nil:
-			return s.importUser(ctx, c, *remote)
+		case err != nil:
+		case in.local != nil:
+			err = s.apply(ctx, c, *in.local, in.Local)
+		case len(in.Differences) > 0 && !conflict:
+			err = s.importUser(ctx, c, in)
 		}
-		want := compare(local, remote)
-		conflicted, err := s.apply(ctx, c, *local, want.Local)
 		if errors.Is(err, errRace) { // changed by another meanwhile
 			continue
 		}
-		if err == nil && want.Push {
-			err = s.overwrite(ctx, c, t, *local, *remote)
+		if err == nil && in.local != nil && in.Push {
+			var u user
+			if u, err = s.store.overwrite(ctx, c, t, in.local.ID, in.remote.claims(), s.now()); err == nil { // O1
+				err = s.kc.push(ctx, *in.remote, u, nil) // O2
+			}
 		}
-		if err == nil && conflicted {
+		if err == nil && conflict {
 			err = errConflict
 		}
 		return err
 	}
 }
 
-// apply writes what Keycloak says of a user to PostgreSQL. A profile that another user stands
-// in the way of is left as it is, and reported. errRace: the row has been changed meanwhile.
-func (s *server) apply(ctx context.Context, c caller, local, want user) (conflicted bool, err error) {
+// apply writes what Keycloak says of a user to PostgreSQL. errRace: the row has been changed
+// meanwhile.
+func (s *server) apply(ctx context.Context, c caller, local, want user) error {
 	if want == local {
-		return false, nil
+		return nil
 	}
-	if conflicted, err = s.conflicts(ctx, want); err != nil {
-		return false, err
-	}
-	if conflicted { // who was disabled does not wait for that
-		want.Email, want.Username, want.FirstName, want.LastName = local.Email, local.Username, local.FirstName, local.LastName
-	}
+	now := s.now()
 	if local.IsActive && !want.IsActive {
-		now := s.now()
 		want.DeletedAt = &now
 	}
 	u, effect, err := s.store.changeUser(ctx, c, local.ID, syncAction, func(before user) (user, error) {
@@ -198,47 +215,23 @@ func (s *server) apply(ctx context.Context, c caller, local, want user) (conflic
 			return before, errRace
 		}
 		return want, nil
-	}, s.now())
-	if errors.Is(err, errConflict) { // taken at this moment
-		return true, nil
-	}
+	}, now)
 	if err == nil && len(effect.ended) > 0 {
 		s.endInKeycloak(ctx, u.KeycloakID, "", effect.ended)
 	}
-	return conflicted, err
-}
-
-// overwrite gives Keycloak's user our role, scope and state: O1 audit entry and revocation of
-// tokens that say something else, O2 Keycloak. A task that has failed before is audited already.
-func (s *server) overwrite(ctx context.Context, c caller, t task, local user, remote keycloakUser) error {
-	u, err := s.store.overwrite(ctx, c, local, remote.claims(), t.Attempts == 0, s.now()) // O1
-	if err != nil {
-		return err
-	}
-	return s.kc.push(ctx, remote, u, nil) // O2
+	return err
 }
 
 // importUser makes an account of somebody whom only Keycloak has. A registration that this
-// database does not know, because it was restored, goes on where it was; one that it knows has
-// a task of its own.
-func (s *server) importUser(ctx context.Context, c caller, ku keycloakUser) error {
-	u := ku.imported()
-	if !u.fits() {
-		return errConflict
-	}
-	var reg registration
-	if u.Source == sourceWeb {
-		id := registrationID(ku.attribute(attrRegistrationID))
-		known, err := s.store.registration(ctx, id)
-		switch {
-		case errors.Is(err, errNotFound):
-			reg = s.registrationFrom(u, ku)
-			reg.ID = id
-		case err != nil:
-			return err
-		case known.State != verified && !ku.verified(): // R2, or ended: E2
-			return s.store.enqueue(ctx, s.now(), string(id))
-		}
+// database does not know, because it was restored, goes on where it was. Dying before the push
+// leaves the task, which pushes.
+func (s *server) importUser(ctx context.Context, c caller, in inspection) error {
+	u, now, reg := in.Local, s.now(), registration{}
+	switch {
+	case in.reg != nil && in.reg.State != verified && !in.remote.verified(): // ended: E2
+		return s.store.enqueue(ctx, now, string(in.reg.ID))
+	case in.reg == nil && u.Source == sourceWeb:
+		reg = s.lostRegistration(*in.remote)
 	}
 	switch _, err := s.store.user(ctx, u.ID); {
 	case err == nil, !userIDPattern.MatchString(string(u.ID)):
@@ -246,33 +239,28 @@ func (s *server) importUser(ctx context.Context, c caller, ku keycloakUser) erro
 	case !errors.Is(err, errNotFound):
 		return err
 	}
-	if u.CreatedAt = s.now(); !u.IsActive {
-		u.DeletedAt = &u.CreatedAt
+	if u.CreatedAt = now; !u.IsActive {
+		u.DeletedAt = &now
 	}
-	reg.UserID = u.ID
-	if err := s.store.importUser(ctx, c, u, reg, ku.claims()); err != nil {
-		return err
+	err := s.store.importUser(ctx, c, u, reg, in.remote.claims())
+	if err == nil && reg.State != pending {
+		err = s.kc.push(ctx, *in.remote, u, nil)
 	}
-	if reg.State == pending {
-		return nil
-	}
-	return s.kc.push(ctx, ku, u, nil) // dying before this leaves the task, which pushes
+	return err
 }
 
-// registrationFrom is the registration that a user of Keycloak came by, as far as Keycloak
+// lostRegistration is the registration by which a user of Keycloak came, as far as Keycloak
 // knows it.
-func (s *server) registrationFrom(u user, ku keycloakUser) registration {
-	reg := registration{Email: u.Email, Username: u.Username, FirstName: u.FirstName, LastName: u.LastName, State: verified,
-		KeycloakID: u.KeycloakID, Locale: templates.Language("", ku.attribute(attrLocale)), CreatedAt: s.now(),
-		Mail: mailSent, Source: sourceWeb, Role: roleUser, TokenHash: digest(newToken())} // nobody's: the mail's is not known any more
-	if ku.CreatedTimestamp != nil {
-		reg.CreatedAt = time.UnixMilli(*ku.CreatedTimestamp).UTC()
+func (s *server) lostRegistration(ku keycloakUser) registration {
+	token := cmp.Or(ku.attribute(attrToken), newToken()) // nobody's: Keycloak does not know the mail's any more
+	reg := registration{ID: registrationID(ku.attribute(attrRegistrationID)), State: verified,
+		TokenHash: digest(token), CodeHash: codeHash(token, ku.attribute(attrCode)),
+		Locale:    templates.Language("", ku.attribute(attrLocale)),
+		CreatedAt: time.UnixMilli(gocloak.PInt64(ku.CreatedTimestamp))}
+	if ku.awaitsVerification() {
+		reg.State = pending
 	}
 	reg.ExpiresAt = reg.CreatedAt.Add(s.cfg.VerificationTTL)
-	if ku.awaitsVerification() {
-		token := ku.attribute(attrToken)
-		reg.State, reg.TokenHash, reg.CodeHash = pending, digest(token), codeHash(token, ku.attribute(attrCode))
-	}
 	return reg
 }
 
@@ -293,29 +281,38 @@ const (
 	eventsSettle   = 3 * time.Second  // how long a sign-in by this service may take to get its row
 )
 
-// readEvents reads Keycloak's events since the last time, in order. It enqueues the users that
-// were changed and audits what has happened at Keycloak itself, in the transaction that moves
-// the cursor: after a crash events are read again, and those that were read are known by id.
+// readEvents reads Keycloak's events since the last time. It enqueues the users that were
+// changed and audits what has happened at Keycloak itself, in the transaction that moves the
+// cursor: after a crash events are read again, and those that were read are known by id.
 func (s *server) readEvents(ctx context.Context, t task) (time.Time, error) {
-	cursor, err := s.store.syncCursor(ctx, s.now())
+	start := s.now()
+	cursor, err := s.store.syncCursor(ctx, start)
 	if err != nil {
 		return never, err
 	}
-	next := syncCursor{IDs: []string{}}
+	known := map[string]bool{} // events that were taken before, or come twice
+	for _, id := range cursor.IDs {
+		known[id] = true
+	}
+	next := syncCursor{At: cursor.At, IDs: []string{}}
 	var events []keycloakEvent
 	for source := range eventSources {
-		found, latest, err := s.kc.events(ctx, source, cursor.At[source]-eventsOverlap.Milliseconds(), func() error {
+		found, err := s.kc.events(ctx, source, cursor.At[source]-eventsOverlap.Milliseconds(), func() error {
 			return s.store.extend(ctx, t, s.now())
 		})
 		if err != nil {
 			return never, err
 		}
-		next.At[source] = min(max(cursor.At[source], latest), s.now().UnixMilli()) // one in the future would lose all until then
+		if len(found) > 0 { // this service's own, too, or they would be read again and again
+			next.At[source] = max(next.At[source], found[len(found)-1].At)
+		}
+		next.At[source] = min(next.At[source], start.UnixMilli()) // one in the future would lose all until then
 		for _, e := range found {
-			if e.Type == "LOGIN" && e.At > s.now().Add(-eventsSettle).UnixMilli() {
-				continue // it comes again
-			}
-			if !slices.Contains(cursor.IDs, e.ID) {
+			switch {
+			case e.own, e.Type == "LOGIN" && e.At > start.Add(-eventsSettle).UnixMilli(): // the latter comes again
+				continue
+			case !known[e.ID]:
+				known[e.ID] = true
 				events = append(events, e)
 			}
 			if e.At >= next.At[source]-eventsOverlap.Milliseconds() {
@@ -323,7 +320,6 @@ func (s *server) readEvents(ctx context.Context, t task) (time.Time, error) {
 			}
 		}
 	}
-	slices.SortStableFunc(events, func(a, b keycloakEvent) int { return int(a.At - b.At) })
 	if err := s.store.takeEvents(ctx, t, next, events, s.now()); err != nil {
 		return never, err
 	}

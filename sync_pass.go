@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"maps"
-	"math"
 	"slices"
 	"strings"
 	"time"
@@ -15,7 +14,7 @@ import (
 
 // A full pass over all users: for an operator, for an administrator, and once a day. It finds
 // everything before it changes anything, so that the wrong realm is noticed. It is the work of
-// one task: a pass whose instance has died is begun anew by another.
+// one task: a pass whose instance has died is begun anew by another, under the same id.
 
 const (
 	syncPage     = 500             // users that Keycloak lists at once: see usersPage
@@ -28,13 +27,8 @@ const (
 // destructive are the classes that count against SYNC_MAX_SHARE.
 var destructive = []difference{diffDisabled, diffMissing, diffDeleted, diffUnknown}
 
-// aborted says why a pass has changed nothing.
-type aborted string
-
-func (a aborted) Error() string { return string(a) }
-
-// errStopping ends a pass whose instance is stopped: another goes on with it.
-var errStopping = fmt.Errorf("%w: the instance is stopping", errUnavailable)
+// errAborted ends a pass that would change too much; its detail says so.
+var errAborted = errors.New("too many changes at once")
 
 // syncRun is a full pass: its progress and its report.
 type syncRun struct {
@@ -48,9 +42,6 @@ type syncRun struct {
 	Total       int                       `json:"total" description:"Users that Keycloak had at the start."`
 	Differences map[difference]*syncClass `json:"differences" description:"By class."`
 	Detail      string                    `json:"detail" description:"Why it was aborted or has failed."`
-
-	planned    map[string][]difference // of users, by id in Keycloak
-	maxChanges int                     // destructive changes that it may make
 }
 
 // syncClass is what a run has found of one class of differences.
@@ -64,327 +55,262 @@ type syncClass struct {
 // location is where its progress is.
 func (run syncRun) location() string { return "/api/v1/sync/" + string(run.ID) }
 
-// add counts what was found of a user.
-func (run *syncRun) add(keycloakID, name string, found ...difference) {
-	for _, d := range found {
-		if run.Differences[d] == nil {
-			run.Differences[d] = &syncClass{Description: descriptions[d], Examples: []string{}}
-		}
-		class := run.Differences[d]
-		if class.Found++; len(class.Examples) < syncExamples {
-			class.Examples = append(class.Examples, name)
-		}
-	}
-	if len(found) > 0 {
-		run.planned[keycloakID] = found
-	}
-}
-
-func (run syncRun) found() (n int) {
-	for _, class := range run.Differences {
-		n += class.Found
-	}
-	return n
-}
-
-func (run syncRun) remaining() (n int) {
-	for _, class := range run.Differences {
-		n += class.Found - class.Repaired
-	}
-	return n
-}
-
-// checkLimit returns the error of a run that would disable or import more than the configured
-// share of users, as it happens with the wrong realm.
-func (run syncRun) checkLimit() error {
-	changes := 0
-	for _, d := range destructive {
-		if class := run.Differences[d]; class != nil {
+// counts returns how many differences were found, how many of them are repaired, and how many
+// are destructive.
+func (run syncRun) counts() (found, repaired, changes int) {
+	for d, class := range run.Differences {
+		found, repaired = found+class.Found, repaired+class.Repaired
+		if slices.Contains(destructive, d) {
 			changes += class.Found
 		}
 	}
-	if changes <= run.maxChanges {
-		return nil
-	}
-	return aborted(fmt.Sprintf("At least %d users would be disabled or imported, and SYNC_MAX_SHARE allows %d. Is this the right realm? Nothing was changed.",
-		changes, run.maxChanges))
+	return found, repaired, changes
 }
 
-// setLimit reads how many users the realm has, and how many a run may disable or import.
-func (s *server) setLimit(ctx context.Context, run *syncRun) error {
-	local, err := s.store.countUsers(ctx)
+// due is when the daily pass after this one is due.
+func (run syncRun) due() time.Time {
+	if run.Status == "failed" {
+		return run.EndedAt.Add(syncPause)
+	}
+	return run.StartedAt.Add(syncDaily)
+}
+
+// pass is a full pass at work.
+type pass struct {
+	*server
+	task  task
+	run   syncRun
+	out   io.Writer               // where it shows how far it is
+	users int                     // that the store with more of them has
+	found map[string][]difference // of users, by id in Keycloak
+}
+
+// runSync makes a full pass that has begun. Killed anywhere, it has repaired some users and
+// left the others as they were; whoever gets the task then begins it anew.
+func (s *server) runSync(ctx context.Context, t task, run syncRun, out io.Writer) (syncRun, error) {
+	p := pass{server: s, task: t, run: run, out: out, found: map[string][]difference{}}
+	p.run.Differences, p.run.Checked = map[difference]*syncClass{}, 0
+	err := p.scan(ctx)
 	if err == nil {
-		run.Total, err = s.kc.countUsers(ctx)
+		err = p.checkLimit()
 	}
-	run.maxChanges = max(minChanges, max(local, run.Total)*s.cfg.SyncMaxShare/100)
-	if s.cfg.SyncMaxShare == 100 { // those missing and those unknown may be more than all
-		run.maxChanges = math.MaxInt
+	if err == nil && !run.DryRun {
+		err = p.repair(ctx)
 	}
-	return err
+	if errors.Is(err, errLocked) || err != nil && s.stopping.Load() { // another goes on
+		return p.run, err
+	}
+	ctx, cancel := detached(ctx, flowTime)
+	defer cancel()
+	return p.run, p.end(ctx, err)
 }
 
 // scan compares all users, page by page, and looks at those that differ once more, one by one.
 // Those that come or go meanwhile may be missed, and are found by their events.
-func (s *server) scan(ctx context.Context, run *syncRun, progress func() error) error {
-	if err := s.setLimit(ctx, run); err != nil {
-		return err
+func (p *pass) scan(ctx context.Context) error {
+	missing, err := p.store.activeKeycloakIDs(ctx)
+	if err == nil {
+		p.run.Total, err = p.kc.countUsers(ctx)
 	}
-	type listed struct {
-		users []keycloakUser
-		err   error
-	}
-	list := func(first int) <-chan listed {
-		page := make(chan listed, 1)
-		go func() {
-			users, err := s.list(ctx, first, syncPage)
-			page <- listed{users, err}
-		}()
-		return page
-	}
-	seen := map[[16]byte]bool{}
-	coming := list(0)
-	for first := 0; coming != nil; {
-		page := <-coming
-		if page.err != nil {
-			return page.err
-		}
-		coming = nil
-		if len(page.users) == syncPage { // Keycloak goes on while this one is compared
-			first += syncPage
-			coming = list(first)
-		}
-		users := slices.DeleteFunc(page.users, func(ku keycloakUser) bool { // moved by one that came
-			id := shortDigest(ku.id())
-			moved := seen[id]
-			seen[id] = true
-			return moved
-		})
-		run.Checked += len(users)
-		differ, err := s.differing(ctx, users)
-		if err == nil {
-			err = s.checkEach(ctx, run, differ, progress)
-		}
-		if err = errors.Join(err, progress()); err != nil {
-			return err
-		}
-	}
-	var missing []string
-	if err := s.store.liveKeycloakIDs(ctx, func(id string) {
-		if !seen[shortDigest(id)] {
-			missing = append(missing, id)
-		}
-	}); err != nil {
-		return err
-	}
-	return s.checkEach(ctx, run, missing, progress)
-}
-
-// differing returns those of a page that seem to differ. The page was read before our rows.
-func (s *server) differing(ctx context.Context, page []keycloakUser) (ids []string, err error) {
-	local, registering, err := s.store.localUsers(ctx, page)
-	for _, ku := range page {
-		u, known := local[ku.id()]
-		var of *user
-		if known {
-			of = &u
-		} else if registering[ku.attribute(attrRegistrationID)] {
-			continue
-		}
-		if len(compare(of, &ku).Differences) > 0 {
-			ids = append(ids, ku.id())
-		}
-	}
-	return ids, err
-}
-
-// check adds how one user differs to a run.
-func (s *server) check(ctx context.Context, run *syncRun, keycloakID string) error {
-	local, remote, err := s.bothUsers(ctx, keycloakID)
 	if err != nil {
 		return err
 	}
-	want := compare(local, remote)
-	for i, d := range want.Differences {
-		if d == diffProfile || d == diffUnknown {
-			conflict, err := s.conflicts(ctx, want.Local)
-			if err != nil {
-				return err
-			}
-			if conflict {
-				want.Differences[i] = diffConflict
-			}
+	p.users = max(len(missing), p.run.Total)
+	for first, more := 0, true; more; first += syncPage {
+		page, err := p.list(ctx, first, syncPage)
+		if err == nil {
+			err = p.scanPage(ctx, page, missing)
 		}
-	}
-	name := keycloakID
-	if local != nil {
-		name = string(local.ID)
-	}
-	run.add(keycloakID, name, want.Differences...)
-	return nil
-}
-
-// checkEach checks one after the other: with the wrong realm that ends early.
-func (s *server) checkEach(ctx context.Context, run *syncRun, keycloakIDs []string, progress func() error) error {
-	failed, err := s.eachUser(ctx, keycloakIDs, func(ctx context.Context, id string) error { return s.check(ctx, run, id) }, func() error {
-		if err := progress(); err != nil || run.DryRun {
+		if err != nil {
 			return err
 		}
-		return run.checkLimit()
-	})
-	for id := range failed {
-		run.add(id, id, diffUnread)
+		more = len(page) == syncPage
 	}
+	_, err = p.each(ctx, slices.Sorted(maps.Keys(missing)), p.look)
 	return err
 }
 
-// repair reconciles the users that a scan has found. Those that fail are left to their tasks.
-func (s *server) repair(ctx context.Context, run *syncRun, progress func() error) error {
-	_, err := s.eachUser(ctx, slices.Sorted(maps.Keys(run.planned)), func(ctx context.Context, id string) error {
-		t, err := s.store.lock(ctx, kcTask(id), lockTime, s.now)
-		if err == nil {
-			err = s.reconcile(ctx, caller{Actor: run.StartedBy}, t)
-			s.release(ctx, t, never, err)
-		}
-		if err == nil {
-			for _, d := range run.planned[id] {
-				run.Differences[d].Repaired++
-			}
-		}
+// scanPage compares a page of Keycloak's users, and takes them out of those that may be missing.
+func (p *pass) scanPage(ctx context.Context, page []keycloakUser, missing map[string]bool) error {
+	var ids, differ []string
+	for _, ku := range page {
+		ids = append(ids, ku.id())
+		delete(missing, ku.id())
+	}
+	local, err := p.store.usersByKeycloakID(ctx, ids)
+	if err != nil {
 		return err
-	}, progress)
-	return err
-}
-
-// eachUser does something with one user after the other, and again with those in conflict
-// while that helps: an address may be free then. A failure holds up nobody: those who failed
-// are returned. It ends if Keycloak fails for all.
-func (s *server) eachUser(ctx context.Context, users []string, do func(ctx context.Context, id string) error, progress func() error) (map[string]error, error) {
-	failed := map[string]error{}
-	for before := -1; len(users) != before; {
-		before = len(users)
-		var conflicts []string
-		for _, id := range users {
-			err := func() error {
-				ctx, cancel := detached(ctx, flowTime)
-				defer cancel()
-				return do(ctx, id)
-			}()
-			if err := progress(); err != nil {
-				return nil, err
-			}
-			if err == nil {
-				delete(failed, id)
-				continue
-			}
-			failed[id] = err
-			s.log.WarnContext(ctx, "sync: user failed", "keycloak_id", id, "error", err)
-			if errors.Is(err, errConflict) {
-				conflicts = append(conflicts, id)
-			} else if _, err := s.list(ctx, 0, 1); err != nil {
-				return nil, err
-			}
-		}
-		users = conflicts
 	}
-	return failed, nil
+	for _, ku := range page {
+		if len(compare(local[ku.id()], &ku).Differences) > 0 {
+			differ = append(differ, ku.id())
+		}
+	}
+	p.run.Checked += len(page)
+	if _, err = p.each(ctx, differ, p.look); err == nil {
+		err = p.progress(ctx)
+	}
+	return err
 }
 
 // list returns a page of Keycloak's users. A pass is long, and need not end by one call
 // that has failed for the moment.
-func (s *server) list(ctx context.Context, first, limit int) (users []keycloakUser, err error) {
+func (p *pass) list(ctx context.Context, first, limit int) (users []keycloakUser, err error) {
 	ctx, cancel := context.WithTimeout(ctx, flowTime) // less than lockTime
 	defer cancel()
-	for try := 1; ; try++ {
-		if users, err = s.kc.usersPage(ctx, first, limit); !errors.Is(err, errUnavailable) || try == 3 {
-			return users, err
+	for range 3 {
+		if users, err = p.kc.usersPage(ctx, first, limit); !errors.Is(err, errUnavailable) {
+			break
 		}
 		select {
 		case <-ctx.Done():
 		case <-time.After(time.Second):
 		}
 	}
+	return users, err
 }
 
-// runSync makes a full pass that has begun. Killed anywhere, it has repaired some users and
-// left the others as they were; whoever gets the task then begins it anew.
-func (s *server) runSync(ctx context.Context, t task, run syncRun, show func(syncRun)) (syncRun, error) {
-	run.Differences, run.planned, run.Checked = map[difference]*syncClass{}, map[string][]difference{}, 0
-	progress := func() error {
-		show(run)
-		if s.stopping.Load() {
-			return errStopping
-		}
-		return cmp.Or(s.store.extend(ctx, t, s.now()), s.store.saveSync(ctx, s.store.pool, run))
-	}
-	err := s.scan(ctx, &run, progress)
-	if err == nil {
-		err = run.checkLimit()
-	}
-	if err == nil && !run.DryRun {
-		err = s.repair(ctx, &run, progress)
-	}
-	if errors.Is(err, errStopping) || errors.Is(err, errLocked) {
-		return run, err
-	}
-	run.Status = "done"
-	var why aborted
-	switch {
-	case errors.As(err, &why):
-		run.Detail = string(why)
-		if !run.DryRun {
-			run.Status = "aborted"
-		}
-	case err != nil:
-		run.Status, run.Detail = "failed", asProblem(err).Detail
-		s.log.ErrorContext(ctx, "sync: full pass failed", "sync", run.ID, "error", err)
-	}
-	for d, class := range run.Differences {
-		if !run.DryRun { // which leaves everything as it is
-			s.metrics.synced.WithLabelValues(string(d), "repaired").Add(float64(class.Repaired))
-			s.metrics.synced.WithLabelValues(string(d), "remaining").Add(float64(class.Found - class.Repaired))
-		}
-	}
-	s.log.InfoContext(ctx, "sync: full pass done", "sync", run.ID, "status", run.Status, "checked", run.Checked, "found", run.found(), "remaining", run.remaining())
-	now := s.now()
-	run.EndedAt = &now
-	ctx, cancel := detached(ctx, flowTime)
-	defer cancel()
-	show(run)
-	return run, s.store.endSync(ctx, run, now)
-}
-
-// syncTask makes the full pass that was asked for, or the daily one, and returns when the next
-// one is due.
-func (s *server) syncTask(ctx context.Context, t task) (time.Time, error) {
-	run, err := s.store.lastSync(ctx, `status = 'running'`)
-	if errors.Is(err, errNotFound) {
-		var next time.Time
-		if next, err = s.nextSync(ctx); err != nil || s.now().Before(next) {
-			return next, err
-		}
-		run, err = s.store.beginSync(ctx, system("sync"), false, s.now())
-	}
-	if err == nil {
-		_, err = s.runSync(ctx, t, run, func(syncRun) {})
+// look counts how one user differs, but only once: a user moves to the next page when another
+// comes.
+func (p *pass) look(ctx context.Context, keycloakID string) error {
+	in, err := p.inspect(ctx, keycloakID)
+	name, found := keycloakID, in.Differences
+	if in.local != nil {
+		name = string(in.local.ID)
 	}
 	if err != nil {
-		return never, err
+		found = []difference{diffUnread}
 	}
-	return s.nextSync(ctx)
+	if len(found) == 0 || p.found[keycloakID] != nil {
+		return err
+	}
+	p.found[keycloakID] = found
+	for _, d := range found {
+		class := p.run.Differences[d]
+		if class == nil {
+			class = &syncClass{Description: descriptions[d], Examples: []string{}}
+			p.run.Differences[d] = class
+		}
+		if class.Found++; len(class.Examples) < syncExamples {
+			class.Examples = append(class.Examples, name)
+		}
+	}
+	return err
 }
 
-// nextSync is when the daily pass is due.
-func (s *server) nextSync(ctx context.Context) (time.Time, error) {
-	last, err := s.store.lastSync(ctx, `not dry_run and status <> 'running'`)
-	switch {
-	case errors.Is(err, errNotFound):
-		return s.now(), nil
-	case err != nil:
-		return never, err
-	case last.Status == "failed":
-		return last.EndedAt.Add(syncPause), nil
+// repair reconciles the users that were found, and again those that fail while that helps: an
+// address may be free then. The others are left to their tasks.
+func (p *pass) repair(ctx context.Context) (err error) {
+	left := slices.Sorted(maps.Keys(p.found))
+	for before := -1; err == nil && len(left) != before; {
+		before = len(left)
+		left, err = p.each(ctx, left, func(ctx context.Context, id string) error {
+			t, err := p.store.lock(ctx, kcTask(id), lockTime, p.now)
+			if err != nil {
+				return err
+			}
+			err = p.reconcile(ctx, caller{Actor: p.run.StartedBy}, t)
+			p.release(ctx, t, never, err)
+			for _, d := range p.found[id] {
+				if err == nil {
+					p.run.Differences[d].Repaired++
+				}
+			}
+			return err
+		})
 	}
-	return last.StartedAt.Add(syncDaily), nil
+	return err
+}
+
+// each does something with one user after the other, and returns those for whom it has failed.
+// They hold up nobody, unless Keycloak fails for all.
+func (p *pass) each(ctx context.Context, ids []string, do func(context.Context, string) error) ([]string, error) {
+	var failed []string
+	var err error
+	for _, id := range ids {
+		one, cancel := detached(ctx, flowTime)
+		failure := do(one, id)
+		cancel()
+		if failure != nil {
+			p.log.WarnContext(ctx, "sync: user failed", "keycloak_id", id, "error", failure)
+			failed = append(failed, id)
+		}
+		if failure != nil && !errors.Is(failure, errConflict) {
+			_, err = p.list(ctx, 0, 1)
+		}
+		if err = cmp.Or(err, p.progress(ctx)); err != nil { // with the wrong realm that is early
+			return failed, err
+		}
+	}
+	return failed, nil
+}
+
+// progress shows and records how far the pass is, keeps its lock, and returns why it must not
+// go on.
+func (p *pass) progress(ctx context.Context) error {
+	found, repaired, _ := p.run.counts()
+	fmt.Fprintf(p.out, "\r%d of %d users compared, %d differences, %d repaired",
+		p.run.Checked, p.run.Total, found, repaired)
+	err := cmp.Or(p.store.extend(ctx, p.task, p.now()), p.store.saveSync(ctx, p.run))
+	if err == nil && !p.run.DryRun {
+		err = p.checkLimit()
+	}
+	return err
+}
+
+// checkLimit ends a pass that would disable or import more than SYNC_MAX_SHARE of the users, as
+// it happens with the wrong realm. 100 is no limit: those missing and those unknown may be more
+// than all.
+func (p *pass) checkLimit() error {
+	_, _, changes := p.run.counts()
+	allowed := max(minChanges, p.users*p.cfg.SyncMaxShare/100)
+	if changes <= allowed || p.cfg.SyncMaxShare == 100 {
+		return nil
+	}
+	p.run.Detail = fmt.Sprintf("At least %d users would be disabled or imported, and SYNC_MAX_SHARE allows %d. "+
+		"Is this the right realm? Nothing was changed.", changes, allowed)
+	return errAborted
+}
+
+// end records the end of a pass, by its outcome. A dry run leaves everything as it is anyway.
+func (p *pass) end(ctx context.Context, err error) error {
+	run, now := &p.run, p.now()
+	run.Status, run.EndedAt = "done", &now
+	switch {
+	case errors.Is(err, errAborted) && !run.DryRun:
+		run.Status = "aborted"
+	case err != nil && !errors.Is(err, errAborted):
+		run.Status, run.Detail = "failed", asProblem(err).Detail
+		p.log.ErrorContext(ctx, "sync: full pass failed", "sync", run.ID, "error", err)
+	}
+	found, repaired, _ := run.counts()
+	p.log.InfoContext(ctx, "sync: full pass done", "sync", run.ID, "status", run.Status, "checked", run.Checked,
+		"found", found, "remaining", found-repaired)
+	for d, class := range run.Differences {
+		if !run.DryRun {
+			p.metrics.synced.WithLabelValues(string(d), "repaired").Add(float64(class.Repaired))
+			p.metrics.synced.WithLabelValues(string(d), "remaining").Add(float64(class.Found - class.Repaired))
+		}
+	}
+	return p.store.saveSync(ctx, *run)
+}
+
+// syncTask makes the full pass that was asked for, or the daily one when it is due.
+func (s *server) syncTask(ctx context.Context, t task) (time.Time, error) {
+	run, err := s.store.lastSync(ctx)
+	if err != nil && !errors.Is(err, errNotFound) {
+		return never, err
+	}
+	if run.Status != "running" {
+		if s.now().Before(run.due()) {
+			return run.due(), nil
+		}
+		if run, err = s.store.beginSync(ctx, system("sync"), false, s.now()); err != nil {
+			return never, err
+		}
+	}
+	_, err = s.runSync(ctx, t, run, io.Discard)
+	return s.now(), err // it finds out when the next one is due
 }
 
 type startSyncIn struct {
@@ -423,7 +349,8 @@ func (s *server) syncStatus(ctx context.Context, c caller, in syncIn) (syncRun, 
 // errDiffer ends the program with status 3.
 var errDiffer = errors.New("the two stores differ")
 
-// syncCommand makes a full pass for an operator, in this process.
+// syncCommand makes a full pass for an operator, in this process. One whose process has died is
+// begun anew.
 func (s *server) syncCommand(ctx context.Context, dryRun bool, operator string, out io.Writer) error {
 	t, err := s.store.lock(ctx, "job:sync", lockTime, s.now)
 	var run syncRun
@@ -436,19 +363,18 @@ func (s *server) syncCommand(ctx context.Context, dryRun bool, operator string, 
 	if err != nil {
 		return errors.Join(err, finish(ctx, s.store.pool, t, s.now()))
 	}
-	run, err = s.runSync(ctx, t, run, func(run syncRun) {
-		fmt.Fprintf(out, "\r%d of %d users compared, %d differences, %d repaired", run.Checked, run.Total, run.found(), run.found()-run.remaining())
-	})
+	run, err = s.runSync(ctx, t, run, out)
 	s.release(ctx, t, s.now(), err) // the daily pass finds out when it is due
 	fmt.Fprintf(out, "\n%s %s\n", run.Status, run.Detail)
 	for _, d := range slices.Sorted(maps.Keys(run.Differences)) {
 		class := run.Differences[d]
-		fmt.Fprintf(out, "%-22s %6d found %6d repaired  %s\n    %s\n", d, class.Found, class.Repaired, strings.Join(class.Examples, " "), class.Description)
+		fmt.Fprintf(out, "%-22s %6d found %6d repaired  %s\n    %s\n", d, class.Found, class.Repaired,
+			strings.Join(class.Examples, " "), class.Description)
 	}
-	switch {
+	switch found, repaired, _ := run.counts(); {
 	case run.Status != "done":
 		return errors.New("the full pass was not completed")
-	case run.remaining() > 0:
+	case found > repaired:
 		return errDiffer
 	}
 	return nil

@@ -206,8 +206,9 @@ func (s *server) restoreUser(ctx context.Context, c caller, in userIn) (user, er
 	if err != nil || u.IsActive {
 		return u, err
 	}
-	taken, err := s.store.taken(ctx, u)
-	if err == nil && taken {
+	u.IsActive = true
+	conflict, err := s.store.conflicts(ctx, u)
+	if err == nil && conflict {
 		err = errConflict
 	}
 	if err == nil {
