@@ -126,8 +126,8 @@ func (s *server) pendingByToken(ctx context.Context, token string) (registration
 	if reg.State == pending && !s.now().Before(reg.ExpiresAt) { // a GET changes nothing; the task will
 		reg.State = expired
 	}
-	if err == nil && reg.State != verified {
-		err = reg.over()
+	if refused := (problem{}); err == nil && reg.State != verified && errors.As(reg.over(), &refused) {
+		err = refused.withTarget("") // who looks at a page is refused nothing that is worth an audit entry
 	}
 	return reg, err
 }
