@@ -367,7 +367,7 @@ func userCrashes(admin string) []crash {
 		{window: "U1, deleted, signed out", before: joined, do: remove, at: "end_sessions", after: true, repairs: overwritten, ends: gone},
 		{window: "U1, deleted, at the push", before: joined, do: remove, at: "push_user", repairs: overwritten, ends: gone},
 		{window: "U2, deleted", before: joined, do: remove, at: "push_user", after: true, ends: gone},
-		{window: "U1, restored", before: removed, do: restore, at: "enable_user", after: true, event: true, repairs: overwritten, ends: gone},
+		{window: "U1, restored", before: removed, do: restore, at: "push_user", after: true, event: true, repairs: overwritten, ends: gone},
 	}
 }
 

@@ -134,7 +134,7 @@ func (s *server) apiRoutes() []route {
 		{"GET /api/v1/audit", "", signedIn, onUsers,
 			"auditEntries", "The audit log", op("Audit", 200, s.auditEntries, problemForbidden)},
 		{"POST /api/v1/sync", "", signedIn, onUsers,
-			"startSync", "Bring both stores into step", op("Sync", 202, s.startSync, problemForbidden, problemSyncRunning)},
+			"startSync", "Make both stores agree", op("Sync", 202, s.startSync, problemForbidden, problemSyncRunning)},
 		{"GET /api/v1/sync/{sync_id}", "", signedIn, onUsers,
 			"syncStatus", "Progress and report of a sync", op("Sync", 200, s.syncStatus, problemForbidden, problemNotFound)},
 
@@ -373,7 +373,7 @@ func (s *server) writePage(w http.ResponseWriter, r *http.Request, v view) {
 		s.writeProblem(w, r, err)
 		return
 	}
-	w.Header().Set("Vary", "Accept-Language")
+	w.Header().Add("Vary", "Accept-Language")
 	respond(w, v.Status, "text/html; charset=utf-8", body.Bytes())
 }
 

@@ -284,10 +284,13 @@ type cursor struct {
 	ID string
 }
 
+// latest is before the first row of any list.
+var latest = cursor{time.Date(9999, 1, 1, 0, 0, 0, 0, time.UTC), ""}
+
 // parseCursor reads a next_cursor; "" is the beginning.
 func parseCursor(text string) (cursor, error) {
 	if text == "" {
-		return cursor{time.Date(9999, 1, 1, 0, 0, 0, 0, time.UTC), ""}, nil
+		return latest, nil
 	}
 	wrong := invalid(fieldError{"cursor", "is not the next_cursor of a page"})
 	plain, err := base64.RawURLEncoding.DecodeString(text)

@@ -43,7 +43,7 @@ type rejected struct{ Fields []fieldError }
 
 func (r rejected) Error() string { return fmt.Sprintf("keycloak rejects %d fields", len(r.Fields)) }
 
-// keycloak makes all calls to Keycloak: those about users are in keycloak_users.go. It
+// keycloak makes all calls to Keycloak: those about users are in keycloak_user.go. It
 // knows nothing of PostgreSQL.
 type keycloak struct {
 	cfg     config

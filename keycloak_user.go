@@ -277,14 +277,10 @@ func (k *keycloak) findUser(ctx context.Context, query url.Values) (keycloakUser
 	return keycloakUser{users[0]}, nil
 }
 
-// setEnabled enables or disables a user and leaves everything else as it is: a
-// PUT without attributes is a partial update.
-func (k *keycloak) setEnabled(ctx context.Context, id string, enabled bool) error {
-	operation := "disable_user"
-	if enabled {
-		operation = "enable_user"
-	}
-	return k.update(ctx, operation, keycloakUser{gocloak.User{ID: &id, Enabled: &enabled}})
+// disable disables a user and leaves everything else as it is: a PUT without attributes is a
+// partial update.
+func (k *keycloak) disable(ctx context.Context, id string) error {
+	return k.update(ctx, "disable_user", keycloakUser{gocloak.User{ID: &id, Enabled: gocloak.BoolP(false)}})
 }
 
 // prepareMail gives the user a new code, and what its registration says by now, and enables it

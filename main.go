@@ -160,7 +160,7 @@ func (s *server) serve(ctx context.Context) error {
 		IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 32 << 10}
 	mgmt := &http.Server{Handler: s.managementHandler(), ErrorLog: quiet, ReadHeaderTimeout: 5 * time.Second}
 
-	loops, stopLoops := context.WithCancel(ctx)
+	loops, stopLoops := context.WithCancel(context.WithoutCancel(ctx)) // it ends after stopping is set
 	var running sync.WaitGroup
 	running.Go(func() { s.verifier.keepKeys(loops) })
 	running.Go(func() {
@@ -211,7 +211,7 @@ func (s *server) handleTask(ctx context.Context, t task) (time.Time, error) {
 	case "REG":
 		return s.resume(ctx, system("registrations"), t)
 	case "SES":
-		return s.checkSession(ctx, t)
+		return s.endSessionTask(ctx, t)
 	case "kc":
 		return s.reconcileTask(ctx, t)
 	case "events":
@@ -267,7 +267,7 @@ func (s *server) migrate(ctx context.Context, again bool) error {
 	if err := s.store.migrate(ctx, again); err != nil {
 		return err
 	}
-	return errors.Join(s.store.makeMonths(ctx, s.now()), s.store.enqueueOnce(ctx, s.now(), recurring...))
+	return errors.Join(s.store.makeMonths(ctx, s.now()), s.store.enqueue(ctx, s.now(), recurring...))
 }
 
 // migrateOnce migrates as soon as PostgreSQL answers.

@@ -243,8 +243,6 @@ func callName(r *http.Request, body string) string {
 		return "prepare_mail"
 	case has(`"attributes"`):
 		return "push_user"
-	case has(`"enabled":true`):
-		return "enable_user"
 	}
 	return "disable_user"
 }

@@ -59,13 +59,6 @@ func (st *store) enqueue(ctx context.Context, due time.Time, ids ...string) erro
 	return enqueue(ctx, st.pool, due, ids...)
 }
 
-// enqueueOnce asks for work unless it has been asked for already.
-func (st *store) enqueueOnce(ctx context.Context, due time.Time, ids ...string) error {
-	_, err := st.pool.Exec(ctx, `
-		insert into tasks (task_id, due_at, revision) select unnest($1::text[]), $2, 1 on conflict do nothing`, ids, due)
-	return storeError(err)
-}
-
 // dequeue removes tasks that were done already, unless somebody is at them.
 func (st *store) dequeue(ctx context.Context, ids ...string) error {
 	_, err := st.pool.Exec(ctx, `delete from tasks where task_id = any($1) and locked_by is null`, ids)
@@ -87,13 +80,12 @@ func tryLock(ctx context.Context, q querier, id string, ttl time.Duration, now t
 	return t, err
 }
 
-// lock is tryLock that waits a moment for another to finish.
+// lock is tryLock that waits up to lockWait for another to finish. Only the waiting is cut short: a
+// statement that was sent may still lock.
 func (st *store) lock(ctx context.Context, id string, ttl time.Duration, now func() time.Time) (task, error) {
-	ctx, cancel := context.WithTimeout(ctx, lockWait)
-	defer cancel()
-	for {
+	for end := time.Now().Add(lockWait); ; {
 		t, err := tryLock(ctx, st.pool, id, ttl, now())
-		if !errors.Is(err, errLocked) {
+		if !errors.Is(err, errLocked) || time.Now().After(end) {
 			return t, err
 		}
 		select {
@@ -158,7 +150,8 @@ func (st *store) unlock(ctx context.Context, t task) error {
 func endLock(ctx context.Context, q querier, t task, attempts int, lastError string, due time.Time) error {
 	_, err := q.Exec(ctx, `
 		update tasks set locked_by = null, locked_until = null, attempts = $4, last_error = $5,
-			revision = greatest(revision, 1), due_at = case when revision = $3 then coalesce($6, due_at) else least(due_at, $6) end
+			revision = greatest(revision, 1), -- the row is a task from now on, and not only a lock
+			due_at = case when revision = $3 then coalesce($6, due_at) else least(due_at, $6) end
 		where task_id = $1 and locked_by = $2`, t.ID, t.lockedBy, t.Revision, attempts, lastError, nullTime(due))
 	return storeError(err)
 }

@@ -251,16 +251,12 @@ var errMailQueued = errors.New("the mail stays queued")
 // the task must try again. A limit's problem is returned only for a mail that was asked for.
 func (s *server) mail(ctx context.Context, c caller, t task, reg registration, ku keycloakUser, resend bool) (
 	registration, time.Time, error) {
-	cooldown := s.cfg.ResendCooldown
-	if reg.Source == sourceInternal && !resend {
-		cooldown = 0 // who is invited again has waited for nothing
-	}
 	code, before := newCode(), reg
 	reg.Mail, reg.CodeHash = mailQueued, codeHash(ku.attribute(attrToken), code)
 	if resend {
 		reg.ResendCount, reg.ExpiresAt = reg.ResendCount+1, s.now().Add(s.cfg.lifetime(reg.Source))
 	}
-	err := s.store.claimMail(ctx, c, t, reg, resend, cooldown, s.now())
+	err := s.store.claimMail(ctx, c, t, reg, resend, s.cfg.ResendCooldown, s.now())
 	if limited := (problem{}); errors.As(err, &limited) && !resend {
 		return before, s.now().Add(limited.Wait), nil
 	} else if err != nil {
@@ -288,7 +284,7 @@ func (s *server) mail(ctx context.Context, c caller, t task, reg registration, k
 	s.metrics.mails.WithLabelValues("failed").Inc()
 	s.log.WarnContext(ctx, "registration: mail queued", "registration", reg.ID, "error", err)
 	if errors.Is(err, errMailNotSent) || errors.Is(err, errNotFound) { // certainly not sent
-		givenUp, failed := s.store.mailRefused(ctx, c, reg, cooldown, s.now())
+		givenUp, failed := s.store.mailRefused(ctx, c, reg, s.cfg.ResendCooldown, s.now())
 		if givenUp && failed == nil {
 			reg.Mail = mailFailed
 			return reg, next, nil
@@ -312,7 +308,7 @@ func (s *server) closeMailWindow(ctx context.Context, t task, reg registration) 
 				return nil
 			}
 		}
-		if err = s.kc.setEnabled(ctx, reg.KeycloakID, false); err == nil {
+		if err = s.kc.disable(ctx, reg.KeycloakID); err == nil {
 			return nil
 		}
 	}

@@ -71,6 +71,9 @@ func (st *store) addRegistration(ctx context.Context, c caller, reg registration
 				and (lower(email) = lower($1) or lower(username) in (lower($1), lower($2)))`, reg.Email, reg.Username) > 0 {
 			tx.check(errConflict)
 		}
+		if reg.Source == sourceInternal {
+			tx.exec(`delete from rate_limits where key = $1`, addressKey("mail", reg.Email)) // it waits for nobody's mail
+		}
 		t, err = tryLock(ctx, tx, string(reg.ID), lockTime, now)
 		tx.check(err)
 		tx.audit(c, now, entry{Action: "registration.begin", Target: string(reg.ID), Network: reg.NetworkID,
@@ -107,9 +110,11 @@ func (st *store) reinvite(ctx context.Context, c caller, t task, reg registratio
 	return st.locked(ctx, t, func(tx *txn) {
 		tx.exec(`
 			update user_registrations set source = 'internal', role = $2, network_id = $3, station_id = $4, created_by = $5,
-				expires_at = $6, mail_state = 'queued', username = $7, first_name = $8, last_name = $9, phone = $10
+				expires_at = $6, mail_state = 'queued', username = $7, first_name = $8, last_name = $9, phone = $10,
+				locale = $11, mail_refused_at = null
 			where registration_id = $1`, reg.ID, reg.Role, reg.NetworkID, reg.StationID, reg.CreatedBy, reg.ExpiresAt,
-			reg.Username, nullString(reg.FirstName), nullString(reg.LastName), nullString(reg.Phone))
+			reg.Username, nullString(reg.FirstName), nullString(reg.LastName), nullString(reg.Phone), reg.Locale)
+		tx.exec(`delete from rate_limits where key = $1`, addressKey("mail", reg.Email)) // it waits for nobody's mail
 		tx.exec(`
 			update users set source = 'internal', role = $2, network_id = $3, station_id = $4, created_by = $5, updated_at = $6,
 				first_name = $7, last_name = $8, phone = $9
@@ -157,9 +162,9 @@ func (st *store) prepareVerified(ctx context.Context, t task, reg registration) 
 }
 
 // markVerified makes the registration verified and its user an account, with what Keycloak has
-// of it now (V4). The task is done. It returns errLocked, and errConflict when a live user has
-// the username.
-func (st *store) markVerified(ctx context.Context, c caller, t task, reg registration, now time.Time) error {
+// of it now (V4). Its task is done; what else differs is reconciled. It returns errLocked, and
+// errConflict when a live user has the username.
+func (st *store) markVerified(ctx context.Context, c caller, t task, reg registration, differs bool, now time.Time) error {
 	return st.locked(ctx, t, func(tx *txn) {
 		tx.exec(`
 			update user_registrations set status = 'verified', verified_at = $2, mail_state = 'sent', username = $3,
@@ -171,6 +176,9 @@ func (st *store) markVerified(ctx context.Context, c caller, t task, reg registr
 			nullString(reg.Phone))
 		tx.audit(c, now, entry{Action: "registration.verified", Target: string(reg.ID), Network: reg.NetworkID,
 			Details: map[string]any{"user_id": reg.UserID}})
+		if differs {
+			tx.check(enqueue(ctx, tx, now, kcTask(reg.KeycloakID)))
+		}
 		tx.check(finish(ctx, tx, t, never))
 	})
 }

@@ -120,11 +120,6 @@ func (s *server) activate(ctx context.Context, c caller, t task, reg registratio
 	if reg, err = s.conclude(ctx, c, t, reg, ku); err != nil { // V4
 		return reg, err
 	}
-	if in.Token == "" {
-		if err := refund(ctx, s.store.pool, wrongCodes(c)); err != nil {
-			s.log.WarnContext(ctx, "registration: right code counted as a wrong one", "registration", reg.ID, "error", err)
-		}
-	}
 	return reg, nil
 }
 
@@ -135,13 +130,10 @@ func (s *server) provenUser(ctx context.Context, c caller, t task, reg registrat
 	wrongCode := problemInvalidCode.withTarget(string(reg.ID))
 	ku, err := s.kc.user(ctx, reg.KeycloakID)
 	if errors.Is(err, errNotFound) { // not created yet, or deleted by an administrator
-		s.resumeNow(ctx, c, t)
-		if reg, err = s.store.registration(ctx, reg.ID); err == nil && reg.State == pending { // it has another code now
-			err = wrongCode
-		} else if err == nil {
-			err = problemVerificationCancelled.withTarget(string(reg.ID))
+		if err = s.resumeNow(ctx, c, t); err == nil {
+			reg, err = s.store.registration(ctx, reg.ID)
 		}
-		return ku, err
+		return ku, cmp.Or(err, reg.over(), error(wrongCode)) // if it is pending, it has another code now
 	}
 	if err != nil {
 		return ku, err
@@ -153,6 +145,8 @@ func (s *server) provenUser(ctx context.Context, c caller, t task, reg registrat
 		proven = ku.verified() && byTokenHash || sameSecret(ku.attribute(attrCode), in.Code) && (byToken || byTokenHash)
 	}
 	switch {
+	case proven && in.Token == "":
+		return ku, refund(ctx, s.store.pool, wrongCodes(c), codesOf(reg.Email)) // a right code is no guess
 	case proven:
 		return ku, nil
 	case in.Token == "":
@@ -180,13 +174,11 @@ func (s *server) conclude(ctx context.Context, c caller, t task, reg registratio
 	registration, error) {
 	reg.Username = gocloak.PString(ku.Username)
 	reg.FirstName, reg.LastName = gocloak.PString(ku.FirstName), gocloak.PString(ku.LastName)
-	err := s.store.markVerified(ctx, c, t, reg, s.now())
+	differs := !ku.enabled() || !ku.hasClaims(reg.user())
+	err := s.store.markVerified(ctx, c, t, reg, differs, s.now())
 	if errors.Is(err, errConflict) {
 		reg.Username = string(reg.UserID)
-		err = s.store.markVerified(ctx, c, t, reg, s.now())
-	}
-	if err == nil && !(ku.enabled() && ku.hasClaims(reg.user())) {
-		err = s.store.enqueue(ctx, s.now(), kcTask(reg.KeycloakID))
+		err = s.store.markVerified(ctx, c, t, reg, differs, s.now())
 	}
 	return reg, err
 }

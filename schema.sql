@@ -147,7 +147,7 @@ create table if not exists revocations (
     station_id          varchar(32) not null,
     is_active           boolean not null
 );
-create index if not exists withdrawals_by_time on revocations (at);
+create index if not exists revocations_by_time on revocations (at);
 
 -- What happened, who did it, to whom, from where. An entry is written in the transaction of
 -- its change. Append-only: the triggers below refuse the rest, and the
@@ -157,7 +157,7 @@ create table if not exists audit_log (
     audit_id   varchar(32) not null,                   -- AUD-…
     at         timestamptz not null,
     actor      varchar(100) not null,                  -- USR-…, anonymous, system:…, cli:…
-    action     varchar(50) not null,                   -- registration.verify, login, …
+    action     varchar(50) not null,                   -- registration.verified, login, …
     target     varchar(100) not null,                  -- the id of what was acted on, or ''
     outcome    varchar(10) not null,                   -- ok, refused, failed
     reason     varchar(100) not null default '',       -- a problem's slug or a short constant

@@ -209,25 +209,14 @@ func (s *server) endInKeycloak(ctx context.Context, keycloakID string, id sessio
 	}
 }
 
-// checkSession makes both stores agree on a session: one that has ended in PostgreSQL ends in Keycloak (S2), and the
-// other way round.
-func (s *server) checkSession(ctx context.Context, t task) (time.Time, error) {
+// endSessionTask ends a session in Keycloak that has ended in PostgreSQL (S2).
+func (s *server) endSessionTask(ctx context.Context, t task) (time.Time, error) {
 	session, err := s.store.session(ctx, sessionID(t.ID))
-	switch {
-	case errors.Is(err, errNotFound):
-		return never, nil
-	case err == nil && session.Ended:
-		return never, s.kc.endSession(ctx, session.KeycloakID)
-	case err != nil:
-		return never, err
+	if err == nil && session.Ended {
+		err = s.kc.endSession(ctx, session.KeycloakID)
 	}
-	u, err := s.store.user(ctx, session.UserID)
-	if err != nil {
-		return never, err
-	}
-	live, err := s.kc.sessions(ctx, u.KeycloakID)
-	if err == nil && !slices.Contains(live, session.KeycloakID) {
-		_, err = s.store.endSessions(ctx, system("sessions"), u.ID, session.ID, "keycloak", s.now())
+	if errors.Is(err, errNotFound) {
+		err = nil
 	}
 	return never, err
 }
@@ -257,35 +246,34 @@ func (s *server) ownSessions(ctx context.Context, c caller, in pageIn) (listOut[
 	return s.sessionsOf(ctx, c, c.account(), in)
 }
 
-// sessionsOf lists the live sessions of a user. Those that Keycloak has ended are left out, and end in PostgreSQL,
-// too. While Keycloak is away the list is what PostgreSQL knows.
+// sessionsOf lists the live sessions of a user. Those that Keycloak has ended end in PostgreSQL first. While
+// Keycloak is away the list is what PostgreSQL knows.
 func (s *server) sessionsOf(ctx context.Context, c caller, u user, in pageIn) (listOut[session], error) {
+	if err := s.endGoneSessions(ctx, u); err != nil {
+		s.log.WarnContext(ctx, "session: not compared with Keycloak", "user", u.ID, "error", err)
+	}
 	return pageOf(in, func(before cursor) ([]session, error) {
-		rows, err := s.store.sessions(ctx, u.ID, before, in.Limit+1, s.now())
-		if err != nil || len(rows) == 0 {
-			return rows, err
-		}
-		live, err := s.kc.sessions(ctx, u.KeycloakID)
-		if err != nil {
-			s.log.WarnContext(ctx, "session: not compared with Keycloak", "user", u.ID, "error", err)
-			return rows, nil
-		}
-		var gone []string
-		rows = slices.DeleteFunc(rows, func(row session) bool {
-			if slices.Contains(live, row.KeycloakID) {
-				return false
-			}
-			gone = append(gone, string(row.ID))
-			return true
-		})
-		if len(gone) > 0 {
-			err = s.store.enqueue(ctx, s.now(), gone...)
-		}
-		return rows, err
+		return s.store.sessions(ctx, u.ID, before, in.Limit+1, s.now())
 	}, func(row session) (session, cursor) {
 		row.Current = row.KeycloakID == c.SessionID
 		return row, cursor{row.CreatedAt, string(row.ID)}
 	})
+}
+
+// endGoneSessions ends the sessions of a user in PostgreSQL that Keycloak has ended. Keycloak is asked last: a session
+// has its row after Keycloak has begun it.
+func (s *server) endGoneSessions(ctx context.Context, u user) error {
+	rows, err := s.store.sessions(ctx, u.ID, latest, 1000, s.now())
+	if err != nil || len(rows) == 0 {
+		return err
+	}
+	live, err := s.kc.sessions(ctx, u.KeycloakID)
+	for _, row := range rows {
+		if err == nil && !slices.Contains(live, row.KeycloakID) {
+			_, err = s.store.endSessions(ctx, system("sessions"), u.ID, row.ID, "keycloak", s.now())
+		}
+	}
+	return err
 }
 
 type sessionIn struct {

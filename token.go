@@ -66,7 +66,7 @@ func (c tokenClaims) principal() principal {
 	return principal{c.UserID, c.Subject, c.SessionID, c.Roles, scope(c.NetworkID), scope(c.StationID)}
 }
 
-// scope undoes what createUser does for Keycloak, which drops empty claims.
+// scope undoes what attributesOf does for Keycloak, which drops empty claims.
 func scope(claim string) string {
 	if claim == noScope {
 		return ""

@@ -143,7 +143,7 @@ func (in patchUserIn) apply(c caller, u user) (user, error) {
 	return u, nil
 }
 
-// patchUser changes what it is given: names in Keycloak first, then U1 our row, with the
+// patchUser changes what it is given: names in Keycloak first; then U1 our row, with the
 // revocation of tokens that say something else, U2 Keycloak's attributes.
 func (s *server) patchUser(ctx context.Context, c caller, in patchUserIn) (user, error) {
 	before, err := s.target(ctx, c, in.ID, actEdit)
@@ -151,17 +151,16 @@ func (s *server) patchUser(ctx context.Context, c caller, in patchUserIn) (user,
 		return before, err
 	}
 	after, err := in.apply(c, before)
-	if err == nil && (after.FirstName != before.FirstName || after.LastName != before.LastName) {
-		err = s.push(ctx, before, func(ku *keycloakUser) { ku.FirstName, ku.LastName = &after.FirstName, &after.LastName })
-	}
-	// Dying here leaves Keycloak with the new names: its event brings them to PostgreSQL.
-	if errors.Is(err, errNotFound) {
-		err = problemUserGone
-	}
 	if err != nil {
 		return before, targeted(err, before.ID)
 	}
-	return s.changeUser(ctx, c, before.ID, "user.update", func(u user) (user, error) { return in.apply(c, u) })
+	change := func(u user) (user, error) { return in.apply(c, u) }
+	if after.FirstName == before.FirstName && after.LastName == before.LastName {
+		return s.changeUser(ctx, c, before.ID, "user.update", change)
+	}
+	return s.changeKeycloakFirst(ctx, c, before, "user.update", func(ku *keycloakUser) {
+		ku.FirstName, ku.LastName = &after.FirstName, &after.LastName
+	}, change)
 }
 
 // targeted is the problem of err, with the user that it is about, for the audit log.
@@ -182,11 +181,17 @@ func (s *server) deleteUser(ctx context.Context, c caller, in userIn) (noContent
 		if reg, err = s.store.openRegistrationOf(ctx, u.ID); err == nil {
 			err = s.cancelPending(ctx, c, reg, "deleted")
 		}
-		if errors.Is(err, errNotFound) || errors.Is(err, problemVerificationExpired) ||
-			errors.Is(err, problemVerificationCancelled) { // it has just ended
+		if errors.Is(err, errNotFound) { // it was confirmed at this moment, or has ended
+			_, err = s.store.user(ctx, u.ID)
+		} else if err == nil {
+			return noContent{}, nil
+		}
+		switch {
+		case errors.Is(err, errNotFound), errors.Is(err, problemVerificationExpired), errors.Is(err, problemVerificationCancelled):
+			return noContent{}, nil
+		case errors.Is(err, problemAlreadyVerified):
 			err = nil
 		}
-		return noContent{}, err
 	}
 	if err == nil {
 		_, err = s.changeUser(ctx, c, u.ID, "user.delete", func(u user) (user, error) {
@@ -211,24 +216,43 @@ func (s *server) restoreUser(ctx context.Context, c caller, in userIn) (user, er
 	if err == nil && conflict {
 		err = errConflict
 	}
-	if err == nil {
-		err = s.kc.setEnabled(ctx, u.KeycloakID, true)
-	}
-	switch {
-	case errors.Is(err, errNotFound):
-		return u, problemUserGone.withTarget(string(u.ID))
-	case err != nil:
+	if err != nil {
 		return u, targeted(err, u.ID)
 	}
-	// Dying here leaves the user enabled in Keycloak and deleted in PostgreSQL: sync disables it.
-	u, err = s.changeUser(ctx, c, u.ID, "user.restore", func(u user) (user, error) {
-		u.IsActive, u.DeletedAt = true, nil
-		return u, c.may(actDelete, u)
-	})
+	return s.changeKeycloakFirst(ctx, c, u, "user.restore", func(ku *keycloakUser) { ku.Enabled = &u.IsActive },
+		func(u user) (user, error) {
+			u.IsActive, u.DeletedAt = true, nil
+			return u, c.may(actDelete, u)
+		})
+}
+
+// changeKeycloakFirst changes a user in Keycloak, which may refuse that, and then in PostgreSQL. It
+// holds the lock of the user's task: if the process dies in between, or PostgreSQL refuses, the task
+// makes both stores agree.
+func (s *server) changeKeycloakFirst(ctx context.Context, c caller, u user, action string, edit func(*keycloakUser),
+	change func(user) (user, error)) (user, error) {
+	t, err := s.store.lock(ctx, kcTask(u.KeycloakID), lockTime, s.now)
 	if err != nil {
-		err = errors.Join(err, s.store.enqueue(ctx, s.now(), kcTask(u.KeycloakID)))
+		return u, err
 	}
-	return u, err
+	ku, err := s.kc.user(ctx, u.KeycloakID)
+	if err == nil {
+		err = registerError(s.kc.push(ctx, ku, u, edit))
+	}
+	if err != nil {
+		s.release(ctx, t, never, err)
+		if errors.Is(err, errNotFound) {
+			err = problemUserGone
+		}
+		return u, targeted(err, u.ID)
+	}
+	after, effect, err := s.store.changeUser(ctx, c, u.ID, action, change, s.now())
+	next := never
+	if err != nil { // Keycloak has what PostgreSQL has not
+		next = s.now()
+	}
+	s.release(ctx, t, next, nil)
+	return s.changed(ctx, u.ID, after, effect, err)
 }
 
 // changeUser changes a user: U1 our row, with everything that follows from it, U2 Keycloak's.
@@ -236,10 +260,12 @@ func (s *server) restoreUser(ctx context.Context, c caller, in userIn) (user, er
 // it to Keycloak.
 func (s *server) changeUser(ctx context.Context, c caller, id userID, action string,
 	change func(user) (user, error)) (user, error) {
-	if id == "me" {
-		id = c.UserID
-	}
 	u, effect, err := s.store.changeUser(ctx, c, id, action, change, s.now()) // U1
+	return s.changed(ctx, id, u, effect, err)
+}
+
+// changed does what follows from a change of a user (U1).
+func (s *server) changed(ctx context.Context, id userID, u user, effect changeEffect, err error) (user, error) {
 	switch {
 	case errors.Is(err, errNotFound):
 		return u, problemUserNotFound.withTarget(string(id))
@@ -251,7 +277,7 @@ func (s *server) changeUser(ctx context.Context, c caller, id userID, action str
 		s.endInKeycloak(ctx, u.KeycloakID, "", effect.ended)
 	}
 	if effect.push {
-		if err := s.push(ctx, u, nil); err != nil {
+		if err := s.push(ctx, u); err != nil {
 			s.log.WarnContext(ctx, "user: push to Keycloak failed, will retry", "user", u.ID, "error", err)
 		}
 	}
@@ -264,9 +290,8 @@ const pushDelay = 10 * time.Second
 // kcTask is the task that reconciles the user with an id in Keycloak.
 func kcTask(keycloakID string) string { return "kc:" + keycloakID }
 
-// push brings role, scope and state of a user to Keycloak (U2), and the names that edit gives it. A
-// refusal of those is a problem. After all other failures the task tries again.
-func (s *server) push(ctx context.Context, u user, edit func(*keycloakUser)) error {
+// push brings role, scope and state of a user to Keycloak (U2). After a failure the task tries again.
+func (s *server) push(ctx context.Context, u user) error {
 	t, err := s.store.lock(ctx, kcTask(u.KeycloakID), lockTime, s.now)
 	if err != nil {
 		return err
@@ -276,7 +301,7 @@ func (s *server) push(ctx context.Context, u user, edit func(*keycloakUser)) err
 		ku, err = s.kc.user(ctx, u.KeycloakID)
 	}
 	if err == nil {
-		err = registerError(s.kc.push(ctx, ku, u, edit))
+		err = s.kc.push(ctx, ku, u, nil)
 	}
 	s.release(ctx, t, never, err)
 	return err
