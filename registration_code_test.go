@@ -53,6 +53,20 @@ func TestCodesWithoutMail(t *testing.T) {
 	w.wants(w.do(typing(email, next.Code)), 200, "")
 }
 
+// A right code is no guess: whoever sends it with passwords that Keycloak refuses may go on.
+func TestRightCodeWrongPassword(t *testing.T) {
+	w := sharedEnv(t)
+	email := newEmail()
+	r := typing(email, registered(w, email).Code)
+	right := r.json
+	for range codeAttempts + 1 {
+		r.json = changed(right.(map[string]any), body{"password": "short"})
+		w.wants(w.do(r), 400, "invalid-request")
+	}
+	r.json = right
+	w.wants(w.do(r), 200, "")
+}
+
 // Wrong codes of one client are limited over all addresses; right ones cost nothing, and
 // others are not touched (S13).
 func TestWrongCodesOfAClient(t *testing.T) {

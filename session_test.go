@@ -486,6 +486,20 @@ func TestRefreshWaits(t *testing.T) {
 
 // What has ended in Keycloak ends in PostgreSQL, when its token is shown or when it is listed;
 // an outage ends nothing.
+// TestSessionsPages: sessions that Keycloak has ended leave no gap in a page of those that live.
+func TestSessionsPages(t *testing.T) {
+	w := sharedEnv(t)
+	email, lives := w.signedIn()
+	for range 2 {
+		w.keycloakAdmin("DELETE", "/sessions/"+w.sid(w.signsIn(email)), nil, nil)
+	}
+	a := w.as(lives, "GET", "/api/v1/auth/sessions?limit=1")
+	w.wants(a, 200, "")
+	if items := a.JSON["items"].([]any); len(items) != 1 || items[0].(body)["session_id"] != lives.text("session_id") || a.JSON["next_cursor"] != nil {
+		t.Errorf("%v", a)
+	}
+}
+
 func TestEndedInKeycloak(t *testing.T) {
 	w := newEnv(t, map[string]string{"JOB_INTERVAL": "200ms"})
 	w.noEvents() // what ends a session here is that Keycloak has it no more

@@ -80,6 +80,7 @@ func TestSyncPass(t *testing.T) {
 	p.Run("the command is killed again and again", p.commandKilled)
 	p.Run("once a day", p.onceADay)
 	p.Run("killed, begun anew", p.begunAnew)
+	p.Run("stopped, taken on", p.takenOn)
 	p.Run("too many at once", p.tooMany)
 	p.Run("the wrong realm", p.wrongRealm)
 	p.Run("a user whom Keycloak does not show", p.notCompared)
@@ -161,8 +162,11 @@ func (p *passEnv) onceADay() {
 	}
 }
 
-// begunAnew kills an instance in the middle of a pass; another makes it, under the same id.
-func (p *passEnv) begunAnew() {
+// begunAnew ends an instance in the middle of a pass; another makes it, under the same id.
+func (p *passEnv) begunAnew() { p.endedInPass(syscall.SIGKILL) }
+func (p *passEnv) takenOn()   { p.endedInPass(syscall.SIGTERM) }
+
+func (p *passEnv) endedInPass(signal syscall.Signal) {
 	first, release := p.kc.holdAt("^list_users ", false)
 	a := p.do(p.begins(false))
 	p.wants(a, 202, "")
@@ -172,7 +176,7 @@ func (p *passEnv) begunAnew() {
 	second, releaseSecond := p.kc.holdAt("^list_users ", false)
 	release()
 	<-second // the first page is compared
-	p.end(dead, syscall.SIGKILL)
+	p.end(dead, signal)
 	releaseSecond()
 	if a := p.as(p.signsIn(p.admin), "GET", "/api/v1/sync/"+id); a.text("status") != "running" {
 		p.Errorf("it is %v", a)

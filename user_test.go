@@ -177,6 +177,31 @@ func TestChangeOfRole(t *testing.T) {
 }
 
 // Whoever is deleted is out at once, and can come back.
+// Who is deleted while confirming is deleted.
+func TestDeletedWhileConfirming(t *testing.T) {
+	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0"})
+	admin := w.admin()
+	email := newEmail()
+	w.register(email)
+	l := w.readMail(email, 1)
+	id := w.idOf(email)
+	there, release := w.kc.holdAt("^activate_user ", true)
+	confirmed := make(chan answer, 1)
+	go func() { a, _ := w.send(w.url, verifying(l)); confirmed <- a }()
+	<-there
+	deleted := make(chan answer, 1)
+	go func() { a, _ := w.send(w.url, managing(admin.signIn, "DELETE", "/"+id, nil)); deleted <- a }()
+	w.eventually("the deletion waits for the confirmation", 10*time.Second, func() bool { return w.kc.count("activate_user") > 0 })
+	release()
+	w.wants(<-confirmed, 200, "")
+	a := <-deleted
+	for a.Status == 503 { // it came first and has waited for a second
+		a = w.do(managing(admin.signIn, "DELETE", "/"+id, nil))
+	}
+	w.wants(a, 204, "")
+	w.wants(w.login(email, password), 403, "account-disabled")
+}
+
 func TestDeleteAndRestore(t *testing.T) {
 	w := sharedEnv(t)
 	v, _ := w.another(nil)
