@@ -35,6 +35,7 @@ import (
 var screenshots = flag.String("screenshots", "", "directory that the browser tests write a picture of every page to")
 
 func TestBrowser(t *testing.T) {
+	t.Parallel() // it waits for a browser
 	if testing.Short() {
 		t.Skip("starts a browser")
 	}

@@ -68,6 +68,7 @@ func (w *env) serviceRole(role, method string) func() func() {
 }
 
 func TestDoctorRealm(t *testing.T) {
+	t.Parallel() // it waits for Keycloak most of the time
 	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0s"})
 	policy := "length(8) and maxLength(128) and notUsername and notEmail"
 	w.namesAndFixes([]brokenSetting{
@@ -109,6 +110,7 @@ func TestDoctorRealm(t *testing.T) {
 }
 
 func TestDoctorEventsAndActions(t *testing.T) {
+	t.Parallel() // it waits for Keycloak most of the time
 	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0s"})
 	action := func(alias string) func() func() {
 		return w.set("/authentication/required-actions/"+alias, "enabled", false)
@@ -142,6 +144,7 @@ func TestDoctorEventsAndActions(t *testing.T) {
 }
 
 func TestDoctorClient(t *testing.T) {
+	t.Parallel() // it waits for Keycloak most of the time
 	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0s"})
 	client := "/clients/" + w.clientID("auth-client")
 	attribute := func(name, value string) func() func() {
@@ -189,6 +192,7 @@ func TestDoctorClient(t *testing.T) {
 }
 
 func TestDoctorMappers(t *testing.T) {
+	t.Parallel() // it waits for Keycloak most of the time
 	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0s"})
 	models := "/clients/" + w.clientID("auth-client") + "/protocol-mappers/models"
 	mapper := func(name string, change func(mapper, config map[string]any)) func() func() {
@@ -238,6 +242,7 @@ func TestDoctorMappers(t *testing.T) {
 }
 
 func TestDoctorUserProfile(t *testing.T) {
+	t.Parallel() // it waits for Keycloak most of the time
 	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0s"})
 	profile := func(change func(attributes []any) []any) func() func() {
 		return func() func() {

@@ -137,6 +137,7 @@ func stockRealm(t *testing.T, name string) {
 // A realm of which only the name was given, and what its owners have made in it, is fixed by one
 // command; what they have made stays.
 func TestDoctorFixesAStockRealm(t *testing.T) {
+	t.Parallel() // it waits for Keycloak most of the time
 	w := uncheckedEnv(t, map[string]string{"JOB_INTERVAL": "0s"})
 	admin := asAdmin(t, services.AdminUser, services.AdminPassword)
 	if err := services.DeleteRealm(t.Context(), w.realm); err != nil {
@@ -219,6 +220,7 @@ func TestDoctorFixInterrupted(t *testing.T) {
 
 // What the doctor says when a server, a password, an address or a clock is wrong.
 func TestDoctorFaults(t *testing.T) {
+	t.Parallel() // it waits for Keycloak most of the time
 	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0s"})
 	admin := asAdmin(t, services.AdminUser, services.AdminPassword)
 	ofPostgreSQL := []string{"PostgreSQL: version", "PostgreSQL: clock", "PostgreSQL: schema", "PostgreSQL: privileges", "PostgreSQL: audit log"}

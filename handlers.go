@@ -19,7 +19,7 @@ const maxBody = 16 << 10
 
 const (
 	validatePath = "/api/v1/auth/validate"
-	envoyPath    = "/api/v1/auth/ext-authz/" // not below the other: validate/?role= must not be one without required
+	envoyPath    = "/api/v1/auth/ext-authz/" // below validate, validate/?role=admin would come to it and require nothing
 )
 
 // access says who may call a route: everybody, or whoever has a valid access token (the zero value).
@@ -251,8 +251,8 @@ func (s *server) limited(rt route, next http.Handler) http.Handler {
 	})
 }
 
-// refuse answers with err, on a page or in JSON as the route does. It audits every 403 and
-// 429, and every rejected write.
+// refuse answers with err, on a page or in JSON as the route does. It audits every 403 and 429, every
+// rejected write but those that are not well-formed, and what is refused about somebody (a target).
 func (s *server) refuse(w http.ResponseWriter, r *http.Request, rt route, err error) {
 	p := asProblem(err)
 	reads := (r.Method == http.MethodGet || r.Method == http.MethodHead) && rt.Name != "login" // the callback signs in
@@ -260,7 +260,7 @@ func (s *server) refuse(w http.ResponseWriter, r *http.Request, rt route, err er
 	if p.Status < 500 && p.slug() != problemInvalidRequest.slug() && (told || !reads) {
 		s.recordRefusal(r.Context(), s.caller(r), rt.Name, p)
 	}
-	if rt.status == 0 {
+	if rt.status == 0 { // a page, which says its status itself
 		s.writeProblemPage(w, r, err)
 		return
 	}

@@ -109,7 +109,8 @@ const eventsPage = 1000
 // events returns what has happened since a time, according to one source, in order. It calls
 // progress after each page. The next page begins at the time of the last event, not after so
 // many, as others may have expired meanwhile: some come twice.
-func (k *keycloak) events(ctx context.Context, source int, since int64, progress func() error) ([]keycloakEvent, error) {
+func (k *keycloak) events(ctx context.Context, source int, since int64, progress func() error) (
+	[]keycloakEvent, error) {
 	var all []keycloakEvent
 	endpoint := k.cfg.KeycloakURL + "/admin/realms/" + k.cfg.KeycloakRealm + "/" + eventSources[source].path
 	for {

@@ -14,12 +14,8 @@
 // identity and passwords, PostgreSQL authorization, status and audit; the service
 // keeps the two in sync, in the order of writes that registration.go describes.
 //
-// Reading order: the route table in handlers.go is the index of the program. From there
-// registration.go and its like (the life of a registration), queue.go (what is done later, or
-// after a crash), auth.go (signing in), session.go (what follows from it), token.go and
-// token_revocation.go (may this token pass), user.go (the rules of role and scope, and who
-// manages whom), audit.go, sync.go and sync_pass.go (two stores, one truth), doctor.go; then the
-// SQL in store.go and the *_store.go, with schema.sql, and keycloak*.go, all calls to Keycloak.
+// The route table in handlers.go is the index of the program. docs/design.md has a reading order,
+// the order of writes of each flow, and what happens if the process dies between two of them.
 package main
 
 import (

@@ -172,8 +172,6 @@ func (s *server) resume(ctx context.Context, c caller, t task) (next time.Time, 
 		return never, s.end(ctx, c, t, reg, ku, cancelled, "no_token")
 	case reg.KeycloakID == "": // R2
 		reg, err = s.attach(ctx, c, t, reg, ku)
-	default:
-		err = nil
 	}
 	if errors.Is(err, errConflict) || errors.As(err, new(rejected)) {
 		return never, s.end(ctx, c, t, reg, ku, cancelled, reasonOf(err))

@@ -164,7 +164,8 @@ func (st *store) prepareVerified(ctx context.Context, t task, reg registration) 
 // markVerified makes the registration verified and its user an account, with what Keycloak has
 // of it now (V4). Its task is done; what else differs is reconciled. It returns errLocked, and
 // errConflict when a live user has the username.
-func (st *store) markVerified(ctx context.Context, c caller, t task, reg registration, differs bool, now time.Time) error {
+func (st *store) markVerified(ctx context.Context, c caller, t task, reg registration, differs bool,
+	now time.Time) error {
 	return st.locked(ctx, t, func(tx *txn) {
 		tx.exec(`
 			update user_registrations set status = 'verified', verified_at = $2, mail_state = 'sent', username = $3,

@@ -20,14 +20,11 @@ func wrongCodes(c caller) rateLimit {
 }
 
 type verifyIn struct {
-	Token     string `json:"token,omitempty" maxLength:"100" example:"p3G6d0Qm1yq0cZ2m8Rr5s7TtUuVvWwXx" description:"From the link."`
-	Email     string `json:"email,omitempty" maxLength:"255" format:"email" example:"ada@example.com" description:"With code, instead of token."`
-	Code      string `json:"code,omitempty" pattern:"^[0-9]{6}$" mismatch:"must be six digits" example:"042917"`
-	Password  string `json:"password,omitempty" maxLength:"128" format:"password" example:"correct horse battery" description:"Handed to Keycloak and kept nowhere else. Without it Keycloak mails its own link to choose one."`
-	Username  string `json:"username,omitempty" minLength:"3" maxLength:"100" pattern:"^[^<>&\"'\\s$%!#?§,;:*~/\\\\|^=\\[\\]{}()\\x60]+$" example:"ada" description:"Corrects what was typed at the registration."`
-	FirstName string `json:"first_name,omitempty" maxLength:"100" pattern:"^[^<>&\"$%!#?§;*~/\\\\|^=\\[\\]{}()]*$" example:"Ada"`
-	LastName  string `json:"last_name,omitempty" maxLength:"100" pattern:"^[^<>&\"$%!#?§;*~/\\\\|^=\\[\\]{}()]*$" example:"Lovelace"`
-	Phone     string `json:"phone,omitempty" pattern:"^\\+[1-9][0-9]{6,14}$" mismatch:"is not a valid phone number; write it with the country code, like +4930123456" example:"+4930123456"`
+	Token        string `json:"token,omitempty" maxLength:"100" example:"p3G6d0Qm1yq0cZ2m8Rr5s7TtUuVvWwXx" description:"From the link."`
+	Email        string `json:"email,omitempty" maxLength:"255" format:"email" example:"ada@example.com" description:"With code, instead of token."`
+	Code         string `json:"code,omitempty" pattern:"^[0-9]{6}$" mismatch:"must be six digits" example:"042917"`
+	Password     string `json:"password,omitempty" maxLength:"128" format:"password" example:"correct horse battery" description:"Handed to Keycloak and kept nowhere else. Without it Keycloak mails its own link to choose one."`
+	personalData        // corrects what was typed at the registration
 }
 
 type verifyOut struct {
@@ -54,7 +51,7 @@ func (s *server) verify(ctx context.Context, c caller, in verifyIn) (verifyOut, 
 	reg, t, err := s.lockPending(ctx, c, reg)
 	already := errors.Is(err, problemAlreadyVerified)
 	switch {
-	case already && in.Token == "" && !sameSecret(reg.CodeHash, codeHash(reg.TokenHash, in.Code)):
+	case already && in.Token == "" && !reg.hasCode("", in.Code):
 		err = problemInvalidCode.withTarget(string(reg.ID))
 	case already:
 		err = nil
@@ -138,26 +135,28 @@ func (s *server) provenUser(ctx context.Context, c caller, t task, reg registrat
 	if err != nil {
 		return ku, err
 	}
-	token, byTokenHash := ku.attribute(attrToken), sameSecret(reg.CodeHash, codeHash(reg.TokenHash, in.Code))
-	byToken := sameSecret(reg.CodeHash, codeHash(token, in.Code))
-	proven := ku.verified() || sameSecret(token, in.Token)
-	if in.Token == "" {
-		proven = ku.verified() && byTokenHash || sameSecret(ku.attribute(attrCode), in.Code) && (byToken || byTokenHash)
+	token := ku.attribute(attrToken)
+	if in.Token != "" {
+		if !ku.verified() && !sameSecret(token, in.Token) {
+			err = problemInvalidToken.withTarget(string(reg.ID))
+		}
+		return ku, err
 	}
-	switch {
-	case proven && in.Token == "":
-		return ku, refund(ctx, s.store.pool, wrongCodes(c), codesOf(reg.Email)) // a right code is no guess
-	case proven:
-		return ku, nil
-	case in.Token == "":
+	if !reg.hasCode(token, in.Code) || !ku.verified() && !sameSecret(ku.attribute(attrCode), in.Code) {
 		return ku, wrongCode
 	}
-	return ku, problemInvalidToken.withTarget(string(reg.ID))
+	return ku, refund(ctx, s.store.pool, wrongCodes(c), codesOf(reg.Email)) // a right code is no guess
 }
 
-// makeAccount makes Keycloak's user an account, as the registration says (V3). That removes the
-// token, and with it the key of the code's hash. The code gets another key first, or who sends it
-// again could not be told that all is well.
+// hasCode says whether a code is the registration's. The key of its hash is the link's token, which only
+// Keycloak has, and from V3 on the hash of that.
+func (reg registration) hasCode(token, code string) bool {
+	return sameSecret(reg.CodeHash, codeHash(token, code)) || sameSecret(reg.CodeHash, codeHash(reg.TokenHash, code))
+}
+
+// makeAccount makes Keycloak's user an account, as the registration says (V3). V3 removes the token,
+// which is the key of the code's hash. So the code gets another key first: whoever sends it again is
+// told that the address is confirmed.
 func (s *server) makeAccount(ctx context.Context, t task, reg registration, ku keycloakUser, password string) (
 	keycloakUser, error) {
 	reg.CodeHash = codeHash(reg.TokenHash, ku.attribute(attrCode))

@@ -97,38 +97,28 @@ func (s *server) refresh(ctx context.Context, c caller, in refreshIn) (refreshOu
 }
 
 // exchange returns the answer to a refresh token, however many ask for it at once.
-func (s *server) exchange(ctx context.Context, c caller, token string) (tokenResponse, error) {
+func (s *server) exchange(ctx context.Context, c caller, token string) (out tokenResponse, err error) {
 	known, err := s.store.refreshToken(ctx, digest(token))
-	if err != nil || known.UsedAt != nil {
-		return s.answerOf(ctx, c, known, token, err)
-	}
-	t, err := s.store.lock(ctx, "token:"+digest(token), rotationLock, s.now) // F1
-	if err != nil {
-		return tokenResponse{}, err
-	}
-	var answer tokenResponse
-	known, err = s.store.refreshToken(ctx, digest(token))
 	if err == nil && known.UsedAt == nil {
-		if answer, err = s.rotate(ctx, c, t, known, token); err == nil {
-			return answer, nil
+		t, err := s.store.lock(ctx, "token:"+digest(token), rotationLock, s.now) // F1
+		if err != nil {
+			return out, err
 		}
-	} else { // another has exchanged it meanwhile
-		answer, err = s.answerOf(ctx, c, known, token, err)
+		known, err = s.store.refreshToken(ctx, digest(token)) // another may have exchanged it meanwhile
+		if err == nil && known.UsedAt == nil {
+			if out, err = s.rotate(ctx, c, t, known, token); err == nil {
+				return out, nil
+			}
+		}
+		s.release(ctx, t, never, nil)
+		if err != nil {
+			return out, refreshError(err)
+		}
 	}
-	s.release(ctx, t, never, nil)
-	return answer, err
-}
-
-// answerOf is the answer to a refresh token that can't be exchanged (any more).
-func (s *server) answerOf(
-	ctx context.Context, c caller, known refreshToken, token string, err error,
-) (out tokenResponse, _ error) {
-	switch {
-	case errors.Is(err, errNotFound):
-		return out, problemInvalidRefreshToken
-	case err != nil:
-		return out, err
-	case s.now().Before(known.UsedAt.Add(s.cfg.RefreshGrace)):
+	if err != nil {
+		return out, refreshError(err)
+	}
+	if s.now().Before(known.UsedAt.Add(s.cfg.RefreshGrace)) {
 		plain, err := openSealed(token, known.Answer)
 		if err == nil {
 			err = json.Unmarshal(plain, &out)
@@ -142,6 +132,14 @@ func (s *server) answerOf(
 		return out, err
 	}
 	return out, problemTokenReused.withTarget(string(known.user.ID))
+}
+
+// refreshError is what the client is told about err.
+func refreshError(err error) error {
+	if errors.Is(err, errNotFound) {
+		return problemInvalidRefreshToken
+	}
+	return err
 }
 
 // rotate asks Keycloak for the next tokens and keeps its answer for the grace time, sealed by a key that only the

@@ -28,6 +28,7 @@ var (
 	errNotFound    = errors.New("no such row")
 	errConflict    = errors.New("a unique value exists already")
 	errRace        = errors.New("another registration of that address came first")
+	errChanged     = errors.New("the row has been changed meanwhile")
 	errUnavailable = errors.New("a store is not available") // PostgreSQL or Keycloak: see the wrapped cause
 )
 
@@ -207,8 +208,7 @@ func list[T any](ctx context.Context, st *store, sql string, args ...any) ([]T, 
 func storeError(err error) error {
 	var pg *pgconn.PgError
 	switch {
-	case err == nil, errors.Is(err, errNotFound), errors.Is(err, errConflict), errors.Is(err, errRace),
-		errors.Is(err, errUnavailable), errors.As(err, new(problem)):
+	case err == nil, errors.Is(err, errUnavailable), errors.As(err, new(problem)):
 		return err
 	case errors.Is(err, pgx.ErrNoRows):
 		return errNotFound

@@ -184,7 +184,7 @@ func (s *server) reconcile(ctx context.Context, c caller, t task) error {
 		case len(in.Differences) > 0 && !conflict:
 			err = s.importUser(ctx, c, in)
 		}
-		if errors.Is(err, errRace) { // changed by another meanwhile
+		if errors.Is(err, errChanged) {
 			continue
 		}
 		if err == nil && in.local != nil && in.Push {
@@ -200,8 +200,7 @@ func (s *server) reconcile(ctx context.Context, c caller, t task) error {
 	}
 }
 
-// apply writes what Keycloak says of a user to PostgreSQL. errRace: the row has been changed
-// meanwhile.
+// apply writes what Keycloak says of a user to PostgreSQL. It returns errChanged.
 func (s *server) apply(ctx context.Context, c caller, local, want user) error {
 	if want == local {
 		return nil
@@ -212,7 +211,7 @@ func (s *server) apply(ctx context.Context, c caller, local, want user) error {
 	}
 	u, effect, err := s.store.changeUser(ctx, c, local.ID, syncAction, func(before user) (user, error) {
 		if !before.UpdatedAt.Equal(local.UpdatedAt) {
-			return before, errRace
+			return before, errChanged
 		}
 		return want, nil
 	}, now)

@@ -18,6 +18,7 @@ import (
 
 // TestSyncEvents: what others change in Keycloak arrives within seconds.
 func TestSyncEvents(t *testing.T) {
+	t.Parallel() // it waits for Keycloak most of the time
 	w := newEnv(t, nil) // with JOB_INTERVAL=1s
 	w.Run("e-mail and names", w.eventsProfile)
 	w.Run("disabled", w.eventsDisabled)
@@ -114,6 +115,7 @@ func (p *person) fillsIn(page answer, form url.Values) answer {
 
 // TestSyncEventsFaults has events read by hand: no instance runs jobs.
 func TestSyncEventsFaults(t *testing.T) {
+	t.Parallel() // it waits for Keycloak most of the time
 	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0"})
 	w.command("jobs") // from now on
 	w.Run("our own", w.eventsOwn)
@@ -244,6 +246,7 @@ func (w *env) credentialChanges() string {
 
 // TestSyncEventsOnce: nothing is lost and nothing done twice, whoever dies.
 func TestSyncEventsOnce(t *testing.T) {
+	t.Parallel() // it waits for Keycloak most of the time
 	binary := buildBinary(t)
 	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0", "SYNC_MAX_SHARE": "100"}, newSeeds().inKeycloak(0, 1)...)
 	w.command("jobs") // from now on
@@ -310,6 +313,7 @@ func (w *env) killed(binary string, round int) {
 // TestSyncEventsAudited: what happens at Keycloak itself is in the audit log once, with who did
 // it to whom; what this service does is not in it again.
 func TestSyncEventsAudited(t *testing.T) {
+	t.Parallel() // it waits for Keycloak most of the time
 	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0", "PUBLIC_URL": "http://localhost:3000",
 		"CORS_ALLOWED_ORIGINS": app})
 	deeds := []struct {

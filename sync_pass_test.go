@@ -70,6 +70,7 @@ func (p *passEnv) passTask() {
 
 // TestSyncPass has full passes by hand and by the clock; no instance runs jobs.
 func TestSyncPass(t *testing.T) {
+	t.Parallel() // it waits for Keycloak most of the time
 	p := newPasses(t, map[string]string{"JOB_INTERVAL": "0"}, func(_ seeds, users []body) {
 		for i := range 60 {
 			users[i]["firstName"] = "Grace"
@@ -252,6 +253,7 @@ func (p *passEnv) notCompared() {
 
 // TestSyncPassQueue has full passes as the work of instances.
 func TestSyncPassQueue(t *testing.T) {
+	t.Parallel() // it waits for Keycloak most of the time
 	p := newPasses(t, map[string]string{"JOB_INTERVAL": "0"}, nil)
 	v, _ := p.another(map[string]string{"JOB_INTERVAL": "100ms"})
 	p.eventually("the daily pass is over", 60*time.Second, func() bool {
@@ -361,6 +363,7 @@ type restored struct {
 
 // TestSyncRestored: a copy of the database that is older than Keycloak is put back.
 func TestSyncRestored(t *testing.T) {
+	t.Parallel() // it waits for Keycloak most of the time
 	r := &restored{env: newEnv(t, map[string]string{"JOB_INTERVAL": "0", "SYNC_MAX_SHARE": "100"}),
 		emails: map[string]string{}}
 	r.changes()

@@ -55,6 +55,7 @@ func (r *rules) confirmed(email string, enabled bool) {
 
 // TestSyncRules: what sync must not do, and what it must not forget.
 func TestSyncRules(t *testing.T) {
+	t.Parallel() // it waits for Keycloak most of the time
 	s := newSeeds()
 	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0", "RESEND_COOLDOWN": "1ms"}, s.inKeycloak(0, 12)...)
 	v, _ := w.another(nil)
@@ -339,6 +340,7 @@ func (r *rules) registrationLocked() {
 
 // TestSyncSignIn: whoever signs in and is known to Keycloak only gets the right claims at once.
 func TestSyncSignIn(t *testing.T) {
+	t.Parallel() // it waits for Keycloak most of the time
 	r := &rules{env: newEnv(t, map[string]string{"JOB_INTERVAL": "0", "CORS_ALLOWED_ORIGINS": app,
 		"PUBLIC_URL": "http://localhost:3000"})}
 	r.command("jobs") // from now on

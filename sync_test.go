@@ -411,6 +411,7 @@ func (d *drifted) unchanged(but map[string]string) {
 // TestSync has drifts of every class among two thousand users: they are found and repaired, and
 // nobody else is touched.
 func TestSync(t *testing.T) {
+	t.Parallel() // it waits for Keycloak most of the time
 	d := newDrifted(t)
 	d.Run("a dry run reports", d.dryRun)
 	if t.Failed() {

@@ -187,7 +187,8 @@ func (s *server) deleteUser(ctx context.Context, c caller, in userIn) (noContent
 			return noContent{}, nil
 		}
 		switch {
-		case errors.Is(err, errNotFound), errors.Is(err, problemVerificationExpired), errors.Is(err, problemVerificationCancelled):
+		case errors.Is(err, errNotFound), errors.Is(err, problemVerificationExpired),
+			errors.Is(err, problemVerificationCancelled):
 			return noContent{}, nil
 		case errors.Is(err, problemAlreadyVerified):
 			err = nil

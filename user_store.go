@@ -114,7 +114,8 @@ func (st *store) changeUser(ctx context.Context, c caller, id userID, action str
 			tx.check(err)
 			return
 		}
-		if before.isActiveAdmin() && !u.isActiveAdmin() && action != syncAction { // what was done in Keycloak is done
+		fromKeycloak := action == syncAction // what was done there is done, and need not be brought there
+		if before.isActiveAdmin() && !u.isActiveAdmin() && !fromKeycloak {
 			tx.check(onlyAdmin(ctx, tx, id))
 		}
 		u.UpdatedAt = now
@@ -129,7 +130,7 @@ func (st *store) changeUser(ctx context.Context, c caller, id userID, action str
 		if effect.push {
 			tx.check(revoke(ctx, tx, u.revocation()))
 		}
-		if effect.push && action != syncAction {
+		if effect.push && !fromKeycloak {
 			tx.check(enqueue(ctx, tx, now.Add(pushDelay), kcTask(u.KeycloakID)))
 		}
 		if !u.IsActive {
