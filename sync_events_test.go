@@ -18,7 +18,7 @@ import (
 
 // TestSyncEvents: what others change in Keycloak arrives within seconds.
 func TestSyncEvents(t *testing.T) {
-	t.Parallel() // it waits for Keycloak most of the time
+	t.Parallel()        // it waits for Keycloak most of the time
 	w := newEnv(t, nil) // with JOB_INTERVAL=1s
 	w.Run("e-mail and names", w.eventsProfile)
 	w.Run("disabled", w.eventsDisabled)
