@@ -252,7 +252,7 @@ func (s *server) forgotPassword(ctx context.Context, c caller, in forgotIn) (noC
 			err = s.store.audit(ctx, c, s.now(), entry{Action: "password.forgot", Target: u.attribute(attrUserID)})
 		}
 		if err != nil {
-			s.log.ErrorContext(ctx, "a mail to choose a new password was not sent", "error", err)
+			s.log.ErrorContext(ctx, "password: reset mail not sent", "error", err)
 		}
 	})
 	return noContent{}, nil

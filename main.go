@@ -45,7 +45,7 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(400) // the heap is a few megabytes: rather a few more than a tenth of the time
+		debug.SetGCPercent(400) // a few megabytes more of heap for a tenth less CPU
 	}
 	if err := run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr); err != nil {
 		fmt.Fprintln(os.Stderr, "auth-service:", err)
@@ -107,7 +107,7 @@ type server struct {
 	background      sync.WaitGroup                                 // work whose client has its answer already
 	handle          func(context.Context, task) (time.Time, error) // does the work of a task: handleTask
 	wake            chan struct{}                                  // a worker may find something due
-	dropWarned      atomic.Int64                                   // the last minute in which the log had dropped refusals
+	dropWarned      atomic.Int64                                   // minute of the last warning about unaudited refusals
 	stopping        atomic.Bool                                    // told by /readyz, so that the load balancer looks away
 	health          struct {                                       // the last answer
 		sync.Mutex
@@ -195,8 +195,8 @@ func (s *server) serve(ctx context.Context) error {
 	return err
 }
 
-// handleTask does the work of a locked task, and returns when it must be done again. The flows
-// know it as s.handle: whoever needs a task done need not read how.
+// handleTask does the work of a locked task, and returns when it must be done again. The flows have it as a
+// field, s.handle: they say that a task must be done, and do not call back.
 func (s *server) handleTask(ctx context.Context, t task) (time.Time, error) {
 	if t.ID == "job:sync" {
 		return s.syncTask(ctx, t)

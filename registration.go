@@ -110,7 +110,7 @@ type registerOut struct {
 	Email             string         `json:"email" example:"ada@example.com"`
 	Username          string         `json:"username" example:"ada"`
 	Status            string         `json:"status" enum:"pending_verification"`
-	VerificationEmail mailState      `json:"verification_email" enum:"sent,queued,failed" description:"queued: the mail could not be handed over now, the service keeps trying."`
+	VerificationEmail mailState      `json:"verification_email" enum:"sent,queued" description:"queued: the mail could not be handed over now, the service keeps trying."`
 	ExpiresAt         time.Time      `json:"expires_at"`
 	ResendAvailableAt time.Time      `json:"resend_available_at"`
 }
