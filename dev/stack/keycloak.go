@@ -118,7 +118,7 @@ func (k *keycloakServer) launch(ctx context.Context) (*Child, error) {
 // its optimising compiler: without it a start saves 1.5 of 6.5 s and every
 // login costs twice as much.
 func (k *keycloakServer) command(log *os.File, compiled bool) *exec.Cmd {
-	args := []string{"-Xms256m", "-Xmx640m", "-XX:+UseSerialGC", "-XX:MaxMetaspaceSize=256m", "-XX:+ExitOnOutOfMemoryError",
+	args := []string{"-Xms512m", "-Xmx1g", "-Xmn400m", "-XX:+UseSerialGC", "-XX:MaxMetaspaceSize=256m", "-XX:+ExitOnOutOfMemoryError",
 		"-Dfile.encoding=UTF-8", "-Duser.language=en", "-Duser.country=US",
 		"--add-opens=java.base/java.util=ALL-UNNAMED", "--add-opens=java.base/java.util.concurrent=ALL-UNNAMED",
 		"--add-opens=java.base/java.security=ALL-UNNAMED",
