@@ -52,7 +52,7 @@ func testMain(m *testing.M) int {
 		return 1
 	}
 	defer services.Stop()
-	flag.Set("test.parallel", "4") // those that are parallel mostly wait
+	flag.Set("test.parallel", "3") // those that are parallel wait for Keycloak most of the time
 	code := m.Run()
 	if sharedTestEnv.w != nil {
 		sharedTestEnv.w.close()
