@@ -3,8 +3,10 @@ package main
 import (
 	"bytes"
 	"cmp"
+	"context"
 	"fmt"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 )
@@ -86,21 +88,22 @@ func TestLastAdmin(t *testing.T) {
 			return r
 		}
 		wait := round%4 != 0
+		var door sync.WaitGroup
+		asking, answered := context.WithCancel(t.Context())
 		if wait { // both wait at the door, each with the other one's row: whatever their speed
 			if _, err := gate.Exec(t.Context(), `select pg_advisory_lock(7204)`); err != nil {
 				t.Fatal(err)
 			}
-			go func() {
-				for n := ""; n != "2"; time.Sleep(5 * time.Millisecond) {
+			door.Go(func() {
+				for n := ""; n != "2" && asking.Err() == nil; time.Sleep(5 * time.Millisecond) {
 					w.pool.QueryRow(w.Context(), `select count(*)::text from pg_locks where locktype = 'advisory' and objid = 7204 and not granted`).Scan(&n)
-					if w.Context().Err() != nil {
-						return
-					}
 				}
 				gate.Exec(w.Context(), `select pg_advisory_unlock(7204)`)
-			}()
+			})
 		}
 		answers := w.at([]string{w.url, v.url}, against(staying, other), against(other, staying))
+		answered()
+		door.Wait()
 		won := 0
 		for i, a := range answers {
 			switch {
