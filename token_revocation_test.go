@@ -286,10 +286,10 @@ func TestRevocationsWait(t *testing.T) {
 		if (err == nil) != c.passes || errors.Is(err, errUnavailable) || waits != c.waits {
 			t.Errorf("%s: %v; it waits: %v", name, err, waits)
 		}
-		if gaveUp := c.late && !c.passes; gaveUp != (took >= revocationWait) || took > 2*revocationWait {
+		if gaveUp := c.late && !c.passes; gaveUp != (took >= revocationWait) || took > 10*revocationWait {
 			t.Errorf("%s: it took %v", name, took)
 		}
-		if took := time.Now(); !c.late && w.check(t.Context(), holder, seen) != nil && time.Since(took) > revocationWait/2 {
+		if took := time.Now(); !c.late && w.check(t.Context(), holder, seen) != nil && time.Since(took) > revocationWait {
 			t.Errorf("%s: the second time it is refused after %v", name, time.Since(took))
 		}
 	}
