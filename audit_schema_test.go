@@ -425,7 +425,7 @@ func (p *productionRoles) theWholeWay() func() string {
 	if a := w.as(admin, "GET", auditPath+"?target="+w.idOf(ada)); a.Status != 200 || len(a.JSON["items"].([]any)) != 7 {
 		p.Errorf("user.create, login, user.update, session.end, user.delete, user.restore and a refusal: %v", a)
 	}
-	w.settle()
+	w.waitUntilIdle()
 	s := idle(p.T, slog.New(slog.DiscardHandler), map[string]string{"DATABASE_URL": p.serviceURL})
 	if err := s.store.makeMonths(p.Context(), time.Now().AddDate(0, 2, 0)); err != nil { // the first of what no migration has made
 		p.Error(err)

@@ -99,7 +99,7 @@ func (k *bareKeycloak) call(method, path, body, contentType string) ([]byte, htt
 	return answer, resp.Header
 }
 
-func benchWorld(b *testing.B) *env {
+func benchEnv(b *testing.B) *env {
 	w := newEnv(b, map[string]string{"KEYCLOAK_URL": services.KeycloakURL, "JOB_INTERVAL": "30s", "LOG_LEVEL": "info"})
 	w.quick = true // the answers are not what is measured here
 	b.Cleanup(w.straysDie)
@@ -107,7 +107,7 @@ func benchWorld(b *testing.B) *env {
 }
 
 func BenchmarkRegister(b *testing.B) {
-	w := benchWorld(b)
+	w := benchEnv(b)
 	k := w.bare()
 	users := "/admin/realms/" + w.realm + "/users"
 	sideBySide(b, func(int) { w.register(newEmail()) }, func(int) {
@@ -136,7 +136,7 @@ func (w *env) grant(form url.Values) answer {
 }
 
 func BenchmarkLogin(b *testing.B) {
-	w := benchWorld(b)
+	w := benchEnv(b)
 	b.Cleanup(w.straysDie)
 	emails := []string{newEmail(), newEmail(), newEmail(), newEmail()} // the limit is per account
 	for _, email := range emails {
@@ -150,7 +150,7 @@ func BenchmarkLogin(b *testing.B) {
 }
 
 func BenchmarkRefresh(b *testing.B) {
-	w := benchWorld(b)
+	w := benchEnv(b)
 	b.Cleanup(w.straysDie)
 	email := newEmail()
 	w.account(email)
@@ -168,7 +168,7 @@ func BenchmarkRefresh(b *testing.B) {
 // BenchmarkValidate loads the real binary and a bare handler that sends the same bytes,
 // each on one core, in turn. An op is 2,000 requests over eight connections.
 func BenchmarkValidate(b *testing.B) {
-	w := benchWorld(b)
+	w := benchEnv(b)
 	email := newEmail()
 	w.account(email)
 	issued := w.login(email, password).text("access_token")

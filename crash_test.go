@@ -144,7 +144,7 @@ func (w *env) die(binary string, c crash) {
 		w.exec(`insert into tasks (task_id, due_at) select 'kc:' || keycloak_id, now() from users where user_id = $1 on conflict do nothing`, l.Code)
 	}
 	repairer := w.spawn(binary, map[string]string{"JOB_INTERVAL": "50ms"})
-	w.settle()
+	w.waitUntilIdle()
 	if got := w.repairs(registration, l.Code); got != c.repairs {
 		w.Errorf("the queue has audited %q, not %q", got, c.repairs)
 	}

@@ -68,9 +68,9 @@ func (w *env) fails(op faultedOperation, name string, f fault) {
 		w.wants(w.do(op.try(email, l)), op.success, op.slug)
 	}
 	w.straysDie()
-	w.settle()
+	w.waitUntilIdle()
 	op.after(w, email)
-	w.settle()
+	w.waitUntilIdle()
 }
 
 func registrationOperations() []faultedOperation {
@@ -81,7 +81,7 @@ func registrationOperations() []faultedOperation {
 	}
 	startsAnew := func(w *env, email string) {
 		w.wants(w.do(registering(email)), 201, "")
-		w.settle()
+		w.waitUntilIdle()
 		getsIn(w, email)
 	}
 	unanswered := func(w *env, email string) link {
@@ -114,7 +114,7 @@ func registrationOperations() []faultedOperation {
 func sessionOperations() []faultedOperation {
 	account := func(w *env, email string) link { w.account(email); return link{} }
 	session := func(w *env, email string) link { return w.session(email) }
-	live := func(n string) func(w *env, email string) { // and the same in Keycloak: settle
+	live := func(n string) func(w *env, email string) { // and the same in Keycloak: waitUntilIdle compares
 		return func(w *env, email string) {
 			if got := w.value(`select count(*)::text from sessions join users using (user_id) where email = $1 and ended_at is null`, email); got != n {
 				w.Errorf("%s sessions live, not %s", got, n)
@@ -222,7 +222,7 @@ func (w *env) leftConfirmations() {
 		email := newEmail()
 		l := registered(w, email)
 		w.during("activate_user", applied, func() { w.wants(w.do(verifying(l)), 503, "unavailable") })
-		w.settle()
+		w.waitUntilIdle()
 		w.wants(w.do(signingIn(email, password)), 200, "")
 	})
 	w.Run("verified in Keycloak, the answer lost, and sent again with another password", func() {
@@ -237,20 +237,20 @@ func (w *env) leftConfirmations() {
 		email := newEmail()
 		w.during("disable_user", lost, func() { w.register(email) })
 		w.wants(w.do(typing(email, other(w.readMail(email, 1).Code))), 400, "invalid-code")
-		w.settle()
+		w.waitUntilIdle()
 	})
 	w.Run("an outage before the mail window is closed", func() {
 		email := newEmail()
 		w.during("disable_user", lost, func() { w.register(email) })
 		l := w.readMail(email, 1)
 		w.during("get_user", lost, func() { w.wants(w.do(verifying(l)), 503, "unavailable") })
-		w.settle()
+		w.waitUntilIdle()
 		w.wants(w.do(verifying(l)), 200, "")
 	})
 	w.Run("a sign-out, and nobody to end it in Keycloak", func() {
 		l := w.session(newEmail())
 		w.during("end_session", lost, func() { w.wants(w.do(loggingOut(l.Token)), 204, "") })
-		w.settle()
+		w.waitUntilIdle()
 	})
 }
 
@@ -259,7 +259,7 @@ func (w *env) leftRegistrations() {
 		w.Run("a creation without answer, "+f.String(), func() {
 			email := newEmail()
 			w.during("create_user", f, func() { w.wants(w.do(registering(email)), 503, "unavailable") })
-			w.settle() // nothing of it is left
+			w.waitUntilIdle() // nothing of it is left
 			w.register(email)
 			l := w.readMail(email, 1)
 			w.during("get_user", lost, func() { w.wants(w.do(registering(email)), 503, "unavailable") })
@@ -278,7 +278,7 @@ func (w *env) leftRegistrations() {
 				}
 			}
 		})
-		w.settle()
+		w.waitUntilIdle()
 		if n := w.mailsCounted(email); n != "2" {
 			w.Errorf("%s mails were counted, not 2", n)
 		}
@@ -296,7 +296,7 @@ func (w *env) leftRegistrations() {
 			w.Errorf("%d mails", n)
 		}
 		w.exec(`update tasks set locked_until = now() where task_id = $1`, id)
-		w.settle()
+		w.waitUntilIdle()
 		w.wants(w.do(verifying(w.readMail(email, 1))), 200, "")
 	})
 }
@@ -310,7 +310,7 @@ func (w *env) leftInvitations() {
 		w.Run("an invitation while Keycloak is away, "+f.String(), func() {
 			email := newEmail()
 			w.during("create_user", f, func() { w.wants(w.do(managing(admin, "POST", "", body{"email": email})), 503, "unavailable") })
-			w.settle()
+			w.waitUntilIdle()
 			if got := rows(email); got != "0 0" {
 				w.Errorf("users and registrations: %s", got)
 			}
@@ -324,7 +324,7 @@ func (w *env) leftInvitations() {
 		w.during("delete_user", lost, func() { w.wants(w.do(managing(admin, "DELETE", "/"+id, nil)), 204, "") })
 		w.wants(w.do(verifying(l)), 410, "verification-cancelled")
 		w.wants(w.do(managing(admin, "GET", "/"+id, nil)), 404, "user-not-found")
-		w.settle()
+		w.waitUntilIdle()
 		w.invited(admin, email) // the address is free
 	})
 	w.Run("an account that only Keycloak has", func() {
@@ -472,7 +472,7 @@ func (w *env) outage(health, account string, session *link, begin, end func()) {
 	w.wants(w.do(signingIn(account, password)), 200, "")
 	w.wants(w.do(loggingOut(leaving.text("refresh_token"))), 204, "")
 	session.Token = w.do(refreshing(session.Token)).text("refresh_token")
-	w.settle()
+	w.waitUntilIdle()
 }
 
 func (w *env) keycloakHangs(account string, session link) {
@@ -490,7 +490,7 @@ func (w *env) keycloakHangs(account string, session link) {
 	w.wants(w.do(refreshing(session.Token)), 200, "")
 	w.wants(w.do(registering(fresh)), 201, "")
 	w.wants(w.do(verifying(first)), 200, "")
-	w.settle()
+	w.waitUntilIdle()
 }
 
 func (w *env) mailServerStopped() {
@@ -513,7 +513,7 @@ func (w *env) mailServerStopped() {
 	}
 	w.due(id)
 	l := w.readMail(email, 1)
-	w.settle()
+	w.waitUntilIdle()
 	if n := w.mailsCounted(email); n != "1" {
 		w.Errorf("%s mails were counted, not 1", n)
 	}

@@ -120,7 +120,7 @@ func (w *env) fleetExpiry() {
 	deleted := w.kc.count("delete_user")
 	w.exec(`update user_registrations set expires_at = now() where registration_id = any($1)`, ids)
 	w.exec(`update tasks set due_at = now() where task_id = any($1)`, ids)
-	w.settle()
+	w.waitUntilIdle()
 	if got := w.value(`select concat_ws(' ', count(*) filter (where action = 'registration.expired'), count(*) filter (where action = 'user.remove'), count(distinct target))
 		from audit_log where action in ('registration.expired', 'user.remove') and outcome = 'ok'`); got != "12 12 24" {
 		w.Errorf("audited: %s", got)
@@ -144,7 +144,7 @@ func (w *env) fleetInvitations(admin answer) {
 	if err := w.mail.Restart(); err != nil {
 		w.Fatal(err)
 	}
-	w.settle()
+	w.waitUntilIdle()
 	for _, email := range emails {
 		w.invitations(email, 1)
 		w.confirms(w.lastMail(email))
@@ -155,7 +155,7 @@ func (w *env) fleetInvitations(admin answer) {
 	}
 	w.kc.on("^push_user ", 0)
 	pushed := w.kc.count("push_user")
-	w.settle()
+	w.waitUntilIdle()
 	if pushed = w.kc.count("push_user") - pushed; pushed != 12 {
 		w.Errorf("%d changes have reached Keycloak", pushed)
 	}
@@ -194,7 +194,7 @@ func (w *env) fleetChanges(admin answer, instances []*env) {
 		for _, a := range answers {
 			w.wants(a, 200, "")
 		}
-		w.settle()
+		w.waitUntilIdle()
 		w.agree(id)
 		if got := w.value(`select concat_ws(' ', role, network_id, station_id) from users where user_id = $1`, id); got != "partner N1 " {
 			w.Error(got)
@@ -208,7 +208,7 @@ func (w *env) fleetLocked(admin answer) {
 	email := newEmail()
 	w.joined(admin, email)
 	id := w.userOf(email)
-	w.settle()
+	w.waitUntilIdle()
 	w.exec(`insert into tasks (task_id, due_at, locked_by, locked_until) select 'kc:' || keycloak_id, now(), 'dead', now() + interval '1 minute'
 		from users where user_id = $1`, id)
 	pushed := w.kc.count("push_user")
@@ -218,7 +218,7 @@ func (w *env) fleetLocked(admin answer) {
 		w.Errorf("%v, and Keycloak has it although another holds the lock", a)
 	}
 	w.locksEnd()
-	w.settle()
+	w.waitUntilIdle()
 	w.agree(id)
 }
 

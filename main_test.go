@@ -254,8 +254,8 @@ func (b *buffer) String() string {
 func (b *buffer) add(lines ...string) { fmt.Fprintln(b, strings.Join(lines, "\n")) }
 
 // waitFor returns as soon as the text fulfils a condition.
-func (b *buffer) waitFor(patience time.Duration, fulfils func(string) bool) error {
-	timeout := time.After(patience)
+func (b *buffer) waitFor(timeout time.Duration, fulfils func(string) bool) error {
+	end := time.After(timeout)
 	for {
 		b.mu.Lock()
 		if b.changed == nil {
@@ -268,18 +268,18 @@ func (b *buffer) waitFor(patience time.Duration, fulfils func(string) bool) erro
 		}
 		select {
 		case <-changed:
-		case <-timeout:
-			return fmt.Errorf("not seen in %v", patience)
+		case <-end:
+			return fmt.Errorf("not seen in %v", timeout)
 		}
 	}
 }
 
 // eventually waits until a condition that lies outside this process holds.
-func (w *env) eventually(what string, patience time.Duration, holds func() bool) {
+func (w *env) eventually(what string, timeout time.Duration, holds func() bool) {
 	w.Helper()
-	for end := time.Now().Add(patience); !holds(); time.Sleep(20 * time.Millisecond) {
+	for end := time.Now().Add(timeout); !holds(); time.Sleep(20 * time.Millisecond) {
 		if time.Now().After(end) {
-			w.Fatalf("not in %v: %s", patience, what)
+			w.Fatalf("not in %v: %s", timeout, what)
 		}
 	}
 }

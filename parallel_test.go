@@ -126,7 +126,7 @@ func TestForty(t *testing.T) {
 		}
 		ids[a.text("registration_id")] = true
 	}
-	w.settle()
+	w.waitUntilIdle()
 	if n := len(w.mail.To(email)); n != 1 || len(ids) != 1 {
 		t.Errorf("%d mails of %d registrations", n, len(ids))
 	}
@@ -202,7 +202,7 @@ func (w *env) contests(instances []string) {
 		}
 		wins[fmt.Sprint(names[round%len(names)], " ", answers[0].Status)]++
 	}
-	w.settle()
+	w.waitUntilIdle()
 	w.Logf("the other and verify's answer: %v", wins)
 }
 
@@ -263,7 +263,7 @@ func (w *env) queuedMails() {
 	if err := w.mail.Restart(); err != nil {
 		w.Fatal(err)
 	}
-	w.settle()
+	w.waitUntilIdle()
 	for _, email := range emails {
 		if n := len(w.mail.To(email)); n != 1 {
 			w.Errorf("%s got %d mails", email, n)

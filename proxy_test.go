@@ -377,10 +377,10 @@ func (w *env) expire(email string) {
 	w.exec(`update user_registrations set expires_at = now() where lower(email) = lower($1) and status = 'pending'`, email)
 }
 
-// settle waits until the queue has done everything, also the mails. It stands in for waiting
+// waitUntilIdle waits until the queue has done everything, also the mails. It stands in for waiting
 // until tasks are due, not for the end of a lock. A registration that has ended and is not in
 // Keycloak is looked for there for some minutes more: that is not waited for.
-func (w *env) settle() {
+func (w *env) waitUntilIdle() {
 	w.Helper()
 	var wrong []string
 	for end := time.Now().Add(30 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {

@@ -11,7 +11,11 @@ import (
 
 // mailLimits are the limits of an address. They count mails that were handed over.
 func mailLimits(email string, cooldown time.Duration) []rateLimit {
-	return []rateLimit{{addressKey("mail", email), 1, cooldown, problemResendTooSoon}, mailsADay(email)}
+	return []rateLimit{mailCooldown(email, cooldown), mailsADay(email)}
+}
+
+func mailCooldown(email string, cooldown time.Duration) rateLimit {
+	return rateLimit{addressKey("mail", email), 1, cooldown, problemResendTooSoon}
 }
 
 func mailsADay(email string) rateLimit {
@@ -102,12 +106,11 @@ func (s *server) create(ctx context.Context, c caller, t task, reg registration,
 	return reg, ku, err
 }
 
-// attach does R3, with the ids and the secret that Keycloak's user carries.
+// attach does R3, with the ids and the token that Keycloak's user carries.
 func (s *server) attach(ctx context.Context, c caller, t task, reg registration, ku keycloakUser) (
 	registration, error) {
 	reg.KeycloakID, reg.UserID = ku.id(), userID(ku.attribute(attrUserID))
-	token := cmp.Or(ku.attribute(attrToken), newToken()) // V3 has removed it: nobody's
-	reg.TokenHash, reg.CodeHash = digest(token), codeHash(token, ku.attribute(attrCode))
+	reg.TokenHash = digest(cmp.Or(ku.attribute(attrToken), newToken())) // V3 has removed it: nobody's
 	return reg, s.store.attachKeycloakUser(ctx, c, t, reg, s.now())
 }
 

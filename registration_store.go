@@ -72,7 +72,7 @@ func (st *store) addRegistration(ctx context.Context, c caller, reg registration
 			tx.check(errConflict)
 		}
 		if reg.Source == sourceInternal {
-			tx.exec(`delete from rate_limits where key = $1`, addressKey("mail", reg.Email)) // it waits for nobody's mail
+			tx.reset(mailCooldown(reg.Email, 0)) // it waits for nobody's mail
 		}
 		t, err = tryLock(ctx, tx, string(reg.ID), lockTime, now)
 		tx.check(err)
@@ -114,7 +114,7 @@ func (st *store) reinvite(ctx context.Context, c caller, t task, reg registratio
 				locale = $11, mail_refused_at = null
 			where registration_id = $1`, reg.ID, reg.Role, reg.NetworkID, reg.StationID, reg.CreatedBy, reg.ExpiresAt,
 			reg.Username, nullString(reg.FirstName), nullString(reg.LastName), nullString(reg.Phone), reg.Locale)
-		tx.exec(`delete from rate_limits where key = $1`, addressKey("mail", reg.Email)) // it waits for nobody's mail
+		tx.reset(mailCooldown(reg.Email, 0)) // it waits for nobody's mail
 		tx.exec(`
 			update users set source = 'internal', role = $2, network_id = $3, station_id = $4, created_by = $5, updated_at = $6,
 				first_name = $7, last_name = $8, phone = $9
@@ -222,10 +222,11 @@ func (st *store) requestResend(ctx context.Context, c caller, email string, cfg 
 	}
 	return st.tx(ctx, func(tx *txn) {
 		tx.check(enqueue(ctx, tx, now, string(reg.ID))) // first, as all lock the task before the registration
-		tx.exec(`
+		if tx.exec(`
 			update user_registrations set mail_state = 'queued', resend_count = resend_count + 1, expires_at = $2
-			where registration_id = $1 and status = 'pending'`, reg.ID, now.Add(cfg.lifetime(reg.Source)))
-		tx.audit(c, now, entry{Action: "registration.resend", Target: string(reg.ID), Network: reg.NetworkID})
+			where registration_id = $1 and status = 'pending'`, reg.ID, now.Add(cfg.lifetime(reg.Source))) == 1 {
+			tx.audit(c, now, entry{Action: "registration.resend", Target: string(reg.ID), Network: reg.NetworkID})
+		}
 	})
 }
 
@@ -237,7 +238,7 @@ func (st *store) mailHandedOver(ctx context.Context, c caller, t task, reg regis
 		tx.exec(`
 			update user_registrations set mail_state = 'sent', mailed_at = $2, mail_refused_at = null
 			where registration_id = $1`, reg.ID, now)
-		tx.exec(`delete from rate_limits where key = $1`, codesOf(reg.Email).Key)
+		tx.reset(codesOf(reg.Email))
 		tx.audit(c, now, entry{Action: "registration.mail", Target: string(reg.ID), Network: reg.NetworkID})
 	})
 	if errors.Is(err, errLocked) {

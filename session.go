@@ -98,26 +98,25 @@ func (s *server) refresh(ctx context.Context, c caller, in refreshIn) (refreshOu
 
 // exchange returns the answer to a refresh token, however many ask for it at once.
 func (s *server) exchange(ctx context.Context, c caller, token string) (out tokenResponse, err error) {
-	known, err := s.store.refreshToken(ctx, digest(token))
-	if err == nil && known.UsedAt == nil {
+	known, err := s.liveToken(ctx, token)
+	if err != nil {
+		return out, err
+	}
+	if known.UsedAt == nil {
 		t, err := s.store.lock(ctx, "token:"+digest(token), rotationLock, s.now) // F1
 		if err != nil {
 			return out, err
 		}
-		known, err = s.store.refreshToken(ctx, digest(token)) // another may have exchanged it meanwhile
-		if err == nil && known.UsedAt == nil {
+		if known, err = s.liveToken(ctx, token); err == nil && known.UsedAt == nil {
 			if out, err = s.rotate(ctx, c, t, known, token); err == nil {
 				return out, nil
 			}
 		}
 		s.release(ctx, t, never, nil)
 		if err != nil {
-			return out, refreshError(err)
+			return out, err
 		}
-	}
-	if err != nil {
-		return out, refreshError(err)
-	}
+	} // another has exchanged it
 	if s.now().Before(known.UsedAt.Add(s.cfg.RefreshGrace)) {
 		plain, err := openSealed(token, known.Answer)
 		if err == nil {
@@ -134,12 +133,13 @@ func (s *server) exchange(ctx context.Context, c caller, token string) (out toke
 	return out, problemTokenReused.withTarget(string(known.user.ID))
 }
 
-// refreshError is what the client is told about err.
-func refreshError(err error) error {
+// liveToken returns what is known of a refresh token, or problemInvalidRefreshToken.
+func (s *server) liveToken(ctx context.Context, token string) (refreshToken, error) {
+	known, err := s.store.refreshToken(ctx, digest(token))
 	if errors.Is(err, errNotFound) {
-		return problemInvalidRefreshToken
+		err = problemInvalidRefreshToken
 	}
-	return err
+	return known, err
 }
 
 // rotate asks Keycloak for the next tokens and keeps its answer for the grace time, sealed by a key that only the

@@ -26,7 +26,7 @@ func (st *store) addSession(
 				update sessions s set ended_at = $5::timestamptz, ended_reason = 'replaced' from u
 				where s.user_id = u.user_id and keycloak_session_id = $3::text and ended_at is null
 				returning session_id),
-			forgotten as (delete from refresh_tokens where session_id in (select session_id from replaced)),
+			deleted as (delete from refresh_tokens where session_id in (select session_id from replaced)),
 			s as (
 				insert into sessions (session_id, user_id, keycloak_session_id, ip_address, user_agent, created_at,
 					last_used_at, expires_at)

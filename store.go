@@ -133,8 +133,8 @@ func one[T any](ctx context.Context, q querier, sql string, args ...any) (T, err
 	return row, storeError(err)
 }
 
-// txn is a transaction of store.tx. Its first error rolls it back, and what it executes after that
-// does nothing: so a change reads as the list of what it writes.
+// txn is a transaction of store.tx. Its first error rolls it back, and neither exec nor audit
+// does anything after that: so a change reads as the list of what it writes.
 type txn struct {
 	pgx.Tx
 	ctx     context.Context
@@ -282,6 +282,9 @@ func (st *store) peek(ctx context.Context, l rateLimit, now time.Time) error {
 	}
 	return l.Problem.retryAfter(resets.Sub(now))
 }
+
+// reset begins a limit anew.
+func (tx *txn) reset(l rateLimit) { tx.exec(`delete from rate_limits where key = $1`, l.Key) }
 
 // refund takes hits back.
 func refund(ctx context.Context, q querier, limits ...rateLimit) error {

@@ -278,7 +278,7 @@ func TestSyncEventsOnce(t *testing.T) {
 		return w.value(`select count(*)::text from users where keycloak_id like $1 || '%'`, string(s)) == fmt.Sprint(n)
 	})
 	v.eventually("all are in sync", 60*time.Second, func() bool { return len(w.outOfSync()) == 0 })
-	v.settle()
+	v.waitUntilIdle()
 	if got := w.value(`select coalesce(string_agg(n || ' ' || action, ', '), '') from (select target, action,
 		count(*) n from audit_log
 		where action in ('user.import', 'user.sync', 'user.overwrite') group by 1, 2

@@ -92,16 +92,16 @@ func (r *rules) noLimit(s seeds) {
 // concludes the registration, and enables nobody.
 func (r *rules) confirmedInKeycloak() {
 	for name, come := range map[string]func(email string, l link){
-		"by its task":       func(email string, _ link) { r.settleNow(email) },
+		"by its task":       func(email string, _ link) { r.makesDue(email) },
 		"by another click":  func(_ string, l link) { r.wants(r.do(verifying(l)), 200, "") },
 		"when it is denied": func(_ string, l link) { r.wants(r.do(cancelling(l)), 409, "already-verified") },
 		"when it is begun again": func(email string, _ link) {
 			r.do(registering(email))
-			r.settleNow(email)
+			r.makesDue(email)
 		},
 		"when a mail is asked for": func(email string, _ link) {
 			r.do(resending(r.registrationOf(email)))
-			r.settleNow(email)
+			r.makesDue(email)
 		},
 	} {
 		r.Run("confirmed and disabled in Keycloak, "+name, func() {
@@ -136,7 +136,7 @@ func (r *rules) confirmedBeforeR3() {
 		r.confirmed(email, true)
 		r.exec(`update user_registrations set keycloak_id = null, user_id = null where email = $1`, email)
 		r.exec(`delete from users where email = $1`, email)
-		r.settleNow(email)
+		r.makesDue(email)
 	}
 	r.command("jobs")
 	for _, email := range emails {

@@ -220,8 +220,8 @@ func (w *env) noEvents() {
 	w.exec(`update tasks set locked_by = 'another', locked_until = 'infinity' where task_id = 'job:events'`)
 }
 
-// settleNow makes the registrations of an address due.
-func (w *env) settleNow(email string) {
+// makesDue makes the registrations of an address due.
+func (w *env) makesDue(email string) {
 	w.Helper()
 	w.exec(`update tasks set due_at = now() where task_id = (select registration_id from user_registrations
 		where email = $1)`, email)

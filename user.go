@@ -181,16 +181,12 @@ func (s *server) deleteUser(ctx context.Context, c caller, in userIn) (noContent
 		if reg, err = s.store.openRegistrationOf(ctx, u.ID); err == nil {
 			err = s.cancelPending(ctx, c, reg, "deleted")
 		}
-		if errors.Is(err, errNotFound) { // it was confirmed at this moment, or has ended
-			_, err = s.store.user(ctx, u.ID)
-		} else if err == nil {
-			return noContent{}, nil
-		}
+		over := errors.Is(err, problemVerificationExpired) || errors.Is(err, problemVerificationCancelled)
+		confirmed := errors.Is(err, errNotFound) || errors.Is(err, problemAlreadyVerified)
 		switch {
-		case errors.Is(err, errNotFound), errors.Is(err, problemVerificationExpired),
-			errors.Is(err, problemVerificationCancelled):
+		case err == nil, over:
 			return noContent{}, nil
-		case errors.Is(err, problemAlreadyVerified):
+		case confirmed: // at this moment
 			err = nil
 		}
 	}

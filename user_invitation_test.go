@@ -119,7 +119,7 @@ func TestInvitationCooldown(t *testing.T) {
 		w.wants(w.post(resendPath, body{"email": email}), 200, "")
 		w.wants(w.post(registerPath, body{"email": email}), 201, "")
 	}
-	w.settle()
+	w.waitUntilIdle()
 	if n := len(w.mail.To(email)); n != 1 {
 		t.Errorf("%d mails", n)
 	}
@@ -165,7 +165,7 @@ func TestInvitationQueued(t *testing.T) {
 			if err := w.mail.Restart(); err != nil {
 				w.Fatal(err)
 			}
-			w.settle()
+			w.waitUntilIdle()
 			if deleted {
 				w.wants(admin.asks("GET", usersPath+"/"+string(u.ID), nil), 404, "user-not-found")
 				if n := len(w.mail.To(u.Email)); n != 0 {
