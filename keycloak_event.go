@@ -3,6 +3,7 @@ package main
 import (
 	"cmp"
 	"context"
+	"maps"
 	"net/url"
 	"slices"
 	"strconv"
@@ -111,22 +112,22 @@ const eventsPage = 1000
 // many, as others may have expired meanwhile: some come twice.
 func (k *keycloak) events(ctx context.Context, source int, since int64, progress func() error) (
 	[]keycloakEvent, error) {
+	token, err := k.serviceToken(ctx)
+	if err != nil {
+		return nil, err
+	}
+	own, err := readClaims(token)
+	if err != nil {
+		return nil, err
+	}
 	var all []keycloakEvent
-	endpoint := k.cfg.KeycloakURL + "/admin/realms/" + k.cfg.KeycloakRealm + "/" + eventSources[source].path
+	query := maps.Clone(eventSources[source].query)
+	query.Set("direction", "asc")
+	query.Set("max", strconv.Itoa(eventsPage))
 	for {
 		var page []keycloakEvent
-		var own tokenClaims
-		err := k.asService(ctx, "list_events", func(ctx context.Context, token string) (err error) {
-			if own, err = readClaims(token); err != nil {
-				return err
-			}
-			resp, err := k.admin.GetRequestWithBearerAuth(ctx, token).SetResult(&page).
-				SetQueryParamsFromValues(eventSources[source].query).
-				SetQueryParams(map[string]string{"dateFrom": strconv.FormatInt(since, 10), "direction": "asc",
-					"max": strconv.Itoa(eventsPage)}).
-				Get(endpoint)
-			return responseError(resp, err)
-		})
+		query.Set("dateFrom", strconv.FormatInt(since, 10))
+		_, err := k.api(ctx, "list_events", "GET", eventSources[source].path, query, nil, &page)
 		if err == nil {
 			err = progress()
 		}

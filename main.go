@@ -58,7 +58,7 @@ func main() {
 
 // run does what args say. It is what tests start.
 func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) error {
-	operator := cmp.Or(getenv("SUDO_USER"), getenv("USER"), getenv("LOGNAME"), "unknown")
+	actor := "cli:" + cmp.Or(getenv("SUDO_USER"), getenv("USER"), getenv("LOGNAME"), "unknown")
 	var do func(s *server) error
 	switch command := strings.Join(args, " "); {
 	case command == "version":
@@ -75,9 +75,9 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	case command == "jobs":
 		do = func(s *server) error { return s.workUntilIdle(ctx) }
 	case command == "sync", command == "sync -dry-run":
-		do = func(s *server) error { return s.syncCommand(ctx, command != "sync", operator, stdout) }
+		do = func(s *server) error { return s.syncCommand(ctx, command != "sync", actor, stdout) }
 	case len(args) == 2 && args[0] == "grant-admin":
-		do = func(s *server) error { return s.grantAdmin(ctx, args[1], operator, stdout) }
+		do = func(s *server) error { return s.grantAdmin(ctx, args[1], actor, stdout) }
 	default:
 		return fmt.Errorf("unknown command %q; see the package comment in main.go", args)
 	}

@@ -236,7 +236,7 @@ func (s *server) resumeVerified(ctx context.Context, c caller, t task, reg regis
 		}
 	}
 	if err == nil {
-		_, err = s.conclude(ctx, c, t, reg, ku)
+		_, err = s.markVerified(ctx, c, t, reg, ku)
 	}
 	return err
 }

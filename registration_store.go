@@ -63,10 +63,10 @@ func (st *store) addRegistration(ctx context.Context, c caller, reg registration
 			insert into user_registrations (registration_id, email, username, first_name, last_name, phone,
 				verification_token, status, expires_at, created_at, ip_address, user_agent,
 				locale, mail_state, source, role, network_id, station_id, created_by)
-			values ($1, $2, $3, $4, $5, $6, $7, 'pending', $8, $9, $10, $11, $12, 'queued', $13, $14, $15, $16, $17)`,
-			reg.ID, reg.Email, reg.Username, nullString(reg.FirstName), nullString(reg.LastName), nullString(reg.Phone),
-			reg.TokenHash, reg.ExpiresAt, now, c.Address, c.UserAgent, reg.Locale,
-			reg.Source, reg.Role, reg.NetworkID, reg.StationID, nullString(reg.CreatedBy)) // only a pending address can be there
+			values ($1, $2, $3, nullif($4, ''), nullif($5, ''), nullif($6, ''), $7, 'pending', $8, $9, $10, $11, $12,
+				'queued', $13, $14, $15, $16, nullif($17, ''))`,
+			reg.ID, reg.Email, reg.Username, reg.FirstName, reg.LastName, reg.Phone, reg.TokenHash, reg.ExpiresAt, now,
+			c.Address, c.UserAgent, reg.Locale, reg.Source, reg.Role, reg.NetworkID, reg.StationID, reg.CreatedBy)
 		if tx.exec(`select from users where deleted_at is null
 				and (lower(email) = lower($1) or lower(username) in (lower($1), lower($2)))`, reg.Email, reg.Username) > 0 {
 			tx.check(errConflict)
@@ -91,10 +91,10 @@ func (st *store) attachKeycloakUser(ctx context.Context, c caller, t task, reg r
 		tx.exec(`
 			insert into users (user_id, keycloak_id, email, username, first_name, last_name, phone, source, role,
 				network_id, station_id, created_at, updated_at, created_by)
-			values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $12, $13) on conflict (user_id) do nothing`,
-			reg.UserID, reg.KeycloakID, reg.Email, defaultUsername(reg.Email, reg.UserID), nullString(reg.FirstName),
-			nullString(reg.LastName), nullString(reg.Phone), reg.Source, reg.Role, reg.NetworkID, reg.StationID, now,
-			nullString(reg.CreatedBy))
+			values ($1, $2, $3, $4, nullif($5, ''), nullif($6, ''), nullif($7, ''), $8, $9, $10, $11, $12, $12,
+				nullif($13, '')) on conflict (user_id) do nothing`,
+			reg.UserID, reg.KeycloakID, reg.Email, defaultUsername(reg.Email, reg.UserID), reg.FirstName, reg.LastName,
+			reg.Phone, reg.Source, reg.Role, reg.NetworkID, reg.StationID, now, reg.CreatedBy)
 		tx.exec(`
 			update user_registrations set keycloak_id = $2, user_id = $3, verification_token = $4
 			where registration_id = $1`, reg.ID, reg.KeycloakID, reg.UserID, reg.TokenHash)
@@ -110,16 +110,16 @@ func (st *store) reinvite(ctx context.Context, c caller, t task, reg registratio
 	return st.locked(ctx, t, func(tx *txn) {
 		tx.exec(`
 			update user_registrations set source = 'internal', role = $2, network_id = $3, station_id = $4, created_by = $5,
-				expires_at = $6, mail_state = 'queued', username = $7, first_name = $8, last_name = $9, phone = $10,
-				locale = $11, mail_refused_at = null
+				expires_at = $6, mail_state = 'queued', username = $7, first_name = nullif($8, ''),
+				last_name = nullif($9, ''), phone = nullif($10, ''), locale = $11, mail_refused_at = null
 			where registration_id = $1`, reg.ID, reg.Role, reg.NetworkID, reg.StationID, reg.CreatedBy, reg.ExpiresAt,
-			reg.Username, nullString(reg.FirstName), nullString(reg.LastName), nullString(reg.Phone), reg.Locale)
+			reg.Username, reg.FirstName, reg.LastName, reg.Phone, reg.Locale)
 		tx.reset(mailCooldown(reg.Email, 0)) // it waits for nobody's mail
 		tx.exec(`
 			update users set source = 'internal', role = $2, network_id = $3, station_id = $4, created_by = $5, updated_at = $6,
-				first_name = $7, last_name = $8, phone = $9
+				first_name = nullif($7, ''), last_name = nullif($8, ''), phone = nullif($9, '')
 			where user_id = $1`, reg.UserID, reg.Role, reg.NetworkID, reg.StationID, reg.CreatedBy, now,
-			nullString(reg.FirstName), nullString(reg.LastName), nullString(reg.Phone))
+			reg.FirstName, reg.LastName, reg.Phone)
 		tx.audit(c, now, entry{Action: "user.invite", Target: string(reg.UserID), Network: reg.NetworkID,
 			Details: map[string]any{"registration_id": reg.ID, "role": reg.Role,
 				"network_id": reg.NetworkID, "station_id": reg.StationID}})
@@ -156,8 +156,8 @@ func (st *store) detachKeycloakUser(ctx context.Context, t task, id registration
 // phone number, and the code under a key that outlives V3.
 func (st *store) prepareVerified(ctx context.Context, t task, reg registration) error {
 	return st.locked(ctx, t, func(tx *txn) {
-		tx.exec(`update user_registrations set verification_code = $2, phone = $3 where registration_id = $1`,
-			reg.ID, reg.CodeHash, nullString(reg.Phone))
+		tx.exec(`update user_registrations set verification_code = $2, phone = nullif($3, '') where registration_id = $1`,
+			reg.ID, reg.CodeHash, reg.Phone)
 	})
 }
 
@@ -169,12 +169,12 @@ func (st *store) markVerified(ctx context.Context, c caller, t task, reg registr
 	return st.locked(ctx, t, func(tx *txn) {
 		tx.exec(`
 			update user_registrations set status = 'verified', verified_at = $2, mail_state = 'sent', username = $3,
-				first_name = $4, last_name = $5 where registration_id = $1`,
-			reg.ID, now, reg.Username, nullString(reg.FirstName), nullString(reg.LastName))
+				first_name = nullif($4, ''), last_name = nullif($5, '') where registration_id = $1`,
+			reg.ID, now, reg.Username, reg.FirstName, reg.LastName)
 		tx.exec(`
-			update users set is_verified = true, updated_at = $2, username = $3, first_name = $4, last_name = $5, phone = $6
-			where user_id = $1`, reg.UserID, now, reg.Username, nullString(reg.FirstName), nullString(reg.LastName),
-			nullString(reg.Phone))
+			update users set is_verified = true, updated_at = $2, username = $3, first_name = nullif($4, ''),
+				last_name = nullif($5, ''), phone = nullif($6, '') where user_id = $1`,
+			reg.UserID, now, reg.Username, reg.FirstName, reg.LastName, reg.Phone)
 		tx.audit(c, now, entry{Action: "registration.verified", Target: string(reg.ID), Network: reg.NetworkID,
 			Details: map[string]any{"user_id": reg.UserID}})
 		if differs {

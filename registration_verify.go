@@ -114,7 +114,7 @@ func (s *server) activate(ctx context.Context, c caller, t task, reg registratio
 	}
 	// Dying here (V3) leaves an account in Keycloak that is pending in PostgreSQL: a second
 	// click, a sign-in or the task finds it verified and concludes.
-	if reg, err = s.conclude(ctx, c, t, reg, ku); err != nil { // V4
+	if reg, err = s.markVerified(ctx, c, t, reg, ku); err != nil { // V4
 		return reg, err
 	}
 	return reg, nil
@@ -166,10 +166,10 @@ func (s *server) makeAccount(ctx context.Context, t task, reg registration, ku k
 	return s.kc.activate(ctx, ku, reg, password)
 }
 
-// conclude makes a registration verified in PostgreSQL, with the names that Keycloak has (V4). What
+// markVerified makes a registration verified in PostgreSQL, with the names that Keycloak has (V4). What
 // else differs is reconciled afterwards. If somebody has the username in PostgreSQL, though Keycloak
 // has accepted it, the full pass reports the conflict.
-func (s *server) conclude(ctx context.Context, c caller, t task, reg registration, ku keycloakUser) (
+func (s *server) markVerified(ctx context.Context, c caller, t task, reg registration, ku keycloakUser) (
 	registration, error) {
 	reg.Username = gocloak.PString(ku.Username)
 	reg.FirstName, reg.LastName = gocloak.PString(ku.FirstName), gocloak.PString(ku.LastName)

@@ -328,13 +328,6 @@ func (st *store) purge(ctx context.Context, now, answered time.Time) error {
 	return failed
 }
 
-func nullString(s string) *string {
-	if s == "" {
-		return nil
-	}
-	return &s
-}
-
 func nullTime(t time.Time) *time.Time {
 	if t.IsZero() {
 		return nil

@@ -349,13 +349,16 @@ func (s *server) syncStatus(ctx context.Context, c caller, in syncIn) (syncRun, 
 // errDiffer ends the program with status 3.
 var errDiffer = errors.New("the two stores differ")
 
-// syncCommand makes a full pass for an operator, in this process. One whose process has died is
-// begun anew.
-func (s *server) syncCommand(ctx context.Context, dryRun bool, operator string, out io.Writer) error {
+// syncCommand makes a full pass for an operator, in this process. A pass of the same kind that is running
+// without a lock is begun anew instead: its process has died.
+func (s *server) syncCommand(ctx context.Context, dryRun bool, actor string, out io.Writer) error {
 	t, err := s.store.lock(ctx, "job:sync", lockTime, s.now)
 	var run syncRun
 	if err == nil {
-		run, err = s.store.beginSync(ctx, caller{Actor: "cli:" + operator}, dryRun, s.now())
+		run, err = s.store.beginSync(ctx, caller{Actor: actor}, dryRun, s.now())
+		if errors.Is(err, errConflict) && run.Status == "running" && run.DryRun == dryRun {
+			err = nil
+		}
 	}
 	if errors.Is(err, errLocked) || errors.Is(err, errConflict) {
 		err = errors.New("a full pass is running already")

@@ -129,7 +129,6 @@ func (p *passEnv) commandKilled() {
 			<-ended
 			kills++
 			p.exec(`update tasks set locked_until = now() where locked_until is not null`) // its locks have ended
-			p.exec(`update sync_runs set status = 'failed', ended_at = now() where status = 'running'`)
 		}
 	}
 	p.command("jobs") // what was due

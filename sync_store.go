@@ -68,8 +68,8 @@ func (st *store) importUser(ctx context.Context, c caller, u user, reg registrat
 		tx.exec(`
 			insert into users (user_id, keycloak_id, email, username, first_name, last_name, is_verified, role, source,
 				is_active, deleted_at, created_at, updated_at)
-			values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $12)`,
-			u.ID, u.KeycloakID, u.Email, u.Username, nullString(u.FirstName), nullString(u.LastName), u.IsVerified,
+			values ($1, $2, $3, $4, nullif($5, ''), nullif($6, ''), $7, $8, $9, $10, $11, $12, $12)`,
+			u.ID, u.KeycloakID, u.Email, u.Username, u.FirstName, u.LastName, u.IsVerified,
 			u.Role, u.Source, u.IsActive, u.DeletedAt, now)
 		if reg.ID != "" {
 			tx.exec(`

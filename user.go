@@ -339,14 +339,14 @@ func (s *server) endManaged(ctx context.Context, c caller, id userID, session se
 
 // grantAdmin makes a user who has registered an administrator: the first one, or the
 // next after all have been lost. It is the act of whoever may run the program.
-func (s *server) grantAdmin(ctx context.Context, email, operator string, out io.Writer) error {
+func (s *server) grantAdmin(ctx context.Context, email, actor string, out io.Writer) error {
 	u, err := s.store.userByEmail(ctx, email)
 	if errors.Is(err, errNotFound) || err == nil && !u.IsVerified {
 		return fmt.Errorf("nobody with a confirmed account has the address %s", email)
 	} else if err != nil {
 		return err
 	}
-	u, err = s.changeUser(ctx, caller{Actor: "cli:" + operator}, u.ID, "user.grant_admin", func(u user) (user, error) {
+	u, err = s.changeUser(ctx, caller{Actor: actor}, u.ID, "user.grant_admin", func(u user) (user, error) {
 		u.Role = roleAdmin
 		return u, nil
 	})

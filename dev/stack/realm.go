@@ -3,7 +3,11 @@ package stack
 import (
 	"bytes"
 	"context"
+	"crypto/rand"
+	"crypto/rsa"
 	"crypto/sha256"
+	"crypto/x509"
+	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -16,6 +20,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"sync"
 	"time"
 )
 
@@ -24,12 +29,12 @@ var ErrRealmExists = errors.New("the realm exists already")
 
 // CreateRealm creates a realm from keycloak/realm.json. vars replace its
 // ${NAME} placeholders; REALM is the name. What a test creates is called
-// test-…: should the test be killed, the next start deletes it. users are
-// imported with it, thousands a second.
+// test-…: should the test be killed, the next start deletes it. users, of
+// tests only, are imported with it, thousands a second.
 func (s *Stack) CreateRealm(ctx context.Context, name string, vars map[string]string, users ...map[string]any) error {
 	realm, err := s.realmJSON(name, vars)
-	if err == nil && len(users) > 0 {
-		realm, err = withUsers(realm, users)
+	if err == nil && s.options.Test {
+		realm, err = forTests(realm, users)
 	}
 	if err != nil {
 		return err
@@ -109,8 +114,9 @@ func (s *Stack) realmJSON(name string, vars map[string]string) ([]byte, error) {
 	return realm, nil
 }
 
-// withUsers adds users to a realm.
-func withUsers(realm []byte, users []map[string]any) ([]byte, error) {
+// forTests adds users to a realm, and a signing key: that Keycloak makes two for each realm takes longer than the
+// rest of the import.
+func forTests(realm []byte, users []map[string]any) ([]byte, error) {
 	var document map[string]any
 	if err := json.Unmarshal(realm, &document); err != nil {
 		return nil, err
@@ -120,8 +126,18 @@ func withUsers(realm []byte, users []map[string]any) ([]byte, error) {
 		all = append(all, u)
 	}
 	document["users"] = all
+	document["privateKey"] = signingKey()
 	return json.Marshal(document)
 }
+
+// signingKey is the key that the realms of tests share.
+var signingKey = sync.OnceValue(func() string {
+	key, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		panic(err) // there is no randomness
+	}
+	return base64.StdEncoding.EncodeToString(x509.MarshalPKCS1PrivateKey(key))
+})
 
 // placeholder is ${NAME} or ${NAME:default}. Keycloak's own ${client_account}
 // and the like are in lower case and stay.
