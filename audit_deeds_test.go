@@ -38,6 +38,7 @@ type deed struct {
 // TestEveryDeedIsAudited: of each deed the audit log has exactly its entries, and the log has
 // each of them, too.
 func TestEveryDeedIsAudited(t *testing.T) {
+	t.Parallel()
 	d := &deeds{env: newEnv(t, map[string]string{"RESEND_LIMIT": "3", "CORS_ALLOWED_ORIGINS": app}), names: map[string]string{}, tokens: map[string]answer{}}
 	d.domain = gonanoid.MustGenerate("abcdefghijklmnopqrstuvwxyz", 8) + ".test"
 	d.noEvents() // what is changed in Keycloak here is found by who signs in

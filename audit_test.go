@@ -185,6 +185,7 @@ func (d *database) flood(refusals ...refusal) {
 
 // A flood of refusals does not become one of entries; how many are missing is known.
 func TestRefusalLimits(t *testing.T) {
+	t.Parallel()
 	const here, there, ada, bob = "192.0.2.1", "192.0.2.2", "USR-ada", "USR-bob"
 	everywhere := func(n int, target string) (list []refusal) {
 		for i := range 60 {
@@ -259,6 +260,7 @@ func TestGuessesAreAudited(t *testing.T) {
 
 // Many requests from one address that all fail, at two instances.
 func TestFloodOfLogins(t *testing.T) {
+	t.Parallel()
 	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0"})
 	v, _ := w.another(nil)
 	const n = 300
@@ -310,6 +312,7 @@ type auditReaders struct {
 
 // TestAuditEntries lists the audit log.
 func TestAuditEntries(t *testing.T) {
+	t.Parallel()
 	r := &auditReaders{env: newEnv(t, map[string]string{"JOB_INTERVAL": "0"}), root: newEmail()}
 	r.account(r.root)
 	if out, err := r.operate("grant-admin", r.root); err != nil {

@@ -91,6 +91,7 @@ func lasts(seconds any, want float64) bool {
 
 // What Keycloak and PostgreSQL may say about somebody who wants to sign in.
 func TestLoginRefused(t *testing.T) {
+	t.Parallel()
 	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0"}) // sync would reconcile what is changed in one store only
 	email, username, id := w.member()
 	user := func(change body) { w.keycloakAdmin("PUT", "/users/"+id, change, nil) }

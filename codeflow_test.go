@@ -149,6 +149,7 @@ func (w *env) live(id string) string {
 }
 
 func TestCodeFlow(t *testing.T) {
+	t.Parallel()
 	w := codeFlowEnv(t)
 	email, _, id := w.member()
 	p := w.person()
@@ -316,6 +317,7 @@ func (w *env) spoiledSignIns(email, stranger string) []spoiled {
 
 // The browser comes back in every way but the right one.
 func TestCodeFlowRefused(t *testing.T) {
+	t.Parallel()
 	w := codeFlowEnv(t)
 	email, username, id := w.member()
 	w.keycloakAdmin("POST", "/users", body{"username": "k" + username, "enabled": true, "email": "k" + email, "emailVerified": true,
@@ -380,6 +382,7 @@ func (w *env) userID(username string) string {
 // A server is away when the browser comes back. There is a way on, and it works once
 // the outage is over.
 func TestCodeFlowOutages(t *testing.T) {
+	t.Parallel()
 	w := codeFlowEnv(t)
 	email, _, id := w.member()
 	const title, sentence = "Temporarily unavailable", "The service can't do this right now. Nothing is lost; please try again in a moment."
@@ -432,6 +435,7 @@ func TestCodeFlowOutages(t *testing.T) {
 
 // The ID token is of this sign-in, or it counts for nothing.
 func TestIDToken(t *testing.T) {
+	t.Parallel()
 	w := codeFlowEnv(t)
 	email, _, _ := w.member()
 	cfg, err := loadConfig(func(name string) string { return w.vars[name] })
@@ -533,6 +537,7 @@ func TestReturnTo(t *testing.T) {
 // A person comes back where the longest return_to leads, where none was given, and
 // when its origin is no longer allowed.
 func TestReturned(t *testing.T) {
+	t.Parallel()
 	w := codeFlowEnv(t)
 	email, _, _ := w.member()
 	p := w.person()

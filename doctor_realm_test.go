@@ -311,6 +311,7 @@ func TestDoctorUserProfile(t *testing.T) {
 
 // Without an administrator, what the service account is shown is checked all the same.
 func TestDoctorAsTheServiceAccount(t *testing.T) {
+	t.Parallel()
 	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0s"})
 	for wrong, breaks := range map[string]func() func(){
 		"realm.defaultSignatureAlgorithm":                                         w.set("", "defaultSignatureAlgorithm", "RS512"),
@@ -325,6 +326,7 @@ func TestDoctorAsTheServiceAccount(t *testing.T) {
 
 // Each leaf of realm.json that is changed is either found or a matter of taste.
 func TestRealmLeaves(t *testing.T) {
+	t.Parallel()
 	cfg := config{PublicURL: "https://id.example", KeycloakRealm: "people",
 		AuthClientID: "front", BackendClientID: "back", BackendClientSecret: `s"cret`}
 	load := func() map[string]any {

@@ -81,6 +81,7 @@ func asAdmin(t testing.TB, user, password string) []string {
 }
 
 func TestDoctorHealthy(t *testing.T) {
+	t.Parallel()
 	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0s"})
 	admin := asAdmin(t, services.AdminUser, services.AdminPassword)
 	before := w.everything()
@@ -189,6 +190,7 @@ func TestDoctorFixesAStockRealm(t *testing.T) {
 
 // A -fix that fails on its way says so, and what it has done all the same; the next one does the rest.
 func TestDoctorFixInterrupted(t *testing.T) {
+	t.Parallel()
 	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0s"})
 	admin := asAdmin(t, services.AdminUser, services.AdminPassword)
 	const profile, realm = "realm.userProfile.attributes[locale]", "realm.verifyEmail" // written in this order
@@ -286,6 +288,7 @@ func TestDoctorFaults(t *testing.T) {
 
 // It is the service's clock that is moved here, which is the same to both servers.
 func TestDoctorClocks(t *testing.T) {
+	t.Parallel()
 	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0s"})
 	cfg, err := loadConfig(func(name string) string { return w.vars[name] })
 	if err != nil {
@@ -310,6 +313,7 @@ func TestDoctorClocks(t *testing.T) {
 
 // A Keycloak without the theme's files is one whose list of themes lacks it.
 func TestDoctorMissesTheTheme(t *testing.T) {
+	t.Parallel()
 	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0s"})
 	u, err := url.Parse(services.KeycloakURL)
 	if err != nil {
@@ -350,6 +354,7 @@ func TestDoctorArguments(t *testing.T) {
 
 // A role with the privileges that schema.sql grants to auth_service, and each of them taken away.
 func TestDoctorPrivileges(t *testing.T) {
+	t.Parallel()
 	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0s"})
 	role := w.db + "_role"
 	w.exec(`create role ` + role + ` login password 's3cret-role'`)

@@ -345,6 +345,7 @@ func (w *env) leftInvitations() {
 // TestMailRefused: an address that the mail server refuses for good is given up, and holds up
 // nobody. While the server refuses everybody, nothing is given up.
 func TestMailRefused(t *testing.T) {
+	t.Parallel()
 	w := newEnv(t, map[string]string{"JOB_INTERVAL": "50ms"})
 	email := newEmail()
 	w.mail.Refuse(email)

@@ -49,6 +49,7 @@ func (w *env) userOf(email string) string {
 // TestFleet has three instances behind a load balancer: they keep one set of limits, do
 // each task once, and never fall behind each other.
 func TestFleet(t *testing.T) {
+	t.Parallel()
 	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0"})
 	w.withoutSync() // which would reconcile what a task must
 	w.restarted(map[string]string{"JOB_INTERVAL": "50ms"}, func() {})
@@ -224,6 +225,7 @@ func (w *env) fleetLocked(admin answer) {
 
 // An instance of an older version beside a newer schema changes nothing, and works.
 func TestOlderInstance(t *testing.T) {
+	t.Parallel()
 	w := newEnv(t, nil)
 	w.exec(`update schema_version set version = version + 1; drop index users_by_time`)
 	v, _ := w.another(nil)
@@ -244,6 +246,7 @@ func TestOlderInstance(t *testing.T) {
 // TestFleetRevocations measures how long after its answer a change is known to all three,
 // also when they have just lost every connection to PostgreSQL. It fails beyond a second.
 func TestFleetRevocations(t *testing.T) {
+	t.Parallel()
 	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0"}) // no job finds the broken connections first
 	instances := w.fleet()
 	admin := w.signsIn(w.administrator())

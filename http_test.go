@@ -682,6 +682,7 @@ func TestRoutes(t *testing.T) {
 
 // TestSubcommands runs the subcommands as an operator does.
 func TestSubcommands(t *testing.T) {
+	t.Parallel()
 	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0"}) // jobs are run by the command alone
 	command := func(args ...string) (string, error) {
 		var out bytes.Buffer

@@ -135,8 +135,8 @@ func (ku keycloakUser) hasClaims(u user) bool {
 	return true
 }
 
-// push gives Keycloak's user the role and scope of ours, and what edit changes, in one call, and
-// disables it if ours is deleted. It writes nothing where nothing differs, as somebody may be changing
+// push gives Keycloak's user the role and scope of ours, disables it if ours is deleted, and then does
+// what edit says, in one call. It writes nothing where nothing differs, as somebody may be changing
 // the user there. ku is the user as Keycloak had it a moment ago. Errors as of createUser.
 func (k *keycloak) push(ctx context.Context, ku keycloakUser, u user, edit func(*keycloakUser)) error {
 	disable := ku.enabled() && !u.IsActive
@@ -145,11 +145,11 @@ func (k *keycloak) push(ctx context.Context, ku keycloakUser, u user, edit func(
 	}
 	ku = ku.withoutState()
 	maps.Copy(*ku.Attributes, attributesOf(u))
-	if edit != nil {
-		edit(&ku)
-	}
 	if disable {
 		ku.Enabled = gocloak.BoolP(false)
+	}
+	if edit != nil {
+		edit(&ku)
 	}
 	return k.update(ctx, "push_user", ku)
 }

@@ -42,6 +42,7 @@ func tally(answers []answer) map[string]int {
 
 // TestParallel has three instances that share one env.
 func TestParallel(t *testing.T) {
+	t.Parallel()
 	w := newEnv(t, map[string]string{"RESEND_COOLDOWN": "1ms", "RESEND_LIMIT": "100"})
 	first := w.url
 	var instances []string
@@ -106,6 +107,7 @@ func (w *env) manyRefreshes(instances []string) {
 // TestForty registers one address forty times at once, over three instances: it is one
 // registration, with one mail, whose link works.
 func TestForty(t *testing.T) {
+	t.Parallel()
 	w := newEnv(t, nil)
 	first := w.url
 	var instances []string

@@ -567,6 +567,7 @@ func (w *env) doTasks(session, email string) {
 const pageBlocks = 51
 
 func TestPlans(t *testing.T) {
+	t.Parallel()
 	const few, many = 1000, 50_000
 	w, instances := statementPlan(t)
 	w.seed(1, few)

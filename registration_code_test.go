@@ -14,6 +14,7 @@ func (w *env) usesUp(l rateLimit) {
 // While the mail can't be delivered a registration can't be guessed at: the attempts start
 // anew only with a code that was really mailed (S13).
 func TestCodesWithoutMail(t *testing.T) {
+	t.Parallel()
 	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0"})
 	email := newEmail()
 	id := w.register(email).text("registration_id")
@@ -108,6 +109,7 @@ func TestWrongCodesOfAClient(t *testing.T) {
 // What has ended goes: personal data at once, the row after 30 days, unless Keycloak has
 // something of it still (D15).
 func TestEndedRegistrationsGo(t *testing.T) {
+	t.Parallel()
 	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0"})
 	jobs := func() {
 		t.Helper()

@@ -91,6 +91,7 @@ func TestMailOfRegistration(t *testing.T) {
 
 // TestMailEscapes puts markup where a mail prints what it is given.
 func TestMailEscapes(t *testing.T) {
+	t.Parallel()
 	w := newEnv(t, nil)
 	const hostile = `<b>"&'</b>`
 	user := map[string]any{"username": "eve", "email": "eve@example.test", "firstName": "Eve", "enabled": true,

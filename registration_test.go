@@ -340,6 +340,7 @@ func TestRegisterRefused(t *testing.T) {
 }
 
 func TestDuplicates(t *testing.T) {
+	t.Parallel()
 	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0"}) // sync would not leave one store with a user of its own
 	names := map[string]string{}
 	for _, where := range []string{"both", "keycloak", "postgresql"} {

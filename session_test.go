@@ -206,6 +206,7 @@ func (w *env) reuses() (n int) {
 }
 
 func TestRefreshRefused(t *testing.T) {
+	t.Parallel()
 	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0"}) // sync would reconcile what is changed in one store only
 	email, first := w.signedIn()
 	token := first.text("refresh_token")
@@ -447,6 +448,7 @@ func TestRefreshOvertaken(t *testing.T) {
 
 // Who shows a token that is being exchanged waits a moment for that answer, and no longer.
 func TestRefreshWaits(t *testing.T) {
+	t.Parallel()
 	w := newEnv(t, nil)
 	v, _ := w.another(nil)
 	_, first := w.signedIn()
@@ -501,6 +503,7 @@ func TestSessionsPages(t *testing.T) {
 }
 
 func TestEndedInKeycloak(t *testing.T) {
+	t.Parallel()
 	w := newEnv(t, map[string]string{"JOB_INTERVAL": "200ms"})
 	w.noEvents() // what ends a session here is that Keycloak has it no more
 	admin := w.admin()
@@ -591,6 +594,7 @@ func TestEndedInKeycloak(t *testing.T) {
 // Nobody asks Keycloak for a session until it is listed or refreshed, however many there are:
 // a list costs one call, and so does the end of all.
 func TestSessionsCostCalls(t *testing.T) {
+	t.Parallel()
 	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0"})
 	email := newEmail()
 	w.account(email)
@@ -629,6 +633,7 @@ func TestSessionsCostCalls(t *testing.T) {
 
 // Sessions that have ended or expired go after 30 days, with their tokens. Live ones stay.
 func TestOldSessionsGo(t *testing.T) {
+	t.Parallel()
 	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0"})
 	email := newEmail()
 	w.account(email)

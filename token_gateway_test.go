@@ -24,6 +24,7 @@ import (
 // A real nginx with the example's configuration, between clients, an application and
 // the service.
 func TestNginx(t *testing.T) {
+	t.Parallel()
 	w := newEnv(t, nil)
 	nobody, user, operator, admin := visitor{}, w.visitor("user", noScope), w.visitor("operator", "NET-1"), w.visitor("admin", noScope)
 	u, a := strings.Split(user.token, "."), strings.Split(admin.token, ".")

@@ -123,6 +123,7 @@ func (w *env) revocationCauses(admin answer) []revocationCause {
 
 // Whatever makes a token untrue or ends its session revokes it, and nothing else.
 func TestRevocations(t *testing.T) {
+	t.Parallel()
 	w := newEnv(t, map[string]string{"JOB_INTERVAL": "200ms"})
 	_, bystander := w.signedIn()
 	admin := w.signsIn(w.administrator())
@@ -310,6 +311,7 @@ func TestRevocationsForgotten(t *testing.T) {
 
 // A token with a user's new role is good at once, also if this instance knows only an earlier change.
 func TestRevocationNewer(t *testing.T) {
+	t.Parallel()
 	w := newEnv(t, nil)
 	admin := w.admin()
 	path := usersPath + "/" + string(admin.invited("user", "", "").ID)
@@ -372,6 +374,7 @@ func TestRevocationsRead(t *testing.T) {
 // Whoever may only connect to the database forges and hides nothing: who sends what to whom
 // on a channel of PostgreSQL does not matter.
 func TestRevocationsForged(t *testing.T) {
+	t.Parallel()
 	w := newEnv(t, nil)
 	role := "test_stranger_" + gonanoid.MustGenerate("abcdefghijklmnopqrstuvwxyz", 10)
 	w.exec(`create role ` + role + ` login password 'stranger'`)
@@ -439,6 +442,7 @@ func (w *env) revocationsRead() {
 // While PostgreSQL is away an instance keeps what it knows, and it learns the rest as soon as
 // PostgreSQL is back.
 func TestRevocationOutages(t *testing.T) {
+	t.Parallel()
 	w := newEnv(t, nil)
 	// Nothing happens to the instance that makes the changes.
 	safe, _ := w.another(map[string]string{"DATABASE_URL": strings.Replace(w.vars["DATABASE_URL"], w.pg.addr, w.pg.target, 1)})
@@ -503,6 +507,7 @@ func TestRevocationOutages(t *testing.T) {
 
 // An instance that starts lets nobody pass before it knows what was revoked.
 func TestRevocationsAtStart(t *testing.T) {
+	t.Parallel()
 	w := newEnv(t, nil)
 	admin := w.signsIn(w.administrator())
 	_, out := w.signedIn()
@@ -585,6 +590,7 @@ func TestRevocationsAtStart(t *testing.T) {
 // A change that does not reach Keycloak renews what is revoked by the row as it is then,
 // not as it was when the change began.
 func TestRevocationOvertaken(t *testing.T) {
+	t.Parallel()
 	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0"})
 	admin, email := w.signsIn(w.administrator()), newEmail()
 	w.account(email)

@@ -651,6 +651,7 @@ func (w *env) decidesForEnvoy(p gatewayUser) {
 // TestValidate has the decision table of what a gateway may demand. It holds without
 // PostgreSQL and Keycloak, too, and asks neither while they are there.
 func TestValidate(t *testing.T) {
+	t.Parallel()
 	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0"}) // what follows is Keycloak's alone
 	people := w.gatewayUsers()
 	decideAll := func() {

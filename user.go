@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -159,7 +160,7 @@ func (s *server) patchUser(ctx context.Context, c caller, in patchUserIn) (user,
 		return s.changeUser(ctx, c, before.ID, "user.update", change)
 	}
 	return s.changeKeycloakFirst(ctx, c, before, "user.update", func(ku *keycloakUser) {
-		ku.FirstName, ku.LastName = &after.FirstName, &after.LastName
+		ku.FirstName, ku.LastName = cmp.Or(in.FirstName, ku.FirstName), cmp.Or(in.LastName, ku.LastName)
 	}, change)
 }
 
@@ -232,9 +233,13 @@ func (s *server) changeKeycloakFirst(ctx context.Context, c caller, u user, acti
 	if err != nil {
 		return u, err
 	}
-	ku, err := s.kc.user(ctx, u.KeycloakID)
+	var ku keycloakUser
+	now, err := s.store.user(ctx, u.ID) // another may have changed it before we had the lock
 	if err == nil {
-		err = registerError(s.kc.push(ctx, ku, u, edit))
+		ku, err = s.kc.user(ctx, u.KeycloakID)
+	}
+	if err == nil {
+		err = registerError(s.kc.push(ctx, ku, now, edit))
 	}
 	if err != nil {
 		s.release(ctx, t, never, err)

@@ -70,6 +70,7 @@ func TestGrantAdmin(t *testing.T) {
 // Of two administrators who demote or delete each other at the same moment exactly one
 // stays, whichever instance each asks.
 func TestLastAdmin(t *testing.T) {
+	t.Parallel()
 	w := newEnv(t, nil)
 	v, _ := w.another(nil)
 	staying, other := w.admin(), w.admin()

@@ -107,6 +107,7 @@ func TestInvitationIsSpent(t *testing.T) {
 // A stranger who knows the address of somebody invited has no second mail sent at once. Who is
 // invited again hears of it at once, in the language of the second invitation.
 func TestInvitationCooldown(t *testing.T) {
+	t.Parallel()
 	w := newEnv(t, nil)
 	admin := w.admin()
 	email := newEmail()
@@ -147,6 +148,7 @@ func TestInvitationExpired(t *testing.T) {
 // Without a mail server the invitation waits and goes out once. While Keycloak is away nobody
 // is invited, and nothing stays of it.
 func TestInvitationQueued(t *testing.T) {
+	t.Parallel()
 	w := newEnv(t, nil)
 	w.another(nil) // the workers of two instances
 	admin := w.admin()

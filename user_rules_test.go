@@ -112,6 +112,7 @@ func TestMay(t *testing.T) {
 // TestDecisions walks through the table over HTTP: real people of every role, towards
 // users of every role in every scope. Each refusal is audited.
 func TestDecisions(t *testing.T) {
+	t.Parallel()
 	table := readDecisions(t)
 	w := newEnv(t, nil)
 	admin := w.admin()

@@ -179,6 +179,7 @@ func TestChangeOfRole(t *testing.T) {
 // Whoever is deleted is out at once, and can come back.
 // Who is deleted while confirming is deleted.
 func TestDeletedWhileConfirming(t *testing.T) {
+	t.Parallel()
 	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0"})
 	admin := w.admin()
 	email := newEmail()
@@ -507,6 +508,7 @@ func TestUserList(t *testing.T) {
 
 // Whoever is deleted comes back only while nobody else has the address.
 func TestRestoreTaken(t *testing.T) {
+	t.Parallel()
 	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0"}) // sync would reconcile what is changed in one store only
 	admin := w.admin()
 	gone := admin.admits(body{"username": "gone-" + gonanoid.MustGenerate("abcdef", 8)})
@@ -525,6 +527,41 @@ func TestRestoreTaken(t *testing.T) {
 	w.wants(admin.asks("DELETE", usersPath+"/"+string(other.ID), nil), 204, "")
 	w.wants(admin.asks("POST", path+"/restore", nil), 200, "")
 	w.wants(admin.asks("POST", usersPath+"/"+string(other.ID)+"/restore", nil), 409, "user-exists")
+}
+
+// Two names are changed at the same moment: the later call does not undo the earlier one in Keycloak.
+func TestNamesAtOnce(t *testing.T) {
+	w := sharedEnv(t)
+	admin := w.admin()
+	u := admin.invited("user", "", "")
+	rename := func(in body) <-chan answer {
+		answered := make(chan answer, 1)
+		r := authorized(admin.signIn.text("access_token"), "PATCH", usersPath+"/"+string(u.ID))
+		r.json = in
+		go func() {
+			a, _ := w.send(w.url, r)
+			answered <- a
+		}()
+		return answered
+	}
+	there, release := w.kc.holdAt("^push_user ", false)
+	first := rename(body{"last_name": "Hopper"})
+	<-there
+	second := rename(body{"first_name": "Grace"})
+	w.eventually("the second one waits for the first", 10*time.Second, func() bool {
+		return w.value(`select count(*)::text from pg_stat_activity where query like '%insert into tasks%'
+			and datname = current_database() and state_change > now() - interval '100 ms'`) != "0"
+	})
+	release()
+	w.wants(<-first, 200, "")
+	w.wants(<-second, 200, "")
+	a := admin.asks("GET", usersPath+"/"+string(u.ID), nil)
+	var ku body
+	w.keycloakAdmin("GET", "/users/"+u.KeycloakID, nil, &ku)
+	if got := shown(a); got.FirstName+" "+got.LastName != "Grace Hopper" ||
+		ku["firstName"] != "Grace" || ku["lastName"] != "Hopper" {
+		t.Errorf("in PostgreSQL %s %s, in Keycloak %v %v", got.FirstName, got.LastName, ku["firstName"], ku["lastName"])
+	}
 }
 
 // Whoever changes a user at the same time: Keycloak ends up with the last of it, and
@@ -568,7 +605,10 @@ func TestChangesAtOnce(t *testing.T) {
 	for i := range 24 {
 		calls = append(calls, change([]body{{"role": roles[i%3]}, {"network_id": fmt.Sprint("N", i%4)}, {"station_id": fmt.Sprint("S", i%5)}, {"first_name": string(rune('A' + i))}}[i%4]))
 	}
-	for _, a := range w.at([]string{w.url, v.url}, calls...) {
+	for i, a := range w.at([]string{w.url, v.url}, calls...) {
+		for a.Status == 503 { // it has waited a second for the others
+			a = w.do(calls[i])
+		}
 		w.wants(a, 200, "")
 	}
 	w.check()
