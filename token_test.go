@@ -465,10 +465,10 @@ func TestKeyRotation(t *testing.T) {
 		w.wants(w.do(bearing(validatePath, old)), 200, "")
 		return ctx.Err() != nil || !slices.ContainsFunc([]int{0, 1, 2, 3}, func(i int) bool { return latest[i].Load() != kid })
 	})
-	var keys []struct{ ID, ProviderID string }
+	var keys []struct{ ID, Name, ProviderID string }
 	w.keycloakAdmin("GET", "/components?type=org.keycloak.keys.KeyProvider", nil, &keys)
 	for _, key := range keys {
-		if key.ProviderID == "rsa-generated" {
+		if key.ProviderID == "rsa" && !strings.HasPrefix(key.Name, "test ") {
 			w.keycloakAdmin("DELETE", "/components/"+key.ID, nil, nil)
 		}
 	}
