@@ -291,17 +291,28 @@ func (k *keycloak) redeem(ctx context.Context, code, verifier string) (*oauth2.T
 	})
 }
 
-// sessions returns the ids of the live sessions of a user; none if the user is gone.
-func (k *keycloak) sessions(ctx context.Context, user string) (ids []string, err error) {
-	var live []gocloak.UserSessionRepresentation
-	_, err = k.api(ctx, "user_sessions", "GET", "users/"+user+"/sessions", nil, nil, &live)
+// keycloakSession is a session of Keycloak, whoever has begun it.
+type keycloakSession struct {
+	ID      string    `json:"id"`
+	Key     sessionID `json:"key"` // the id that a row of it gets
+	Address string    `json:"address"`
+	Started time.Time `json:"started"`
+	Used    time.Time `json:"used"`
+}
+
+// sessions returns the live sessions of a user; none if the user is gone.
+func (k *keycloak) sessions(ctx context.Context, user string) (live []keycloakSession, err error) {
+	var list []gocloak.UserSessionRepresentation
+	_, err = k.api(ctx, "user_sessions", "GET", "users/"+user+"/sessions", nil, nil, &list)
 	if errors.Is(err, errNotFound) {
 		return nil, nil
 	}
-	for _, session := range live {
-		ids = append(ids, gocloak.PString(session.ID))
+	for _, l := range list {
+		id := gocloak.PString(l.ID)
+		live = append(live, keycloakSession{id, sessionID("SES-" + digest(id)[:16]), gocloak.PString(l.IPAddress),
+			time.UnixMilli(gocloak.PInt64(l.Start)), time.UnixMilli(gocloak.PInt64(l.LastAccess))})
 	}
-	return ids, err
+	return live, err
 }
 
 // endSession ends a session in Keycloak.

@@ -80,6 +80,9 @@ func (e keycloakEvent) changesUser() bool {
 	return e.UserID != "" && (e.Type == "" || slices.Contains(profileEvents, e.Type))
 }
 
+// credentialChange is the audit action of a password, one-time code or passkey that is new or gone.
+const credentialChange = "credential.change"
+
 // audited returns the audit entry of an event, and who has done it; false: it is not worth one.
 // user is the user's id in PostgreSQL, "" if it has none. ours says that this service has made
 // the session, and has audited it. So it has if it was refused a password grant.
@@ -97,10 +100,10 @@ func (e keycloakEvent) audited(user string, ours bool) (caller, entry, bool) {
 		c.Actor, a.Outcome, a.Reason = anonymous, "refused", problemInvalidCredentials.slug()
 		return c, a, e.Details.Grant != "password"
 	case "":
-		c.Actor, a.Action = "keycloak:admin", "credential.change"
+		c.Actor, a.Action = "keycloak:admin", credentialChange
 		return c, a, strings.HasSuffix(e.Resource, "/reset-password") || strings.Contains(e.Resource, "/credentials")
 	}
-	a.Action = "credential.change"
+	a.Action = credentialChange
 	return c, a, !slices.Contains(profileEvents, e.Type)
 }
 

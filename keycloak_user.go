@@ -323,6 +323,7 @@ func (k *keycloak) deleteUser(ctx context.Context, id string) error {
 var (
 	verifyEmail    []string
 	choosePassword = []string{"UPDATE_PASSWORD"}
+	securityNotice = []string{} // nothing: the mail tells that something was changed
 )
 
 // sendMail makes Keycloak mail an enabled user. Keycloak hands the mail to its SMTP server
@@ -333,7 +334,7 @@ func (k *keycloak) sendMail(ctx context.Context, id, language string, lifespan t
 			SetHeader("Accept-Language", language).
 			SetQueryParam("lifespan", strconv.Itoa(int(lifespan.Seconds())))
 		path := "send-verify-email"
-		if len(actions) > 0 {
+		if actions != nil {
 			path = "execute-actions-email"
 			req.SetBody(actions).
 				SetQueryParam("client_id", k.cfg.AuthClientID).

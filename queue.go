@@ -18,6 +18,8 @@ import (
 //	REG-…      resume a registration
 //	SES-…      end a session in Keycloak
 //	kc:<id>    reconcile the user with that id in Keycloak
+//	out:<id>   end its sessions in Keycloak that were begun before its not-before
+//	notice:<id>    mail it that a credential or its address was changed
 //	job:…      recurring: events, sync, sweep
 //
 // Whoever changes something enqueues the task in the transaction of the change. A worker

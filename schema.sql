@@ -37,6 +37,7 @@ create table if not exists users (
     updated_at    timestamptz not null default now(),
     created_by    varchar(32),                         -- user id of an administrator; null = themselves
     updated_by    varchar(32),
+    not_before    timestamptz,                         -- sessions that were begun before count no more
     constraint valid_role check (role in ('user', 'admin', 'partner', 'operator')),
     constraint valid_source check (source in ('web', 'internal')),
     constraint check_deleted check (
@@ -116,6 +117,7 @@ create table if not exists sessions (
     created_at          timestamptz not null,
     last_used_at        timestamptz not null,          -- sign-in or latest refresh
     expires_at          timestamptz not null,          -- when Keycloak lets the refresh token die
+    origin              varchar(10) not null default 'service', -- keycloak: begun there, and found when sessions were listed
     ended_at            timestamptz,
     ended_reason        varchar(40)
 );
@@ -135,7 +137,8 @@ create index if not exists refresh_tokens_by_session on refresh_tokens (session_
 create index if not exists refresh_tokens_answered on refresh_tokens (used_at) where answer is not null;
 
 -- Access tokens that count no more although they have not expired: of a session that has
--- ended, or of a user whose role or scope is another now. Kept for as long as a token
+-- ended, of a user whose role or scope is another now, or issued before the user's sessions
+-- were ended. Kept for as long as a token
 -- may live.
 create table if not exists revocations (
     revocation_id       bigint generated always as identity primary key,
@@ -145,7 +148,8 @@ create table if not exists revocations (
     role                varchar(50) not null,          -- what is true of the user now
     network_id          varchar(32) not null,
     station_id          varchar(32) not null,
-    is_active           boolean not null
+    is_active           boolean not null,
+    not_before          timestamptz                    -- not null: only tokens of the user that were issued before
 );
 create index if not exists revocations_by_time on revocations (at);
 
@@ -203,7 +207,7 @@ end $$;
 
 -- Work that one instance at a time must do, now, later or again: see queue.go.
 create table if not exists tasks (
-    task_id      text primary key,                     -- what it is about: REG-…, SES-…, kc:…, job:…
+    task_id      text primary key,                     -- what it is about, see queue.go
     due_at       timestamptz not null,                 -- when it must be done
     attempts     integer not null default 0,           -- that have failed since it was last done
     revision     integer not null default 0,           -- grows with each enqueue: work that was asked for meanwhile; 0: only a lock

@@ -1,11 +1,13 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"net/http"
 	"slices"
+	"strings"
 	"time"
 
 	"golang.org/x/oauth2"
@@ -19,16 +21,17 @@ const (
 
 // session is a sign-in, see schema.sql.
 type session struct {
-	ID         sessionID `json:"session_id" example:"SES-V1StGXR8_Z5jdHi6"`
-	Current    bool      `json:"current" db:"-" description:"The session of the access token that asks."`
-	KeycloakID string    `json:"-"` // claim sid
-	UserID     userID    `json:"-"`
-	Address    string    `json:"ip_address" example:"192.0.2.7" description:"Of the sign-in."`
-	UserAgent  string    `json:"user_agent" description:"Of the sign-in."`
-	CreatedAt  time.Time `json:"created_at"`
-	LastUsedAt time.Time `json:"last_used_at" description:"The sign-in or the latest refresh."`
-	ExpiresAt  time.Time `json:"expires_at" description:"When it ends unless it is used."`
-	Ended      bool      `json:"-"`
+	ID         sessionID  `json:"session_id" example:"SES-V1StGXR8_Z5jdHi6"`
+	Current    bool       `json:"current" db:"-" description:"The session of the access token that asks."`
+	KeycloakID string     `json:"-"` // claim sid
+	UserID     userID     `json:"-"`
+	Address    string     `json:"ip_address" example:"192.0.2.7" description:"Of the sign-in."`
+	UserAgent  string     `json:"user_agent" description:"Of the sign-in."`
+	CreatedAt  time.Time  `json:"created_at"`
+	LastUsedAt time.Time  `json:"last_used_at" description:"The sign-in or the latest refresh."`
+	ExpiresAt  *time.Time `json:"expires_at" nullable:"true" description:"When it ends unless it is used; null: Keycloak alone knows."`
+	Ended      bool       `json:"-"`
+	Origin     string     `json:"origin" enum:"service,keycloak" description:"keycloak: begun on Keycloak's own pages, or by its token endpoint."`
 }
 
 // tokenResponse is a token response (RFC 6749 §5.1) with what the service adds to it.
@@ -124,7 +127,7 @@ func (s *server) exchange(ctx context.Context, c caller, token string) (out toke
 		}
 		return out, err
 	}
-	err = s.endSession(ctx, c, known.user, known.Session, problemTokenReused.slug())
+	err = s.endSessions(ctx, c, known.user, known.Session, problemTokenReused.slug())
 	if err == nil {
 		s.metrics.reuse.Inc()
 	} else if !errors.Is(err, problemNotFound) {
@@ -157,7 +160,7 @@ func (s *server) rotate(
 	}
 	if errors.Is(err, errInvalidGrant) { // ended by idleness, its maximum or an administrator
 		s.log.InfoContext(ctx, "session: ended in Keycloak", "session", known.Session, "error", err)
-		err = s.endSession(ctx, c, known.user, known.Session, "keycloak")
+		err = s.endSessions(ctx, c, known.user, known.Session, "keycloak")
 		if err == nil || errors.Is(err, problemNotFound) {
 			err = problemInvalidRefreshToken.withTarget(string(known.user.ID))
 		}
@@ -176,35 +179,107 @@ func (s *server) rotate(
 	return answer, err
 }
 
-// endSession ends one session of a user, or all (id ""), in both stores: S1 ours, S2 Keycloak's. While Keycloak is
-// away the end stands, and the task ends it there later. problemNotFound: the user has no such session.
-func (s *server) endSession(ctx context.Context, c caller, u user, id sessionID, reason string) error {
-	ended, err := s.store.endSessions(ctx, c, u.ID, id, reason, s.now()) // S1
-	switch {
-	case err != nil:
+// endSessions ends one session of a user, or all (id ""), in both stores: S1 ours, S2 Keycloak's. All means those
+// that were begun at Keycloak, too, and every access token that was issued before. While Keycloak is away the end
+// stands, and the task ends them there later. problemNotFound: the user has no such session.
+func (s *server) endSessions(ctx context.Context, c caller, u user, id sessionID, reason string) error {
+	if id == "" {
+		err := s.store.endAllSessions(ctx, c, u.ID, reason, s.now()) // S1
+		if errors.Is(err, errNotFound) {
+			return problemInvalidAccessToken // the token's account is gone
+		}
+		if err == nil {
+			s.signOut(ctx, u)
+		}
 		return err // perhaps it was committed and only the answer is lost: then the task does S2
-	case id != "" && len(ended) == 0:
-		return problemNotFound
 	}
-	// Dying here (S1) leaves sessions in Keycloak: their tasks end them.
-	s.endInKeycloak(ctx, u.KeycloakID, id, ended)
-	return nil
+	ended, err := s.store.endSession(ctx, c, u.ID, id, reason, s.now()) // S1
+	if errors.Is(err, errNotFound) {
+		return problemNotFound
+	} else if err != nil {
+		return err
+	}
+	// Dying here (S1) leaves a session in Keycloak: its task ends it.
+	if err := s.kc.endSession(ctx, ended.KeycloakID); err != nil { // S2
+		s.log.WarnContext(ctx, "session: end in Keycloak failed, will retry", "session", id, "error", err)
+		return nil
+	}
+	return s.store.dequeue(ctx, string(id))
 }
 
-// endInKeycloak ends one session in Keycloak, or all of a user (id ""), in one call (S2).
-func (s *server) endInKeycloak(ctx context.Context, keycloakID string, id sessionID, ended []session) {
-	var err error
-	if id == "" {
-		err = s.kc.logOut(ctx, keycloakID)
-	} else {
-		err = s.kc.endSession(ctx, ended[0].KeycloakID)
-	}
-	if err == nil && len(ended) > 0 {
-		err = s.store.dequeue(ctx, sessionIDs(ended)...)
+// signOutTask is the task that ends the sessions of the user with an id in Keycloak.
+func signOutTask(keycloakID string) string { return "out:" + keycloakID }
+
+// signOut ends all sessions of a user in Keycloak (S2), after they have ended in PostgreSQL. Dying before that (S1)
+// leaves the task.
+func (s *server) signOut(ctx context.Context, u user) {
+	t, err := s.store.lock(ctx, signOutTask(u.KeycloakID), lockTime, s.now)
+	if err == nil {
+		err = s.endBefore(ctx, u, latest.At)
+		s.release(ctx, t, never, err)
 	}
 	if err != nil {
-		s.log.WarnContext(ctx, "session: end in Keycloak failed, will retry", "keycloak_id", keycloakID, "error", err)
+		s.log.WarnContext(ctx, "session: end in Keycloak failed, will retry", "user", u.ID, "error", err)
 	}
+}
+
+// endBefore ends the sessions of a user in Keycloak that were begun before a time of its clock, and what PostgreSQL
+// has of them: their access tokens first.
+func (s *server) endBefore(ctx context.Context, u user, before time.Time) error {
+	live, err := s.kc.sessions(ctx, u.KeycloakID)
+	var old []string
+	for _, session := range live {
+		if session.Started.Before(before) {
+			old = append(old, session.ID)
+		}
+	}
+	if err == nil && len(old) > 0 {
+		err = s.store.endKeycloakSessions(ctx, system("sessions"), u.ID, "signed out", s.now(), old)
+	}
+	switch {
+	case err != nil || len(old) == 0:
+		return err
+	case len(old) == len(live):
+		return s.kc.logOut(ctx, u.KeycloakID) // one call
+	}
+	for _, id := range old {
+		err = cmp.Or(err, s.kc.endSession(ctx, id))
+	}
+	return err
+}
+
+// signOutLater ends in both stores what a user has begun before its not-before.
+func (s *server) signOutLater(ctx context.Context, t task) (time.Time, error) {
+	u, before, err := s.store.notBefore(ctx, strings.TrimPrefix(t.ID, "out:"))
+	if err == nil {
+		err = s.endBefore(ctx, u, before)
+	}
+	if errors.Is(err, errNotFound) {
+		err = nil
+	}
+	return never, err
+}
+
+// noticeTask is the task that mails a user that its way to sign in was changed.
+func noticeTask(keycloakID string) string { return "notice:" + keycloakID }
+
+// noticeTries is how often a mail is tried that says that something was changed: about half an hour.
+const noticeTries = 8
+
+// notify mails a user that a credential or its address was changed, in Keycloak's mail, which asks for nothing.
+func (s *server) notify(ctx context.Context, t task) (time.Time, error) {
+	ku, err := s.kc.user(ctx, strings.TrimPrefix(t.ID, "notice:"))
+	if errors.Is(err, errNotFound) || err == nil && (!ku.enabled() || !ku.verified()) {
+		return never, nil
+	}
+	if err == nil {
+		err = s.kc.sendMail(ctx, ku.id(), ku.attribute(attrLocale), resetLifespan, securityNotice)
+	}
+	if errors.Is(err, errMailNotSent) && t.Attempts >= noticeTries {
+		s.log.WarnContext(ctx, "session: security notice not mailed, given up", "keycloak_id", ku.id())
+		return never, nil
+	}
+	return never, err
 }
 
 // endSessionTask ends a session in Keycloak that has ended in PostgreSQL (S2).
@@ -228,7 +303,7 @@ func (s *server) logout(ctx context.Context, c caller, in refreshIn) (noContent,
 	known, err := s.store.refreshToken(ctx, digest(in.RefreshToken))
 	if err == nil {
 		c.Actor = string(known.user.ID)
-		err = s.endSession(ctx, c, known.user, known.Session, "logout")
+		err = s.endSessions(ctx, c, known.user, known.Session, "logout")
 	}
 	if errors.Is(err, errNotFound) || errors.Is(err, problemNotFound) {
 		err = nil
@@ -244,10 +319,10 @@ func (s *server) ownSessions(ctx context.Context, c caller, in pageIn) (listOut[
 	return s.sessionsOf(ctx, c, c.account(), in)
 }
 
-// sessionsOf lists the live sessions of a user. Those that Keycloak has ended end in PostgreSQL first. While
-// Keycloak is away the list is what PostgreSQL knows.
+// sessionsOf lists the live sessions of a user, also those that were begun at Keycloak. Those that Keycloak has ended
+// end in PostgreSQL first. While Keycloak is away the list is what PostgreSQL knows.
 func (s *server) sessionsOf(ctx context.Context, c caller, u user, in pageIn) (listOut[session], error) {
-	if err := s.endGoneSessions(ctx, u); err != nil {
+	if err := s.compareSessions(ctx, u); err != nil {
 		s.log.WarnContext(ctx, "session: not compared with Keycloak", "user", u.ID, "error", err)
 	}
 	return pageOf(in, func(before cursor) ([]session, error) {
@@ -258,18 +333,29 @@ func (s *server) sessionsOf(ctx context.Context, c caller, u user, in pageIn) (l
 	})
 }
 
-// endGoneSessions ends the sessions of a user in PostgreSQL that Keycloak has ended. Keycloak is asked last: a session
-// has its row after Keycloak has begun it.
-func (s *server) endGoneSessions(ctx context.Context, u user) error {
+// compareSessions ends the sessions of a user in PostgreSQL that Keycloak has ended, and adds those that were begun
+// there. Keycloak is asked last: a session has its row after Keycloak has begun it.
+func (s *server) compareSessions(ctx context.Context, u user) error {
 	rows, err := s.store.sessions(ctx, u.ID, latest, 1000, s.now())
-	if err != nil || len(rows) == 0 {
+	if err != nil {
 		return err
 	}
 	live, err := s.kc.sessions(ctx, u.KeycloakID)
+	if err != nil {
+		return err
+	}
+	var gone []string
 	for _, row := range rows {
-		if err == nil && !slices.Contains(live, row.KeycloakID) {
-			_, err = s.store.endSessions(ctx, system("sessions"), u.ID, row.ID, "keycloak", s.now())
+		if !slices.ContainsFunc(live, func(l keycloakSession) bool { return l.ID == row.KeycloakID }) {
+			gone = append(gone, row.KeycloakID)
 		}
+	}
+	if len(gone) > 0 {
+		err = s.store.endKeycloakSessions(ctx, system("sessions"), u.ID, "keycloak", s.now(), gone)
+	}
+	ours := func(l keycloakSession) bool { return l.Started.After(s.now().Add(-eventsSettle)) } // it may be about to get its row
+	if live = slices.DeleteFunc(live, ours); err == nil && len(live) > 0 {
+		err = s.store.addKeycloakSessions(ctx, u.ID, live)
 	}
 	return err
 }
@@ -280,10 +366,10 @@ type sessionIn struct {
 
 // endOwnSession signs the caller out somewhere. Another's session is not found.
 func (s *server) endOwnSession(ctx context.Context, c caller, in sessionIn) (noContent, error) {
-	return noContent{}, s.endSession(ctx, c, c.account(), in.ID, "own")
+	return noContent{}, s.endSessions(ctx, c, c.account(), in.ID, "own")
 }
 
 // endOwnSessions signs the caller out everywhere.
 func (s *server) endOwnSessions(ctx context.Context, c caller, _ struct{}) (noContent, error) {
-	return noContent{}, s.endSession(ctx, c, c.account(), "", "own")
+	return noContent{}, s.endSessions(ctx, c, c.account(), "", "own")
 }

@@ -8,7 +8,7 @@ import (
 )
 
 const sessionColumns = `session_id, keycloak_session_id, user_id, ip_address, user_agent, created_at, last_used_at,
-	expires_at, ended_at is not null`
+	case when origin = 'service' then expires_at end, ended_at is not null, origin`
 
 // addSession stores the sign-in of an account (L2). A browser that Keycloak knew already comes back with the same
 // session of Keycloak: the new one replaces ours, whose token its cookie has lost. errNotFound: the account may not
@@ -95,31 +95,88 @@ func (st *store) sessions(ctx context.Context, id userID, before cursor, limit i
 	return list, storeError(err)
 }
 
-// endSessions ends one live session of a user, or all (id ""), and returns them. From here on their refresh tokens
-// are unknown, and their tasks end them in Keycloak.
-func (st *store) endSessions(
+// endSession ends one live session of a user, and returns it. From here on its refresh token is unknown, and its
+// task ends it in Keycloak. errNotFound: the user has no such session.
+func (st *store) endSession(
 	ctx context.Context, c caller, user userID, id sessionID, reason string, now time.Time,
-) (ended []session, err error) {
-	err = st.tx(ctx, func(tx *txn) { ended = tx.endSessions(c, user, id, reason, now) })
+) (ended session, err error) {
+	err = st.tx(ctx, func(tx *txn) {
+		list := tx.endSessions(c, user, reason, now, string(id))
+		if len(list) == 0 {
+			tx.check(errNotFound)
+			return
+		}
+		ended = list[0]
+		tx.check(enqueue(ctx, tx, now.Add(pushDelay), string(id))) // the request tries first
+	})
 	return ended, err
 }
 
-func (tx *txn) endSessions(c caller, user userID, id sessionID, reason string, now time.Time) []session {
+// endAllSessions ends all sessions of a user, and revokes the access tokens that were issued before, also those of
+// sessions that were begun at Keycloak. errNotFound: there is no such user.
+func (st *store) endAllSessions(ctx context.Context, c caller, user userID, reason string, now time.Time) error {
+	return st.tx(ctx, func(tx *txn) { tx.endAllSessions(c, user, reason, now) })
+}
+
+// endAllSessions allows for clocks that differ: a token that Keycloak issues right after this is good at once. Those
+// of the last seconds are revoked by their session, here or by signOut.
+func (tx *txn) endAllSessions(c caller, user userID, reason string, now time.Time) {
+	tx.endSessions(c, user, reason, now)
+	tx.notBefore(user, now, now.Add(-tokenLeeway), now.Add(pushDelay)) // the request tries first
+}
+
+// notBefore says that what a user began before a time counts no more: access tokens (issued, of Keycloak's clock)
+// from now on, sessions when the task has ended them, which is due at a time.
+func (tx *txn) notBefore(user userID, begun, issued, due time.Time) {
+	of, err := one[struct{ KeycloakID string }](tx.ctx, tx, `
+		update users set not_before = greatest(not_before, $2) where user_id = $1 returning keycloak_id`, user, begun)
+	tx.check(err)
+	tx.revoke(revocation{UserID: user, NotBefore: &issued})
+	tx.check(enqueue(tx.ctx, tx, due, signOutTask(of.KeycloakID)))
+}
+
+// notBefore returns the user with an id in Keycloak, and before which time its sessions count no more. errNotFound:
+// there is no such user, or no such time.
+func (st *store) notBefore(ctx context.Context, keycloakID string) (user, time.Time, error) {
+	u, err := st.userByKeycloakID(ctx, keycloakID)
+	if err != nil {
+		return u, time.Time{}, err
+	}
+	before, err := one[struct{ At time.Time }](ctx, st.pool, `
+		select not_before from users where user_id = $1 and not_before is not null`, u.ID)
+	return u, before.At, err
+}
+
+// endKeycloakSessions ends those of our sessions that are some of Keycloak's, and revokes the access tokens of these.
+func (st *store) endKeycloakSessions(
+	ctx context.Context, c caller, user userID, reason string, now time.Time, ids []string,
+) error {
+	return st.tx(ctx, func(tx *txn) {
+		tx.endSessions(c, user, reason, now, ids...)
+		for _, id := range ids {
+			tx.revoke(revocation{SessionID: id})
+		}
+	})
+}
+
+// endSessions ends live sessions of a user, given by our ids or Keycloak's, or all, and returns them.
+func (tx *txn) endSessions(c caller, user userID, reason string, now time.Time, ids ...string) []session {
 	rows, _ := tx.Query(tx.ctx, `
-		update sessions set ended_at = $3, ended_reason = $4
-		where user_id = $1 and ($2 = '' or session_id = $2) and ended_at is null
-		returning `+sessionColumns, user, string(id), now, reason)
+		update sessions set ended_at = $2, ended_reason = $3
+		where user_id = $1 and ended_at is null
+			and ($4::text[] is null or session_id = any($4) or keycloak_session_id = any($4))
+		returning `+sessionColumns, user, now, reason, ids)
 	ended, err := pgx.CollectRows(rows, pgx.RowToStructByPos[session])
 	tx.check(err)
 	if len(ended) == 0 {
 		return nil
 	}
+	ids = nil
 	for _, s := range ended {
-		tx.check(revoke(tx.ctx, tx, revocation{SessionID: s.KeycloakID}))
+		tx.revoke(revocation{SessionID: s.KeycloakID})
+		ids = append(ids, string(s.ID))
 	}
-	ids := sessionIDs(ended)
 	tx.exec(`delete from refresh_tokens where session_id = any($1)`, ids)
-	tx.check(enqueue(tx.ctx, tx, now.Add(pushDelay), ids...)) // the request tries first
 	e := entry{Action: "session.end", Target: string(user), Reason: reason, Details: map[string]any{"sessions": ids}}
 	if reason == "logout" {
 		e.Action = reason
@@ -128,9 +185,19 @@ func (tx *txn) endSessions(c caller, user userID, id sessionID, reason string, n
 	return ended
 }
 
-func sessionIDs(list []session) (ids []string) {
-	for _, s := range list {
-		ids = append(ids, string(s.ID))
-	}
-	return ids
+// addKeycloakSessions gives sessions that were begun at Keycloak a row, so that they can be listed and ended like
+// others. Their id is made of Keycloak's: two who list at once make one row.
+func (st *store) addKeycloakSessions(ctx context.Context, user userID, live []keycloakSession) error {
+	_, err := st.pool.Exec(ctx, `
+		with live as (
+			select * from jsonb_to_recordset($2) as l (id text, key text, address text, started timestamptz, used timestamptz)),
+		used as (
+			update sessions s set last_used_at = l.used from live l
+			where s.user_id = $1 and s.keycloak_session_id = l.id and s.origin = 'keycloak' and s.ended_at is null)
+		insert into sessions (session_id, user_id, keycloak_session_id, ip_address, user_agent, created_at, last_used_at,
+			expires_at, origin)
+		select l.key, $1, l.id, l.address, '', l.started, l.used, l.started + interval '30 days', 'keycloak'
+		from live l where not exists (select from sessions s where s.user_id = $1 and s.keycloak_session_id = l.id)
+		on conflict (session_id) do nothing`, user, live)
+	return storeError(err)
 }

@@ -215,8 +215,8 @@ func (s *server) apply(ctx context.Context, c caller, local, want user) error {
 		}
 		return want, nil
 	}, now)
-	if err == nil && len(effect.ended) > 0 {
-		s.endInKeycloak(ctx, u.KeycloakID, "", effect.ended)
+	if err == nil && effect.signOut {
+		s.signOut(ctx, u)
 	}
 	return err
 }

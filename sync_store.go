@@ -49,7 +49,7 @@ func (st *store) overwrite(ctx context.Context, c caller, t task, id userID, has
 	err = st.tx(ctx, func(tx *txn) {
 		u, err = one[user](ctx, tx, `select `+userColumns+` from users where user_id = $1 for update`, id)
 		tx.check(err)
-		tx.check(revoke(ctx, tx, u.revocation()))
+		tx.revoke(u.revocation())
 		if t.Attempts == 0 {
 			tx.audit(c, now, entry{Action: "user.overwrite", Target: string(u.ID), Network: u.NetworkID,
 				Details: map[string]any{"role": u.Role, "network_id": u.NetworkID, "station_id": u.StationID,
@@ -85,7 +85,7 @@ func (st *store) importUser(ctx context.Context, c caller, u user, reg registrat
 		if reg.State == pending {
 			tx.check(enqueue(ctx, tx, reg.ExpiresAt, string(reg.ID)))
 		}
-		tx.check(revoke(ctx, tx, u.revocation()))
+		tx.revoke(u.revocation())
 		tx.audit(c, now, entry{Action: "user.import", Target: string(u.ID),
 			Details: map[string]any{"source": u.Source, "role": u.Role, "is_active": u.IsActive, "keycloak": has}})
 	})
@@ -112,7 +112,8 @@ func (st *store) syncCursor(ctx context.Context, now time.Time) (c syncCursor, e
 }
 
 // takeEvents enqueues the users that events have changed, audits the events that are worth it,
-// and moves the cursor. It returns errLocked.
+// and moves the cursor. A change of a credential ends all sessions that were begun before, and is told
+// to the user. It returns errLocked.
 func (st *store) takeEvents(ctx context.Context, t task, next syncCursor, events []keycloakEvent, now time.Time) error {
 	return st.locked(ctx, t, func(tx *txn) {
 		tx.exec(`update sync_cursor set admin_at = $1, user_at = $2, event_ids = $3`, next.At[0], next.At[1], next.IDs)
@@ -144,6 +145,11 @@ func (st *store) takeEvents(ctx context.Context, t task, next syncCursor, events
 			}
 			if worth {
 				tx.audit(c, now, entry)
+			}
+			if worth && entry.Action == credentialChange && of.User != "" {
+				at := time.UnixMilli(events[i].At).Truncate(time.Second) // as tokens and sessions have it
+				tx.notBefore(userID(of.User), at, at, now)
+				tx.check(enqueue(ctx, tx, now, noticeTask(events[i].UserID)))
 			}
 		}
 	})

@@ -105,8 +105,9 @@ type keySet struct {
 // verifiedToken is a token that needs no second look until then.
 type verifiedToken struct {
 	principal
-	seen  time.Time // when it came first
-	until time.Time
+	issued time.Time // by Keycloak's clock
+	seen   time.Time // when it came first
+	until  time.Time
 }
 
 func newVerifier(cfg config, kc *keycloak, now func() time.Time) *verifier {
@@ -201,7 +202,7 @@ func (v *verifier) key(ctx context.Context, id string) (jose.JSONWebKey, *keySet
 func (v *verifier) verify(ctx context.Context, token string) (principal, error) {
 	t, err := v.verifySigned(ctx, token)
 	if err == nil {
-		err = v.revoked.check(ctx, t.principal, t.seen)
+		err = v.revoked.check(ctx, t)
 	}
 	return t.principal, err
 }
@@ -229,7 +230,7 @@ func (v *verifier) verifySigned(ctx context.Context, token string) (t verifiedTo
 	if err != nil {
 		return t, err
 	}
-	t = verifiedToken{c.principal(), seen, now.Add(verifiedFor)}
+	t = verifiedToken{c.principal(), c.IssuedAt.Time(), seen, now.Add(verifiedFor)}
 	if ends := c.Expiry.Time().Add(tokenLeeway); ends.Before(t.until) {
 		t.until = ends
 	}
@@ -316,7 +317,7 @@ func (v *verifier) checkClaims(signed *jose.JSONWebSignature, now time.Time) (c 
 		return c, errors.New("it is not an access token")
 	case c.AuthorizedParty != v.client && !c.Audience.Contains(v.client):
 		return c, errors.New("it was issued for another client")
-	case c.Expiry == nil || c.Subject == "" || c.UserID == "":
+	case c.Expiry == nil || c.IssuedAt == nil || c.Subject == "" || c.UserID == "":
 		return c, errors.New("it lacks a claim")
 	}
 	switch err := c.ValidateWithLeeway(jwt.Expected{Time: now}, tokenLeeway); {

@@ -24,8 +24,9 @@ const (
 	revocationWait = time.Second            // the most that a token waits for a look that begins after its arrival
 )
 
-// revocation is a session that has ended, or what is true of a user from now on: its tokens that say something else
-// are refused. No clock decides, so a token that is issued right after the change is good at once.
+// revocation is one of three: a session that has ended; a time before which no token of a user counts (claim iat);
+// or what is true of a user from now on: its tokens that say something else are refused. For the latter no clock
+// decides, so a token that is issued right after the change is good at once.
 type revocation struct {
 	SessionID string // claim sid; "" = of a user
 	UserID    userID
@@ -33,12 +34,24 @@ type revocation struct {
 	NetworkID string
 	StationID string
 	Active    bool
-	Number    int64 // of two about the same user the greater one counts
+	NotBefore *time.Time // of Keycloak's clock
+	Number    int64      // of two about what is true of a user the greater one counts
 }
+
+// key is what a revocation is about.
+func (r revocation) key() string {
+	if r.NotBefore != nil {
+		return beforeKey(r.UserID)
+	}
+	return cmp.Or(r.SessionID, string(r.UserID))
+}
+
+func beforeKey(id userID) string { return "before " + string(id) }
 
 // revocation is that of all tokens that say something else than u.
 func (u user) revocation() revocation {
-	return revocation{UserID: u.ID, Role: u.Role, NetworkID: u.NetworkID, StationID: u.StationID, Active: u.IsActive}
+	return revocation{UserID: u.ID, Role: u.Role, NetworkID: u.NetworkID, StationID: u.StationID,
+		Active: u.IsActive && u.IsVerified}
 }
 
 // revokes tells whether tokens of p count no more.
@@ -47,18 +60,20 @@ func (r revocation) revokes(p principal) bool {
 		p.NetworkID != r.NetworkID || p.StationID != r.StationID
 }
 
-// revoke writes a revocation in the transaction of its change.
-func revoke(ctx context.Context, tx pgx.Tx, r revocation) error {
-	_, err := tx.Exec(ctx, `
-		insert into revocations (keycloak_session_id, user_id, role, network_id, station_id, is_active)
-		values ($1, $2, $3, $4, $5, $6)`, r.SessionID, r.UserID, r.Role, r.NetworkID, r.StationID, r.Active)
-	return err
+// revoke writes revocations in the transaction of their change.
+func (tx *txn) revoke(list ...revocation) {
+	for _, r := range list {
+		tx.exec(`
+			insert into revocations (keycloak_session_id, user_id, role, network_id, station_id, is_active, not_before)
+			values ($1, $2, $3, $4, $5, $6, $7)`,
+			r.SessionID, r.UserID, r.Role, r.NetworkID, r.StationID, r.Active, r.NotBefore)
+	}
 }
 
 // revocations are those of the last tokenLife.
 type revocations struct {
 	mu   sync.RWMutex
-	of   map[string]received // by claim sid, or the user's id
+	of   map[string]received // by key
 	read time.Time           // when the latest look at the table began; zero: nobody can tell which tokens are good
 	next chan struct{}       // closed when the next look has ended
 }
@@ -71,30 +86,32 @@ type received struct {
 
 var errRevoked = errors.New("it was revoked")
 
-// check returns errRevoked if a token of p was revoked, or errUnavailable as long as nobody can tell.
+// check returns errRevoked if a token was revoked, or errUnavailable as long as nobody can tell.
 //
 // What was read may be older than a token that says something else: another instance may have changed the user twice.
 // But a token that was seen before the look began says nothing newer than that; until there is such a look it waits.
-func (w *revocations) check(ctx context.Context, p principal, seen time.Time) error {
+func (w *revocations) check(ctx context.Context, t verifiedToken) error {
 	for {
 		w.mu.RLock()
 		read, next := w.read, w.next
-		_, ended := w.of[p.SessionID]
-		now, changed := w.of[string(p.UserID)]
+		_, ended := w.of[t.SessionID]
+		limit, limited := w.of[beforeKey(t.UserID)]
+		now, changed := w.of[string(t.UserID)]
 		w.mu.RUnlock()
+		ended = ended || limited && t.issued.Before(*limit.NotBefore)
 		switch {
 		case read.IsZero():
 			return fmt.Errorf("%w: the revocations have not been read yet", errUnavailable)
-		case !ended && !(changed && now.revokes(p)):
+		case !ended && !(changed && now.revokes(t.principal)):
 			return nil
-		case ended, read.After(seen):
+		case ended, read.After(t.seen):
 			return errRevoked
 		}
 		select {
 		case <-next:
 		case <-ctx.Done():
 			return errRevoked
-		case <-time.After(time.Until(seen.Add(revocationWait))): // PostgreSQL is away
+		case <-time.After(time.Until(t.seen.Add(revocationWait))): // PostgreSQL is away
 			return errRevoked
 		}
 	}
@@ -111,7 +128,13 @@ func (w *revocations) add(read time.Time, found ...revocation) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for _, r := range found {
-		if key := cmp.Or(r.SessionID, string(r.UserID)); r.Number > w.of[key].Number {
+		key := r.key()
+		has := w.of[key]
+		newer := r.Number > has.Number
+		if r.NotBefore != nil {
+			newer = has.NotBefore == nil || r.NotBefore.After(*has.NotBefore)
+		}
+		if newer {
 			w.of[key] = received{r, time.Now()}
 		}
 	}
@@ -140,7 +163,8 @@ func (s *server) pollRevocations(ctx context.Context) error {
 // revocations returns those of the latest time.
 func (st *store) revocations(ctx context.Context, since time.Duration) ([]revocation, error) {
 	rows, _ := st.pool.Query(ctx, `
-		select keycloak_session_id, user_id, role, network_id, station_id, is_active, revocation_id from revocations
+		select keycloak_session_id, user_id, role, network_id, station_id, is_active, not_before, revocation_id
+		from revocations
 		where at > now() - $1::interval`, since)
 	all, err := pgx.CollectRows(rows, pgx.RowToStructByPos[revocation])
 	return all, storeError(err)

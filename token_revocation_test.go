@@ -201,6 +201,14 @@ func isNow(number int64, change func(*revocation)) revocation {
 	return r
 }
 
+// issued is when holder's token was.
+var issued = time.Now().Truncate(time.Second)
+
+// before says that tokens of a user that were issued earlier count no more.
+func before(id userID, number int64, at time.Time) revocation {
+	return revocation{UserID: id, NotBefore: &at, Number: number}
+}
+
 func same(*revocation)      {}
 func demoted(r *revocation) { r.Role = roleUser }
 
@@ -221,6 +229,10 @@ func TestRevocationsCheck(t *testing.T) {
 		"another network":                {[]revocation{isNow(1, func(r *revocation) { r.NetworkID = "" })}, false},
 		"another station":                {[]revocation{isNow(1, func(r *revocation) { r.StationID = "S2" })}, false},
 		"deleted":                        {[]revocation{isNow(1, func(r *revocation) { r.Active = false })}, false},
+		"issued before":                  {[]revocation{before(holder.UserID, 1, issued.Add(time.Second))}, false},
+		"issued at that time":            {[]revocation{before(holder.UserID, 1, issued)}, true},
+		"another's issued before":        {[]revocation{before("USR-b", 1, issued.Add(time.Second))}, true},
+		"issued before, then as it says": {[]revocation{before(holder.UserID, 1, issued.Add(time.Second)), isNow(2, same)}, false},
 		"demoted and back":               {[]revocation{isNow(1, demoted), isNow(2, same)}, true},
 		"the same, received late":        {[]revocation{isNow(2, same), isNow(1, demoted)}, true},
 		"twice the same, received twice": {[]revocation{isNow(1, same), isNow(2, demoted), isNow(1, same), isNow(2, demoted)}, false},
@@ -230,18 +242,18 @@ func TestRevocationsCheck(t *testing.T) {
 		for _, one := range c.received { // each look finds one
 			w.add(time.Time{}, one)
 		}
-		if err := w.check(t.Context(), holder, seen); !errors.Is(err, errUnavailable) {
+		if err := w.check(t.Context(), verifiedToken{holder, issued, seen, time.Time{}}); !errors.Is(err, errUnavailable) {
 			t.Errorf("%s, nothing read: %v", name, err)
 		}
 		w.add(time.Now())
 		for how, w := range map[string]*revocations{"by one look": newRevocations(time.Now(), c.received...), "one by one": w} {
-			if err := w.check(t.Context(), holder, seen); (err == nil) != c.passes || errors.Is(err, errUnavailable) {
+			if err := w.check(t.Context(), verifiedToken{holder, issued, seen, time.Time{}}); (err == nil) != c.passes || errors.Is(err, errUnavailable) {
 				t.Errorf("%s, received %s: %v", name, how, err)
 			}
 		}
 		two := holder
 		two.Roles = []string{roleOperator, roleUser}
-		if err := w.check(t.Context(), two, seen); err == nil && w.of[string(holder.UserID)].Number > 0 {
+		if err := w.check(t.Context(), verifiedToken{two, issued, seen, time.Time{}}); err == nil && w.of[string(holder.UserID)].Number > 0 {
 			t.Errorf("%s: two roles are not one", name)
 		}
 	}
@@ -269,7 +281,7 @@ func TestRevocationsWait(t *testing.T) {
 		w := newRevocations(time.Now(), c.before...)
 		seen := time.Now()
 		checked := make(chan error, 1)
-		go func() { checked <- w.check(t.Context(), holder, seen) }()
+		go func() { checked <- w.check(t.Context(), verifiedToken{holder, issued, seen, time.Time{}}) }()
 		waits := false
 		select {
 		case err := <-checked:
@@ -290,7 +302,7 @@ func TestRevocationsWait(t *testing.T) {
 		if gaveUp := c.late && !c.passes; gaveUp != (took >= revocationWait) || took > 10*revocationWait {
 			t.Errorf("%s: it took %v", name, took)
 		}
-		if took := time.Now(); !c.late && w.check(t.Context(), holder, seen) != nil && time.Since(took) > revocationWait {
+		if took := time.Now(); !c.late && w.check(t.Context(), verifiedToken{holder, issued, seen, time.Time{}}) != nil && time.Since(took) > revocationWait {
 			t.Errorf("%s: the second time it is refused after %v", name, time.Since(took))
 		}
 	}

@@ -214,6 +214,9 @@ func (s *server) restoreUser(ctx context.Context, c caller, in userIn) (user, er
 	if err == nil && conflict {
 		err = errConflict
 	}
+	if err == nil { // what was begun before must not come back to life
+		err = s.endSessions(ctx, c, u, "", "user.restore")
+	}
 	if err != nil {
 		return u, targeted(err, u.ID)
 	}
@@ -275,8 +278,8 @@ func (s *server) changed(ctx context.Context, id userID, u user, effect changeEf
 		return u, targeted(err, id)
 	}
 	// Dying here (U1) leaves Keycloak with the former role: the task pushes ours.
-	if !u.IsActive {
-		s.endInKeycloak(ctx, u.KeycloakID, "", effect.ended)
+	if effect.signOut {
+		s.signOut(ctx, u)
 	}
 	if effect.push {
 		if err := s.push(ctx, u); err != nil {
@@ -339,7 +342,7 @@ func (s *server) endManaged(ctx context.Context, c caller, id userID, session se
 	if err != nil {
 		return noContent{}, err
 	}
-	return noContent{}, s.endSession(ctx, c, u, session, "managed")
+	return noContent{}, s.endSessions(ctx, c, u, session, "managed")
 }
 
 // grantAdmin makes a user who has registered an administrator: the first one, or the

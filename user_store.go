@@ -93,8 +93,8 @@ const userText = `lower(email || ' ' || username || ' ' || coalesce(first_name, 
 
 // changeEffect is what a change of a user has to do elsewhere.
 type changeEffect struct {
-	ended []session // to be ended in Keycloak, too
-	push  bool      // Keycloak's user must get it
+	signOut bool // all sessions have ended, and must end in Keycloak, too
+	push    bool // Keycloak's user must get it
 }
 
 // changeUser changes a user and what follows from that (U1): the audit entry, the revocation of
@@ -128,13 +128,16 @@ func (st *store) changeUser(ctx context.Context, c caller, id userID, action str
 		effect.push = u.revocation() != before.revocation()
 		changed := changes(before, u)
 		if effect.push {
-			tx.check(revoke(ctx, tx, u.revocation()))
+			tx.revoke(u.revocation())
 		}
 		if effect.push && !fromKeycloak {
 			tx.check(enqueue(ctx, tx, now.Add(pushDelay), kcTask(u.KeycloakID)))
 		}
-		if !u.IsActive {
-			effect.ended = tx.endSessions(c, id, "", "user deleted", now)
+		if effect.signOut = !u.IsActive || before.IsVerified && !u.IsVerified; effect.signOut {
+			tx.endAllSessions(c, id, action, now)
+		}
+		if fromKeycloak && u.Email != before.Email && u.IsVerified {
+			tx.check(enqueue(ctx, tx, now, noticeTask(u.KeycloakID)))
 		}
 		tx.audit(c, now, entry{Action: action, Target: string(id), Network: before.NetworkID, Details: changed})
 	})

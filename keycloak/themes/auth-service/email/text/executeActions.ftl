@@ -3,6 +3,10 @@
 <#assign actions = requiredActions![]>
 <#if actions?seq_contains("UPDATE_PASSWORD")>
 <@layout.mail msg("passwordIntro", realmName) msg("passwordNotMe") />
+<#elseif actions?size == 0>
+${msg("noticeIntro", realmName)}
+
+${msg("noticeNotMe")}
 <#else>
 <@layout.mail msg("actionsIntro", realmName) msg("actionsNotMe")>
 
