@@ -268,7 +268,8 @@ func sessionCrashes() []crash {
 		{window: "F2, at our row", before: session, do: refresh, at: "refresh", after: true, lock: "refresh_tokens", ends: goesOn},
 		{window: "S1", before: session, do: logout, at: "end_session", ends: isOver("logout")},
 		{window: "S2", before: session, do: logout, at: "end_session", after: true, ends: isOver("logout")},
-		{window: "S1, all", before: session, do: all, at: "end_sessions", ends: isOver("own")},
+		{window: "S1, all", before: session, do: all, at: "get_user", ends: isOver("own")},
+		{window: "S1, all, at their end", before: session, do: all, at: "end_sessions", ends: isOver("own")},
 		{window: "S2, all", before: session, do: all, at: "end_sessions", after: true, ends: isOver("own")},
 		{window: "S1, in the queue", before: undone("end_session", session, logout), at: "end_session", ends: isOver("logout")},
 		{window: "S2, in the queue", before: undone("end_session", session, logout), at: "end_session", after: true, ends: isOver("logout")},
@@ -352,7 +353,7 @@ func userCrashes(admin string) []crash {
 	}
 	gone := func(w *env, email string, l link) {
 		w.agree(l.Code)
-		w.ended("user deleted", answer{JSON: body{"session_id": l.URL, "refresh_token": l.Token}})
+		w.ended("user.delete", answer{JSON: body{"session_id": l.URL, "refresh_token": l.Token}})
 		w.wants(w.do(signingIn(email, password)), 403, "account-disabled")
 	}
 	const overwritten = "user.overwrite"
@@ -363,10 +364,11 @@ func userCrashes(admin string) []crash {
 		{window: "U1, in the queue", before: undone("push_user", joined, assign), at: "push_user", ends: is("partner N2")},
 		{window: "U1, names", before: joined, do: rename, at: "push_user", ends: is("user ")},
 		{window: "U2, names", before: joined, do: rename, at: "push_user", after: true, event: true, repairs: "user.sync", ends: is("user  Grace")},
-		{window: "U1, deleted", before: joined, do: remove, at: "end_sessions", repairs: overwritten, ends: gone},
-		{window: "U1, deleted, signed out", before: joined, do: remove, at: "end_sessions", after: true, repairs: overwritten, ends: gone},
+		{window: "U1, deleted", before: joined, do: remove, at: "get_user", repairs: overwritten, ends: gone},
 		{window: "U1, deleted, at the push", before: joined, do: remove, at: "push_user", repairs: overwritten, ends: gone},
 		{window: "U2, deleted", before: joined, do: remove, at: "push_user", after: true, ends: gone},
+		{window: "S1, deleted", before: joined, do: remove, at: "end_sessions", ends: gone},
+		{window: "S2, deleted", before: joined, do: remove, at: "end_sessions", after: true, ends: gone},
 		{window: "U1, restored", before: removed, do: restore, at: "push_user", after: true, event: true, repairs: overwritten, ends: gone},
 	}
 }

@@ -131,7 +131,7 @@ func sessionOperations() []faultedOperation {
 			try: func(_ string, l link) call { return loggingOut(l.Token) }},
 		{name: "end of a session", calls: "service_token end_session", before: session, success: 204, after: live("0"),
 			try: func(_ string, l link) call { return authorized(l.Access, "DELETE", sessionsPath+"/"+l.Code) }},
-		{name: "end of all sessions", calls: "service_token end_sessions", before: session, success: 204, after: live("0"),
+		{name: "end of all sessions", calls: "service_token get_user user_sessions end_sessions", before: session, success: 204, after: live("0"),
 			try: func(_ string, l link) call { return authorized(l.Access, "DELETE", sessionsPath) }},
 	}
 }
@@ -188,8 +188,8 @@ func userOperations(admin string) []faultedOperation {
 			try: manages("PATCH", "", body{"role": "partner", "network_id": "N2"}), success: 200, after: says("[partner] N2")},
 		{name: "change names", calls: "service_token get_user push_user", before: joined,
 			try: manages("PATCH", "", body{"first_name": "Grace"}), success: 200, after: renamed},
-		{name: "delete", calls: "service_token end_sessions get_user push_user", before: joined, try: remove, success: 204, after: gone},
-		{name: "restore", calls: "service_token get_user push_user", before: removed, try: restore, success: 200, after: says("[user] X")},
+		{name: "delete", calls: "service_token get_user push_user user_sessions end_sessions", before: joined, try: remove, success: 204, after: gone},
+		{name: "restore", calls: "service_token get_user user_sessions push_user", before: removed, try: restore, success: 200, after: says("[user] X")},
 	}
 }
 

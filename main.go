@@ -208,8 +208,6 @@ func (s *server) handleTask(ctx context.Context, t task) (time.Time, error) {
 		return s.resume(ctx, system("registrations"), t)
 	case "SES":
 		return s.endSessionTask(ctx, t)
-	case "out":
-		return s.signOutLater(ctx, t)
 	case "notice":
 		return s.notify(ctx, t)
 	case "kc":

@@ -17,8 +17,7 @@ import (
 //
 //	REG-…      resume a registration
 //	SES-…      end a session in Keycloak
-//	kc:<id>    reconcile the user with that id in Keycloak
-//	out:<id>   end its sessions in Keycloak that were begun before its not-before
+//	kc:<id>    reconcile the user with that id in Keycloak, and end its sessions there that have ended
 //	notice:<id>    mail it that a credential or its address was changed
 //	job:…      recurring: events, sync, sweep
 //

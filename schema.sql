@@ -37,7 +37,7 @@ create table if not exists users (
     updated_at    timestamptz not null default now(),
     created_by    varchar(32),                         -- user id of an administrator; null = themselves
     updated_by    varchar(32),
-    not_before    timestamptz,                         -- sessions that were begun before count no more
+    not_before    timestamptz,                         -- sessions begun before are still to be ended in Keycloak; null = none
     constraint valid_role check (role in ('user', 'admin', 'partner', 'operator')),
     constraint valid_source check (source in ('web', 'internal')),
     constraint check_deleted check (

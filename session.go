@@ -189,7 +189,7 @@ func (s *server) endSessions(ctx context.Context, c caller, u user, id sessionID
 			return problemInvalidAccessToken // the token's account is gone
 		}
 		if err == nil {
-			s.signOut(ctx, u)
+			s.pushNow(ctx, u)
 		}
 		return err // perhaps it was committed and only the answer is lost: then the task does S2
 	}
@@ -207,57 +207,32 @@ func (s *server) endSessions(ctx context.Context, c caller, u user, id sessionID
 	return s.store.dequeue(ctx, string(id))
 }
 
-// signOutTask is the task that ends the sessions of the user with an id in Keycloak.
-func signOutTask(keycloakID string) string { return "out:" + keycloakID }
-
-// signOut ends all sessions of a user in Keycloak (S2), after they have ended in PostgreSQL. Dying before that (S1)
-// leaves the task.
-func (s *server) signOut(ctx context.Context, u user) {
-	t, err := s.store.lock(ctx, signOutTask(u.KeycloakID), lockTime, s.now)
-	if err == nil {
-		err = s.endBefore(ctx, u, latest.At)
-		s.release(ctx, t, never, err)
-	}
-	if err != nil {
-		s.log.WarnContext(ctx, "session: end in Keycloak failed, will retry", "user", u.ID, "error", err)
-	}
-}
-
-// endBefore ends the sessions of a user in Keycloak that were begun before a time of its clock, and what PostgreSQL
-// has of them: their access tokens first.
-func (s *server) endBefore(ctx context.Context, u user, before time.Time) error {
+// endBefore ends the sessions of a user in Keycloak that were begun before its not-before, and what PostgreSQL has of
+// them: their access tokens first (S2). The caller holds the lock of the user's task.
+func (s *server) endBefore(ctx context.Context, u user) error {
 	live, err := s.kc.sessions(ctx, u.KeycloakID)
 	var old []string
 	for _, session := range live {
-		if session.Started.Before(before) {
+		if session.Started.Before(*u.NotBefore) {
 			old = append(old, session.ID)
 		}
 	}
 	if err == nil && len(old) > 0 {
-		err = s.store.endKeycloakSessions(ctx, system("sessions"), u.ID, "signed out", s.now(), old)
+		err = s.store.endKeycloakSessions(ctx, system("sessions"), u.ID, "not_before", s.now(), old)
 	}
 	switch {
-	case err != nil || len(old) == 0:
+	case err != nil:
+	case len(old) == len(live) && len(old) > 0:
+		err = s.kc.logOut(ctx, u.KeycloakID) // one call
+	default:
+		for _, id := range old {
+			err = cmp.Or(err, s.kc.endSession(ctx, id))
+		}
+	}
+	if err != nil {
 		return err
-	case len(old) == len(live):
-		return s.kc.logOut(ctx, u.KeycloakID) // one call
 	}
-	for _, id := range old {
-		err = cmp.Or(err, s.kc.endSession(ctx, id))
-	}
-	return err
-}
-
-// signOutLater ends in both stores what a user has begun before its not-before.
-func (s *server) signOutLater(ctx context.Context, t task) (time.Time, error) {
-	u, before, err := s.store.notBefore(ctx, strings.TrimPrefix(t.ID, "out:"))
-	if err == nil {
-		err = s.endBefore(ctx, u, before)
-	}
-	if errors.Is(err, errNotFound) {
-		err = nil
-	}
-	return never, err
+	return s.store.sessionsEnded(ctx, u)
 }
 
 // noticeTask is the task that mails a user that its way to sign in was changed.

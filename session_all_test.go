@@ -57,7 +57,7 @@ func TestAllMeansAll(t *testing.T) {
 			w.kc.on("^(user_sessions|end_sessions) ", lost)
 			w.wants(w.as(u.ours, "DELETE", sessionsPath), 204, "")
 			w.kc.on("^(user_sessions|end_sessions) ", 0)
-			w.due(signOutTask(w.keycloakID(u.email)))
+			w.due(kcTask(w.keycloakID(u.email)))
 			w.command("jobs")
 		}, func(somebody) {}},
 	} {

@@ -115,36 +115,37 @@ func (st *store) endSession(
 // endAllSessions ends all sessions of a user, and revokes the access tokens that were issued before, also those of
 // sessions that were begun at Keycloak. errNotFound: there is no such user.
 func (st *store) endAllSessions(ctx context.Context, c caller, user userID, reason string, now time.Time) error {
-	return st.tx(ctx, func(tx *txn) { tx.endAllSessions(c, user, reason, now) })
+	return st.tx(ctx, func(tx *txn) {
+		task := tx.endAllSessions(c, user, reason, now)
+		tx.check(enqueue(ctx, tx, now.Add(pushDelay), task)) // the request tries first
+		if len(tx.entries) == 0 { // those that were begun at Keycloak have no row
+			tx.audit(c, now, entry{Action: "session.end", Target: string(user), Reason: reason})
+		}
+	})
 }
 
-// endAllSessions allows for clocks that differ: a token that Keycloak issues right after this is good at once. Those
-// of the last seconds are revoked by their session, here or by signOut.
-func (tx *txn) endAllSessions(c caller, user userID, reason string, now time.Time) {
+// endAllSessions allows for clocks that differ: all sessions that Keycloak has now are to be ended, and a token that
+// it issues right after this is good at once. Those of the last seconds are revoked by their session. It returns the
+// task that ends them in Keycloak.
+func (tx *txn) endAllSessions(c caller, user userID, reason string, now time.Time) (task string) {
 	tx.endSessions(c, user, reason, now)
-	tx.notBefore(user, now, now.Add(-tokenLeeway), now.Add(pushDelay)) // the request tries first
+	return tx.notBefore(user, now.Add(tokenLeeway), now.Add(-tokenLeeway))
 }
 
-// notBefore says that what a user began before a time counts no more: access tokens (issued, of Keycloak's clock)
-// from now on, sessions when the task has ended them, which is due at a time.
-func (tx *txn) notBefore(user userID, begun, issued, due time.Time) {
+// notBefore says that what a user began before a time of Keycloak's clock counts no more: access tokens from now on,
+// sessions when the task has ended them, which it returns.
+func (tx *txn) notBefore(user userID, begun, issued time.Time) (task string) {
 	of, err := one[struct{ KeycloakID string }](tx.ctx, tx, `
 		update users set not_before = greatest(not_before, $2) where user_id = $1 returning keycloak_id`, user, begun)
 	tx.check(err)
 	tx.revoke(revocation{UserID: user, NotBefore: &issued})
-	tx.check(enqueue(tx.ctx, tx, due, signOutTask(of.KeycloakID)))
+	return kcTask(of.KeycloakID)
 }
 
-// notBefore returns the user with an id in Keycloak, and before which time its sessions count no more. errNotFound:
-// there is no such user, or no such time.
-func (st *store) notBefore(ctx context.Context, keycloakID string) (user, time.Time, error) {
-	u, err := st.userByKeycloakID(ctx, keycloakID)
-	if err != nil {
-		return u, time.Time{}, err
-	}
-	before, err := one[struct{ At time.Time }](ctx, st.pool, `
-		select not_before from users where user_id = $1 and not_before is not null`, u.ID)
-	return u, before.At, err
+// sessionsEnded says that Keycloak has ended what was begun before the user's not-before.
+func (st *store) sessionsEnded(ctx context.Context, u user) error {
+	_, err := st.pool.Exec(ctx, `update users set not_before = null where user_id = $1 and not_before = $2`, u.ID, u.NotBefore)
+	return storeError(err)
 }
 
 // endKeycloakSessions ends those of our sessions that are some of Keycloak's, and revokes the access tokens of these.

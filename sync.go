@@ -187,10 +187,13 @@ func (s *server) reconcile(ctx context.Context, c caller, t task) error {
 		if errors.Is(err, errChanged) {
 			continue
 		}
-		if err == nil && in.local != nil && in.Push {
+		if err == nil && in.Push && in.local != nil {
+			err = s.store.overwrite(ctx, c, t, in.local.ID, in.remote.claims(), s.now()) // O1
+		}
+		if err == nil && in.local != nil && in.remote != nil && (len(in.Differences) > 0 || in.local.NotBefore != nil) {
 			var u user
-			if u, err = s.store.overwrite(ctx, c, t, in.local.ID, in.remote.claims(), s.now()); err == nil { // O1
-				err = s.kc.push(ctx, *in.remote, u, nil) // O2
+			if u, err = s.store.user(ctx, in.local.ID); err == nil {
+				err = s.push(ctx, *in.remote, u) // O2
 			}
 		}
 		if err == nil && conflict {
@@ -209,15 +212,12 @@ func (s *server) apply(ctx context.Context, c caller, local, want user) error {
 	if local.IsActive && !want.IsActive {
 		want.DeletedAt = &now
 	}
-	u, effect, err := s.store.changeUser(ctx, c, local.ID, syncAction, func(before user) (user, error) {
+	_, _, err := s.store.changeUser(ctx, c, local.ID, syncAction, func(before user) (user, error) {
 		if !before.UpdatedAt.Equal(local.UpdatedAt) {
 			return before, errChanged
 		}
 		return want, nil
 	}, now)
-	if err == nil && effect.signOut {
-		s.signOut(ctx, u)
-	}
 	return err
 }
 

@@ -43,11 +43,11 @@ func (st *store) conflicts(ctx context.Context, u user) (conflict bool, err erro
 }
 
 // overwrite revokes the tokens that say something else than what is true of a user, and audits
-// what Keycloak had, unless the task has failed before (O1). It returns the user as it is now.
+// what Keycloak had, unless the task has failed before (O1).
 func (st *store) overwrite(ctx context.Context, c caller, t task, id userID, has map[string][]string,
-	now time.Time) (u user, err error) {
-	err = st.tx(ctx, func(tx *txn) {
-		u, err = one[user](ctx, tx, `select `+userColumns+` from users where user_id = $1 for update`, id)
+	now time.Time) error {
+	return st.tx(ctx, func(tx *txn) {
+		u, err := one[user](ctx, tx, `select `+userColumns+` from users where user_id = $1 for update`, id)
 		tx.check(err)
 		tx.revoke(u.revocation())
 		if t.Attempts == 0 {
@@ -56,7 +56,6 @@ func (st *store) overwrite(ctx context.Context, c caller, t task, id userID, has
 					"is_active": u.IsActive, "keycloak": has}})
 		}
 	})
-	return u, err
 }
 
 // importUser inserts a user that only Keycloak had, with these claims, and its registration,
@@ -148,8 +147,8 @@ func (st *store) takeEvents(ctx context.Context, t task, next syncCursor, events
 			}
 			if worth && entry.Action == credentialChange && of.User != "" {
 				at := time.UnixMilli(events[i].At).Truncate(time.Second) // as tokens and sessions have it
-				tx.notBefore(userID(of.User), at, at, now)
-				tx.check(enqueue(ctx, tx, now, noticeTask(events[i].UserID)))
+				task := tx.notBefore(userID(of.User), at, at)
+				tx.check(enqueue(ctx, tx, now, task, noticeTask(events[i].UserID)))
 			}
 		}
 	})

@@ -251,13 +251,13 @@ func (s *server) changeKeycloakFirst(ctx context.Context, c caller, u user, acti
 		}
 		return u, targeted(err, u.ID)
 	}
-	after, effect, err := s.store.changeUser(ctx, c, u.ID, action, change, s.now())
+	after, push, err := s.store.changeUser(ctx, c, u.ID, action, change, s.now())
 	next := never
 	if err != nil { // Keycloak has what PostgreSQL has not
 		next = s.now()
 	}
 	s.release(ctx, t, next, nil)
-	return s.changed(ctx, u.ID, after, effect, err)
+	return s.changed(ctx, u.ID, after, push, err)
 }
 
 // changeUser changes a user: U1 our row, with everything that follows from it, U2 Keycloak's.
@@ -265,12 +265,12 @@ func (s *server) changeKeycloakFirst(ctx context.Context, c caller, u user, acti
 // it to Keycloak.
 func (s *server) changeUser(ctx context.Context, c caller, id userID, action string,
 	change func(user) (user, error)) (user, error) {
-	u, effect, err := s.store.changeUser(ctx, c, id, action, change, s.now()) // U1
-	return s.changed(ctx, id, u, effect, err)
+	u, push, err := s.store.changeUser(ctx, c, id, action, change, s.now()) // U1
+	return s.changed(ctx, id, u, push, err)
 }
 
 // changed does what follows from a change of a user (U1).
-func (s *server) changed(ctx context.Context, id userID, u user, effect changeEffect, err error) (user, error) {
+func (s *server) changed(ctx context.Context, id userID, u user, push bool, err error) (user, error) {
 	switch {
 	case errors.Is(err, errNotFound):
 		return u, problemUserNotFound.withTarget(string(id))
@@ -278,13 +278,8 @@ func (s *server) changed(ctx context.Context, id userID, u user, effect changeEf
 		return u, targeted(err, id)
 	}
 	// Dying here (U1) leaves Keycloak with the former role: the task pushes ours.
-	if effect.signOut {
-		s.signOut(ctx, u)
-	}
-	if effect.push {
-		if err := s.push(ctx, u); err != nil {
-			s.log.WarnContext(ctx, "user: push to Keycloak failed, will retry", "user", u.ID, "error", err)
-		}
+	if push {
+		s.pushNow(ctx, u)
 	}
 	return u, nil
 }
@@ -295,20 +290,32 @@ const pushDelay = 10 * time.Second
 // kcTask is the task that reconciles the user with an id in Keycloak.
 func kcTask(keycloakID string) string { return "kc:" + keycloakID }
 
-// push brings role, scope and state of a user to Keycloak (U2). After a failure the task tries again.
-func (s *server) push(ctx context.Context, u user) error {
+// pushNow brings role, scope and state of a user to Keycloak, and the end of its sessions (U2, S2). After
+// a failure the task tries again.
+func (s *server) pushNow(ctx context.Context, u user) {
 	t, err := s.store.lock(ctx, kcTask(u.KeycloakID), lockTime, s.now)
-	if err != nil {
-		return err
-	}
-	var ku keycloakUser
-	if u, err = s.store.user(ctx, u.ID); err == nil { // another may have changed it meanwhile
-		ku, err = s.kc.user(ctx, u.KeycloakID)
-	}
 	if err == nil {
-		err = s.kc.push(ctx, ku, u, nil)
+		var ku keycloakUser
+		if u, err = s.store.user(ctx, u.ID); err == nil { // another may have changed it meanwhile
+			ku, err = s.kc.user(ctx, u.KeycloakID)
+		}
+		if err == nil {
+			err = s.push(ctx, ku, u)
+		}
+		s.release(ctx, t, never, err)
 	}
-	s.release(ctx, t, never, err)
+	if err != nil {
+		s.log.WarnContext(ctx, "user: push to Keycloak failed, will retry", "user", u.ID, "error", err)
+	}
+}
+
+// push does it under the lock of the user's task: Keycloak loses one of two changes of a user that come
+// at the same moment.
+func (s *server) push(ctx context.Context, ku keycloakUser, u user) error {
+	err := s.kc.push(ctx, ku, u, nil)
+	if err == nil && u.NotBefore != nil {
+		err = s.endBefore(ctx, u)
+	}
 	return err
 }
 

@@ -28,12 +28,13 @@ type user struct {
 	CreatedAt        time.Time  `json:"created_at"`
 	UpdatedAt        time.Time  `json:"updated_at"`
 	DeletedAt        *time.Time `json:"deleted_at" nullable:"true"`
+	NotBefore        *time.Time `json:"-"` // sessions begun before are still to be ended in Keycloak
 	RegistrationOpen bool       `json:"-"` // its registration is pending; not so if only a new address is unconfirmed
 }
 
 const userColumns = `user_id, keycloak_id, email, username, coalesce(first_name, ''), coalesce(last_name, ''),
 	coalesce(phone, ''), coalesce(photo, ''), is_verified, role, network_id, station_id, source, is_active,
-	last_login_at, created_at, updated_at, deleted_at, not is_verified and coalesce(
+	last_login_at, created_at, updated_at, deleted_at, not_before, not is_verified and coalesce(
 		(select true from user_registrations r where r.user_id = users.user_id and r.status = 'pending' limit 1), false)`
 
 // user returns one user, deleted or not, or errNotFound.
@@ -91,20 +92,14 @@ func (st *store) users(ctx context.Context, p principal, in usersIn, before curs
 // userText is what a search looks at, as the index users_by_text has it.
 const userText = `lower(email || ' ' || username || ' ' || coalesce(first_name, '') || ' ' || coalesce(last_name, ''))`
 
-// changeEffect is what a change of a user has to do elsewhere.
-type changeEffect struct {
-	signOut bool // all sessions have ended, and must end in Keycloak, too
-	push    bool // Keycloak's user must get it
-}
-
 // changeUser changes a user and what follows from that (U1): the audit entry, the revocation of
 // tokens that say something else, the end of a deleted user's sessions, and the task that
 // brings role, scope and state to Keycloak.
 //
-// It returns errNotFound, errConflict when the address or username is another's by now,
-// problemLastAdmin, or the error of change.
+// It says whether Keycloak must be told. It returns errNotFound, errConflict when the address or
+// username is another's by now, problemLastAdmin, or the error of change.
 func (st *store) changeUser(ctx context.Context, c caller, id userID, action string,
-	change func(user) (user, error), now time.Time) (u user, effect changeEffect, err error) {
+	change func(user) (user, error), now time.Time) (u user, push bool, err error) {
 	err = st.tx(ctx, func(tx *txn) {
 		before, err := one[user](ctx, tx, `select `+userColumns+` from users where user_id = $1 for update`, id)
 		if err == nil {
@@ -125,23 +120,23 @@ func (st *store) changeUser(ctx context.Context, c caller, id userID, action str
 				updated_at = $11, updated_by = nullif($12, ''), email = $13, username = $14, is_verified = $15
 			where user_id = $1`, id, u.FirstName, u.LastName, u.Phone, u.Photo, u.Role, u.NetworkID, u.StationID,
 			u.IsActive, u.DeletedAt, now, c.UserID, u.Email, u.Username, u.IsVerified)
-		effect.push = u.revocation() != before.revocation()
 		changed := changes(before, u)
-		if effect.push {
+		if u.revocation() != before.revocation() {
 			tx.revoke(u.revocation())
+			if push = !fromKeycloak; push {
+				tx.check(enqueue(ctx, tx, now.Add(pushDelay), kcTask(u.KeycloakID)))
+			}
 		}
-		if effect.push && !fromKeycloak {
-			tx.check(enqueue(ctx, tx, now.Add(pushDelay), kcTask(u.KeycloakID)))
-		}
-		if effect.signOut = !u.IsActive || before.IsVerified && !u.IsVerified; effect.signOut {
+		if !u.IsActive || before.IsVerified && !u.IsVerified {
 			tx.endAllSessions(c, id, action, now)
+			push = true
 		}
 		if fromKeycloak && u.Email != before.Email && u.IsVerified {
 			tx.check(enqueue(ctx, tx, now, noticeTask(u.KeycloakID)))
 		}
 		tx.audit(c, now, entry{Action: action, Target: string(id), Network: before.NetworkID, Details: changed})
 	})
-	return u, effect, err
+	return u, push, err
 }
 
 // changes is what the audit log says of a change. Of personal data it says that they were

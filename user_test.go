@@ -212,8 +212,8 @@ func TestDeleteAndRestore(t *testing.T) {
 	other := w.signsIn(c.Email)
 	a := admin.asks("DELETE", path, nil)
 	w.wants(a, 204, "")
-	w.ended("user deleted", c.signIn)
-	w.ended("user deleted", other)
+	w.ended("user.delete", c.signIn)
+	w.ended("user.delete", other)
 	for _, at := range []*env{w, v} {
 		at.eventually("the access token is dead", time.Second, func() bool { return at.do(bearing(validatePath, c.signIn.text("access_token"))).Status == 401 })
 	}
@@ -250,9 +250,9 @@ func TestDeleteAndRestore(t *testing.T) {
 		answer
 		want string
 	}{
-		{a, fmt.Sprintf(`%s session.end %s ok user deleted, %[1]s user.delete %[2]s ok {"is_active": {"after": false, "before": true}}`, admin.ID, c.ID)},
+		{a, fmt.Sprintf(`%s session.end %s ok user.delete, %[1]s user.delete %[2]s ok {"is_active": {"after": false, "before": true}}`, admin.ID, c.ID)},
 		{again, ""}, {twice, ""},
-		{back, fmt.Sprintf(`%s user.restore %s ok {"is_active": {"after": true, "before": false}}`, admin.ID, c.ID)},
+		{back, fmt.Sprintf(`%s session.end %s ok user.restore, %[1]s user.restore %[2]s ok {"is_active": {"after": true, "before": false}}`, admin.ID, c.ID)},
 	} {
 		if got := w.value(`select coalesce(string_agg(concat_ws(' ', actor, action, target, outcome, nullif(reason, ''), case action when 'session.end' then null else details end), ', ' order by action), '')
 			from audit_log where request_id = $1`, one.Header.Get("X-Request-Id")); got != one.want {
@@ -632,6 +632,6 @@ func TestChangesAtOnce(t *testing.T) {
 	if claims = unpacked(w.signsIn(c.Email).text("access_token"), 1); fmt.Sprint(claims["roles"], claims["network_id"]) != "[partner]N9" {
 		t.Errorf("claims: %v", claims)
 	}
-	w.ended("user deleted", gone.signIn)
+	w.ended("user.delete", gone.signIn)
 	w.wants(w.login(gone.Email, password), 403, "account-disabled")
 }
