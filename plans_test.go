@@ -494,7 +494,10 @@ func (w *env) doSessions(email string) {
 	w.during("end_session", lost, func() { w.wants(w.do(loggingOut(w.signsIn(email).text("refresh_token"))), 204, "") })
 	a = w.signsIn(email)
 	w.wants(w.as(a, "GET", "/api/v1/auth/me"), 200, "")
-	w.wants(w.as(a, "GET", sessionsPath), 200, "")
+	w.direct(email, password)
+	w.eventually("a session of Keycloak is listed", 10*time.Second, func() bool {
+		return len(w.as(a, "GET", sessionsPath).JSON["items"].([]any)) > 1
+	})
 	w.wants(w.as(a, "DELETE", sessionsPath+"/"+a.text("session_id")), 204, "")
 	w.wants(w.as(w.signsIn(email), "DELETE", sessionsPath), 204, "")
 	w.wants(w.do(forgetting(email)), 202, "")
