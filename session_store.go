@@ -118,7 +118,7 @@ func (st *store) endAllSessions(ctx context.Context, c caller, user userID, reas
 	return st.tx(ctx, func(tx *txn) {
 		task := tx.endAllSessions(c, user, reason, now)
 		tx.check(enqueue(ctx, tx, now.Add(pushDelay), task)) // the request tries first
-		if len(tx.entries) == 0 { // those that were begun at Keycloak have no row
+		if len(tx.entries) == 0 {                            // those that were begun at Keycloak have no row
 			tx.audit(c, now, entry{Action: "session.end", Target: string(user), Reason: reason})
 		}
 	})
