@@ -66,20 +66,14 @@ func (st *store) audit(ctx context.Context, c caller, now time.Time, e entry) er
 	return st.tx(ctx, func(tx *txn) { tx.audit(c, now, e) })
 }
 
-// How many refusals of a kind (action and reason) are audited in a minute. Each target has
-// budgets of its own, and so have the refusals without one: however many others there are,
-// guesses at one account are audited. Who names many targets is bounded by the route's budget.
-const (
-	refusalsOfOne = 10  // of one actor at one network address
-	refusalsOfAll = 300 // of everybody
-)
-
+// refusalLimits are how many refusals of a kind (action and reason) are audited. Each target has
+// limits of its own, and so have the refusals without one: however many others there are,
+// guesses at one account are audited. Who names many targets is bounded by the route's limit.
 func refusalLimits(c caller, e entry) (ofOne, ofAll rateLimit) {
 	address, _ := netip.ParseAddr(c.Address)
 	kind := e.Action + " " + e.Reason + " " + e.Target
 	one := kind + " " + c.Actor + " " + network(address)
-	return rateLimit{"refusal:" + digest(one), refusalsOfOne, time.Minute, problemTooManyRequests},
-		rateLimit{"refusals:" + digest(kind), refusalsOfAll, time.Minute, problemTooManyRequests}
+	return refusalsOfOne.of(one), refusalsOfAll.of(kind)
 }
 
 // recordRefusal audits a refusal within its limits. Those over them are counted in a metric,
@@ -96,10 +90,10 @@ func (s *server) recordRefusal(ctx context.Context, c caller, action string, p p
 	if err == nil {
 		err = s.store.audit(ctx, c, now, e)
 	}
-	switch minute := now.Unix() / 60; {
+	switch {
 	case errors.Is(err, problemTooManyRequests):
 		s.metrics.dropped.WithLabelValues(action).Inc()
-		if s.dropWarned.Swap(minute) != minute {
+		if s.dropWarned.again(now) {
 			s.log.WarnContext(ctx, "audit: refusals dropped", "action", action, "reason", e.Reason)
 		}
 	case err != nil:

@@ -227,7 +227,7 @@ func TestRefusalLimits(t *testing.T) {
 			}
 			d.now = func() time.Time { return noon.Add(time.Minute) } // from then on they are audited again
 			d.flood(c.refusals[0])
-			if got := d.value(`select count(*)::text from audit_log where at > $1`, noon); got != fmt.Sprint(min(c.refusals[0].n, refusalsOfOne)) {
+			if got := d.value(`select count(*)::text from audit_log where at > $1`, noon); got != fmt.Sprint(min(c.refusals[0].n, refusalsOfOne.N)) {
 				t.Errorf("a minute later %s are audited", got)
 			}
 		})
@@ -276,11 +276,11 @@ func TestFloodOfLogins(t *testing.T) {
 		}
 	}
 	refused, limited := answers["401 invalid-credentials"], answers["429 too-many-requests"]
-	if refused <= refusalsOfOne || limited <= refusalsOfOne || refused+limited != n {
+	if refused <= refusalsOfOne.N || limited <= refusalsOfOne.N || refused+limited != n {
 		t.Errorf("answers: %v", answers)
 	}
 	audited, err := strconv.Atoi(w.value(`select count(*)::text from audit_log where outcome = 'refused' and action = 'login'`))
-	if err != nil || audited < 2*refusalsOfOne || audited > 6*refusalsOfOne { // two kinds, in three minutes at most
+	if err != nil || audited < 2*refusalsOfOne.N || audited > 6*refusalsOfOne.N { // two kinds, in three minutes at most
 		t.Errorf("%d refusals are audited %v", audited, err)
 	}
 	dropped := droppedRefusals(t, string(w.management404("/metrics").Body)) + droppedRefusals(t, string(v.management404("/metrics").Body))

@@ -16,20 +16,16 @@ import (
 	"strings"
 	"time"
 
+	"github.com/Nerzal/gocloak/v13"
 	"github.com/coreos/go-oidc/v3/oidc"
 	"golang.org/x/oauth2"
 )
-
-// loginLimit bounds the attempts on one account, from wherever they come. Keycloak locks an account after wrong
-// passwords; this keeps the guessing away from it.
-func loginLimit(login string) rateLimit {
-	return rateLimit{addressKey("login", login), 20, time.Minute, problemTooManyRequests}
-}
 
 type loginIn struct {
 	Username string `json:"username,omitempty" maxLength:"255" example:"ada"`
 	Email    string `json:"email,omitempty" maxLength:"255" example:"ada@example.com" description:"Instead of username."`
 	Password string `json:"password" required:"true" maxLength:"128" format:"password" example:"correct horse battery"`
+	OTP      string `json:"otp,omitempty" pattern:"^[0-9]{4,10}$" mismatch:"must be the digits of a one-time code" example:"492039" description:"The one-time code of an account that has one."`
 }
 
 type loginOut struct {
@@ -52,14 +48,37 @@ func (s *server) login(ctx context.Context, c caller, in loginIn) (loginOut, err
 		return loginOut{}, invalid(fieldError{"username", "is required, or else email"})
 	}
 	name := cmp.Or(in.Username, in.Email)
-	if err := s.store.hit(ctx, loginLimit(name), s.now()); err != nil {
+	account, err := s.store.accountByLogin(ctx, name) // whether there is one or not: that takes as long
+	if err != nil {
 		return loginOut{}, err
 	}
-	token, err := s.kc.signIn(ctx, name, in.Password) // L1
+	token, err := s.checkPassword(ctx, c, cmp.Or(account, name), name, in) // L1
 	if err != nil {
-		return loginOut{}, s.loginError(ctx, name, err)
+		return loginOut{}, s.loginError(ctx, name, account, in.OTP != "", err)
 	}
 	return s.openSession(ctx, c, token, "") // L2
+}
+
+// checkPassword has Keycloak check a password (L1). The checks of one account are lined up: however many guess at
+// the same time, each failure is counted before the next password is compared. Failures count, not attempts, and
+// those of one client address do not keep the owner out who comes from another.
+func (s *server) checkPassword(ctx context.Context, c caller, account, name string, in loginIn) (*oauth2.Token, error) {
+	t, err := s.store.lock(ctx, "login:"+digest(strings.ToLower(account)), lockTime, s.now)
+	if err != nil {
+		return nil, err
+	}
+	defer s.release(ctx, t, never, nil)
+	failures := []rateLimit{failuresOfOne.of(account, c.network()), failuresOfAll.of(account)}
+	if err := s.store.peekAll(ctx, s.now(), failures...); err != nil {
+		return nil, err
+	}
+	token, err := s.kc.signIn(ctx, name, in.Password, in.OTP)
+	if errors.Is(err, errInvalidCredentials) {
+		if failed := s.store.hitAll(ctx, s.now(), failures...); failed != nil {
+			return nil, failed
+		}
+	}
+	return token, err
 }
 
 // openSession stores the session of fresh tokens (L2) and makes the answer. Without its row a session is ended again
@@ -153,16 +172,22 @@ func (s *server) accountOf(ctx context.Context, subject string) (user, error) {
 }
 
 // loginError says why Keycloak has let nobody in. An account that waits for its confirmation is disabled in Keycloak,
-// whatever the password, and only not fully set up while its mail is being sent.
-func (s *server) loginError(ctx context.Context, name string, err error) error {
+// whatever the password, and only not fully set up while its mail is being sent. Keycloak's answer to a missing
+// one-time code is that to a wrong password: so somebody who sends none is asked for it, whatever the password.
+func (s *server) loginError(ctx context.Context, name, account string, otp bool, err error) error {
 	wrong, disabled := errors.Is(err, errInvalidCredentials), errors.Is(err, errAccountDisabled)
-	if !wrong && !disabled && !errors.Is(err, errSetupRequired) {
+	switch {
+	case !wrong && !disabled && !errors.Is(err, errSetupRequired):
 		return err
-	}
-	account, lookup := s.store.accountByLogin(ctx, name) // whether there is one or not: that takes as long
-	if lookup != nil {
-		return lookup
-	} else if wrong {
+	case wrong && otp:
+		return problemInvalidCredentials.withTarget(account)
+	case wrong:
+		u, lookup := orNone(s.kc.userByLogin(ctx, name))
+		if lookup != nil {
+			return lookup
+		} else if u != nil && gocloak.PBool(u.Totp) {
+			return problemOTPRequired.withTarget(account)
+		}
 		return problemInvalidCredentials.withTarget(account)
 	}
 	reg, lookup := s.store.registrationByLogin(ctx, name)
@@ -222,40 +247,48 @@ type forgotIn struct {
 const resetLifespan = time.Hour
 
 // forgotPassword has Keycloak mail its link to choose a new password. The answer is the same, and comes as fast,
-// whether there is such an account or not, and when a limit stands against the mail.
+// whether there is such an account or not, and when a limit stands against the mail: the queue does the rest.
 func (s *server) forgotPassword(ctx context.Context, c caller, in forgotIn) (noContent, error) {
-	tooSoon := rateLimit{addressKey("reset", in.Email), 1, s.cfg.ResendCooldown, problemTooManyRequests}
-	for _, l := range []rateLimit{tooSoon, mailsADay(in.Email)} {
-		var limited problem
-		if err := s.store.hit(ctx, l, s.now()); errors.As(err, &limited) {
-			s.recordRefusal(ctx, c, "forgotPassword", limited)
-			return noContent{}, nil
-		} else if err != nil {
-			return noContent{}, err
-		}
+	err := s.store.hitAddress(ctx, c, in.Email, s.now())
+	if err == nil {
+		err = s.store.requestReset(ctx, c, in.Email, s.now())
+		s.wakeWorker()
 	}
-	s.background.Go(func() { // dying meanwhile loses the mail; the person asks again
-		ctx, cancel := detached(ctx, mailTimeout+keycloakTimeout)
-		defer cancel()
-		u, err := s.kc.userByLogin(ctx, in.Email)
-		if errors.Is(err, errNotFound) || err == nil && (!u.enabled() || u.awaitsVerification()) {
-			return
-		}
-		actions := choosePassword
-		if !u.verified() { // a new address: the link proves it
-			actions = []string{"VERIFY_EMAIL", "UPDATE_PASSWORD"}
-		}
-		if err == nil {
-			err = s.kc.sendMail(ctx, u.id(), u.attribute(attrLocale), resetLifespan, actions)
-		}
-		if err == nil {
-			err = s.store.audit(ctx, c, s.now(), entry{Action: "password.forgot", Target: u.attribute(attrUserID)})
-		}
-		if err != nil {
-			s.log.ErrorContext(ctx, "password: reset mail not sent", "error", err)
-		}
-	})
-	return noContent{}, nil
+	return noContent{}, err
+}
+
+// mailTries is how often a mail is tried that Keycloak's mail server refuses: about half an hour.
+const mailTries = 8
+
+// mailReset mails the link to choose a new password, within the limits of mails that were handed over.
+func (s *server) mailReset(ctx context.Context, t task) (time.Time, error) {
+	u, err := s.kc.user(ctx, strings.TrimPrefix(t.ID, "reset:"))
+	if errors.Is(err, errNotFound) || err == nil && (!u.enabled() || !u.verified()) {
+		return never, nil // of an address that nobody has proven the account is not
+	} else if err != nil {
+		return never, err
+	}
+	claim := []rateLimit{resetOfCooldown.within(s.cfg.ResendCooldown).of(u.id()), resetsADay.of(u.id())}
+	if err := s.store.hitAll(ctx, s.now(), claim...); errors.Is(err, problemTooManyRequests) {
+		s.log.InfoContext(ctx, "password: reset mail not sent, too many", "keycloak_id", u.id())
+		return never, nil
+	} else if err != nil {
+		return never, err
+	}
+	err = s.kc.sendMail(ctx, u.id(), u.attribute(attrLocale), resetLifespan, choosePassword)
+	if err != nil {
+		err = errors.Join(err, refund(ctx, s.store.pool, claim...))
+	}
+	return s.orGiveUp(ctx, t, err)
+}
+
+// orGiveUp ends a task whose mail was refused too often.
+func (s *server) orGiveUp(ctx context.Context, t task, err error) (time.Time, error) {
+	if errors.Is(err, errMailNotSent) && t.Attempts >= mailTries {
+		s.log.WarnContext(ctx, "mail: refused, given up", "task", t.ID)
+		err = nil
+	}
+	return never, err
 }
 
 // The code flow (OpenID Connect Core §3.1 with PKCE, RFC 7636). Nothing of it is stored: the browser has a secret in
@@ -328,12 +361,7 @@ func (cfg config) returnURL(returnTo string) (string, bool) {
 
 // signInCookie keeps the secret of a browser.
 func (s *server) signInCookie(secret string) *http.Cookie {
-	name := "sign_in"
-	if s.cfg.https() {
-		name = "__Host-" + name // no other host of the domain can set it (RFC 6265bis §4.1.3.2)
-	}
-	return &http.Cookie{Name: name, Value: secret, MaxAge: int(signInTime.Seconds()), Path: "/",
-		HttpOnly: true, Secure: true, SameSite: http.SameSiteLaxMode}
+	return s.hostCookie("sign_in", secret, int(signInTime.Seconds()))
 }
 
 var browserSecret = regexp.MustCompile(`^[A-Za-z0-9_-]{32}$`)
@@ -381,14 +409,14 @@ func (s *server) callbackPage(ctx context.Context, c caller, r *http.Request) (v
 	if !ok { // an origin that is no longer allowed
 		target = origin(s.cfg.PublicURL) + afterSignIn
 	}
-	cookie := refreshCookie(out.RefreshToken, out.RefreshExpiresIn)
+	cookie := s.refreshCookie(out.RefreshToken, out.RefreshExpiresIn)
 	return view{Status: http.StatusSeeOther, Location: target, Cookie: cookie}, nil
 }
 
 // finishSignIn reads what Keycloak says (RFC 6749 §4.1.2, RFC 9207) and redeems the code.
 func (s *server) finishSignIn(ctx context.Context, c caller, r *http.Request, flow signIn) (loginOut, error) {
 	used := problemSignInIncomplete.withDetail("This sign-in is over already. Perhaps the page was loaded twice.")
-	err := s.store.hit(ctx, rateLimit{"sign-in:" + digest(flow.state), 1, 2 * signInTime, used}, s.now())
+	err := s.store.hit(ctx, limit{"state", 1, 2 * signInTime, used}.of(flow.state), s.now())
 	if err != nil {
 		return loginOut{}, err
 	}

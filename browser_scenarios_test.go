@@ -65,7 +65,7 @@ func scenarioTooManyCodes(b *browser) {
 	b.registers(email)
 	l := b.readMail(email, 1)
 	wrong := map[string]any{"email": email, "code": otherCode(l.Code)}
-	for range codeAttempts {
+	for range codesTried.N {
 		b.wants(b.post("/api/v1/register/verify", wrong), 400, "invalid-code")
 	}
 	b.press("Enter the code", 200, "Enter your code")

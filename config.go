@@ -33,8 +33,11 @@ type config struct {
 	KeycloakPublicURL string `env:"KEYCLOAK_PUBLIC_URL"`
 	// KeycloakRealm is the realm of the users. Required.
 	KeycloakRealm string `env:"KEYCLOAK_REALM,required"`
-	// AuthClientID is the public client that people sign in to. Required.
+	// AuthClientID is the client that people sign in to. Required.
 	AuthClientID string `env:"KEYCLOAK_AUTH_CLIENT_ID,required"`
+	// AuthClientSecret makes that a confidential client, so that nobody gets or exchanges tokens at
+	// Keycloak past this service. Recommended in production. Default: none, a public client.
+	AuthClientSecret secret `env:"KEYCLOAK_AUTH_CLIENT_SECRET"`
 	// BackendClientID and BackendClientSecret are the service account that
 	// manages users. Required.
 	BackendClientID     string `env:"KEYCLOAK_BACKEND_CLIENT_ID,required"`

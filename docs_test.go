@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -93,4 +94,23 @@ func anchors(text string) (all []string) {
 		all = append(all, strings.ReplaceAll(plain, " ", "-"))
 	}
 	return all
+}
+
+// The table of limits in docs/security.md is that of the program.
+func TestDocumentedLimits(t *testing.T) {
+	text, err := os.ReadFile("docs/security.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	documented := map[string]string{}
+	for _, row := range regexp.MustCompile("(?m)^\\| `([a-z-]+)` \\|[^|]+\\| (\\d+) \\| (\\S+) \\|").FindAllStringSubmatch(string(text), -1) {
+		documented[row[1]] = row[2] + " in " + row[3]
+	}
+	want := map[string]string{mailsOfCooldown.Name: "1 in `RESEND_COOLDOWN`", resetOfCooldown.Name: "1 in `RESEND_COOLDOWN`"}
+	for _, l := range limits {
+		want[l.Name] = fmt.Sprintf("%d in %s", l.N, regexp.MustCompile(`(\D)0[ms].*`).ReplaceAllString(l.Window.String(), "$1"))
+	}
+	if diff := cmp.Diff(want, documented); diff != "" {
+		t.Errorf("-program +documented\n%s", diff)
+	}
 }

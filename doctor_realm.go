@@ -71,6 +71,9 @@ func wantedRealm(cfg config) (must map[string]any, err error) {
 	for _, client := range objects(must["clients"]) {
 		client["redirectUris"] = slices.DeleteFunc(client["redirectUris"].([]any), operatorsOwn)
 		maps.DeleteFunc(client, func(_ string, v any) bool { return operatorsOwn(v) })
+		if client["clientId"] == cfg.AuthClientID {
+			client["publicClient"], client["secret"] = cfg.AuthClientSecret == "", string(cfg.AuthClientSecret)
+		}
 	}
 	maps.DeleteFunc(must, func(_ string, v any) bool { return operatorsOwn(v) })
 	profile := parts.Components["org.keycloak.userprofile.UserProfileProvider"][0].Config["kc.user.profile.config"][0]
@@ -79,8 +82,9 @@ func wantedRealm(cfg config) (must map[string]any, err error) {
 		"userProfile": json.RawMessage(profile), "enabledEventTypes": userEventTypes,
 		"smtpServer": map[string]any{"host": operators, "from": operators},
 		"users":      []any{map[string]any{"username": account, "clientRoles": parts.Users[0].ClientRoles}},
-		"requiredActions": []any{ // an import that lists some switches Keycloak's others off
+		"requiredActions": []any{ // the others are a matter of taste
 			map[string]any{"alias": "VERIFY_EMAIL", "enabled": true},      // keeps unconfirmed accounts out
+			map[string]any{"alias": "UPDATE_EMAIL", "enabled": true},      // a new address is proven before it counts
 			map[string]any{"alias": "UPDATE_PASSWORD", "enabled": true}}}) // invitations and forgotten passwords use it
 	return must, errors.Join(err, json.Unmarshal(more, &must))
 }
@@ -262,7 +266,7 @@ func including(list any, wanted []any) []any {
 
 // stricterPolicy returns a password policy with the rules of must that it lacks, and as long.
 func stricterPolicy(policy, must string) string {
-	policy = regexp.MustCompile(`\blength\([0-7]\)`).ReplaceAllString(policy, "length(8)")
+	policy = regexp.MustCompile(`\blength\(\d\)`).ReplaceAllString(policy, "length(10)")
 	for rule := range strings.SplitSeq(must, " and ") {
 		name, _, _ := strings.Cut(rule, "(")
 		if !regexp.MustCompile(`\b` + name + `\b`).MatchString(policy) {

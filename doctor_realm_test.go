@@ -70,7 +70,7 @@ func (w *env) serviceRole(role, method string) func() func() {
 func TestDoctorRealm(t *testing.T) {
 	t.Parallel() // it waits for Keycloak most of the time
 	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0s"})
-	policy := "length(8) and maxLength(128) and notUsername and notEmail"
+	policy := "length(10) and maxLength(128) and notUsername and notEmail and passwordBlacklist(common.txt)"
 	w.namesAndFixes([]brokenSetting{
 		{"verify email off", w.set("", "verifyEmail", false), "realm.verifyEmail: false → true"},
 		{"login with email off", w.set("", "loginWithEmailAllowed", false), "realm.loginWithEmailAllowed: false → true"},
@@ -94,8 +94,8 @@ func TestDoctorRealm(t *testing.T) {
 		{"no languages", w.set("", "internationalizationEnabled", false), "realm.internationalizationEnabled: false → true"},
 		{"another language", w.set("", "supportedLocales", []string{"fr"}), ""},
 		{"another name", w.set("", "displayName", "Shop"), ""},
-		{"short passwords", w.set("", "passwordPolicy", strings.Replace(policy, "8", "6", 1)),
-			"realm.passwordPolicy: " + strings.Replace(policy, "8", "6", 1) + " → " + policy},
+		{"short passwords", w.set("", "passwordPolicy", strings.Replace(policy, "length(10)", "length(6)", 1)),
+			"realm.passwordPolicy: " + strings.Replace(policy, "length(10)", "length(6)", 1) + " → " + policy},
 		{"a rule of its own", w.set("", "passwordPolicy", "upperCase(1)"),
 			"realm.passwordPolicy: upperCase(1) → upperCase(1) and " + policy},
 		{"stricter passwords", w.set("", "passwordPolicy", "upperCase(1) and "+strings.Replace(policy, "8", "12", 1)), ""},
@@ -401,10 +401,10 @@ func TestLeeways(t *testing.T) {
 		{"attributes.adminEventsExpiration", nil, "2592000", true},
 		{"sslRequired", "none", "external", false},
 		{"sslRequired", "all", "external", true},
-		{"passwordPolicy", "length(8) and notEmail(undefined)", "length(8) and notEmail", true},
-		{"passwordPolicy", "maxLength(64)", "length(8)", false},
-		{"passwordPolicy", "length(7) and upperCase(1)", "length(8)", false},
-		{"passwordPolicy", "length(10)", "length(8)", true},
+		{"passwordPolicy", "length(10) and notEmail(undefined)", "length(10) and notEmail", true},
+		{"passwordPolicy", "maxLength(64)", "length(10)", false},
+		{"passwordPolicy", "length(9) and upperCase(1)", "length(10)", false},
+		{"passwordPolicy", "length(12)", "length(10)", true},
 		{"userProfile.attributes[username].validations.length.max", 101.0, 100.0, false},
 		{"clients[a].protocolMappers[b].config.claim.name", "name", "user_id", false},
 		{"clients[a.b].name", "x", "y", true},

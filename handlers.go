@@ -30,27 +30,6 @@ const (
 	signedIn access = false
 )
 
-// budget is how many requests of a kind one client address may make in a minute. Routes that do
-// the same share it.
-type budget struct {
-	Name string
-	N    int
-}
-
-var (
-	unlimited  = budget{}
-	onRegister = budget{"register", 30}
-	onVerify   = budget{"verify", 60}
-	onResend   = budget{"resend", 30}
-	onStatus   = budget{"status", 300}
-	onLogin    = budget{"login", 60}
-	onSignIn   = budget{"sign-in", 60}
-	onForgot   = budget{"forgot", 30}
-	onRefresh  = budget{"refresh", 600}
-	onUsers    = budget{"users", 600}
-	onAccount  = budget{"account", 300}
-)
-
 // managed is what a route that manages one user may answer.
 var managed = []problem{problemForbidden, problemAccountNotVerified, problemUserNotFound}
 
@@ -59,7 +38,7 @@ type route struct {
 	Pattern string // "POST /api/v1/register"
 	Aliases string // other paths, space separated
 	Access  access
-	Budget  budget
+	Limit   limit  // of one client address
 	Name    string // operation id, and action of the audit entries of refusals
 	Summary string // "" = not in the OpenAPI document
 	operation
@@ -95,7 +74,7 @@ func (s *server) apiRoutes() []route {
 
 		{"POST /api/v1/auth/login", "/auth/login", public, onLogin,
 			"login", "Sign in with a password", op("Signing in", 200, s.login, problemInvalidCredentials,
-				problemAccountNotVerified, problemAccountDisabled, problemAccountSetupRequired)},
+				problemOTPRequired, problemAccountNotVerified, problemAccountDisabled, problemAccountSetupRequired)},
 		{"POST /api/v1/auth/password/forgot", "", public, onForgot,
 			"forgotPassword", "Forgot the password", op("Signing in", 202, s.forgotPassword)},
 		{"POST /api/v1/auth/refresh", "", public, onRefresh,
@@ -118,7 +97,8 @@ func (s *server) apiRoutes() []route {
 		{"GET /api/v1/users/{user_id}", "", signedIn, onUsers,
 			"user", "One user", op("Users", 200, s.user, problemUserNotFound)},
 		{"PATCH /api/v1/users/{user_id}", "", signedIn, onUsers,
-			"patchUser", "Change a user", op("Users", 200, s.patchUser, append(managed, problemLastAdmin)...)},
+			"patchUser", "Change a user", op("Users", 200, s.patchUser,
+				append(managed, problemLastAdmin, problemAddressUnproven)...)},
 		{"DELETE /api/v1/users/{user_id}", "", signedIn, onUsers,
 			"deleteUser", "Delete a user", op("Users", 204, s.deleteUser, append(managed, problemLastAdmin)...)},
 		{"POST /api/v1/users/{user_id}/restore", "", signedIn, onUsers,
@@ -196,7 +176,7 @@ func (s *server) handler() (http.Handler, error) {
 		return nil, err
 	}
 	api := withSecurityHeaders(s.cfg.https(), corsMiddleware.Wrap(s.orProblem(mux)))
-	return withRequestID(s.withLog(api)), nil
+	return withRequestID(s.withLog(s.withClient(api))), nil
 }
 
 // orProblem answers what the mux does not know with a problem; the mux itself
@@ -233,17 +213,15 @@ type recorder struct {
 func (rec *recorder) Header() http.Header    { return rec.header }
 func (rec *recorder) WriteHeader(status int) { rec.status = status }
 
-// limited counts the request against the budget of its client's address.
+// limited counts the request against the limit of its client's address.
 func (s *server) limited(rt route, next http.Handler) http.Handler {
-	if rt.Budget == unlimited {
+	if rt.Limit.N == 0 {
 		return next
 	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		key := "address:" + rt.Budget.Name + ":" + network(s.clientAddress(r))
 		ctx, cancel := context.WithTimeout(r.Context(), 4*time.Second) // a PostgreSQL that hangs is like one that is away
 		defer cancel()
-		limit := rateLimit{key, rt.Budget.N, time.Minute, problemTooManyRequests}
-		if err := s.store.hit(ctx, limit, s.now()); err != nil {
+		if err := s.store.hit(ctx, rt.Limit.of(network(s.clientAddress(r))), s.now()); err != nil {
 			s.refuse(w, r, rt, err)
 			return
 		}

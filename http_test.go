@@ -337,7 +337,7 @@ func TestBudgets(t *testing.T) {
 	w.quick = true
 	routes := idle(t, slog.New(slog.DiscardHandler), nil).routes()
 	for _, rt := range routes {
-		if rt.Budget == unlimited {
+		if rt.Limit.N == 0 {
 			if method, _ := anyPath(rt); method != "GET" {
 				t.Errorf("%s has no budget", rt.Pattern)
 			}
@@ -351,7 +351,7 @@ func TestBudgets(t *testing.T) {
 		const more = 7
 		for worker := range 8 {
 			all.Go(func() {
-				for i := worker; i < rt.Budget.N+more; i += 8 {
+				for i := worker; i < rt.Limit.N+more; i += 8 {
 					r := call{method: method, path: paths[i%len(paths)], from: prefix + ":" + strconv.FormatInt(int64(i+1), 16),
 						header: map[string]string{"Sec-Fetch-Site": "same-origin", "Content-Type": "application/json"}}
 					if rt.status == 0 {
@@ -374,7 +374,7 @@ func TestBudgets(t *testing.T) {
 		}
 		all.Wait()
 		if refused.Load() != more {
-			t.Errorf("%s: %d refused of %d, want %d", rt.Pattern, refused.Load(), rt.Budget.N+more, more)
+			t.Errorf("%s: %d refused of %d, want %d", rt.Pattern, refused.Load(), rt.Limit.N+more, more)
 		}
 	}
 }
@@ -790,7 +790,7 @@ func TestBusyDatabase(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
 	_, one := st.registration(ctx, newRegistrationID())
-	many := st.hit(ctx, loginLimit("ada"), time.Now())
+	many := st.hit(ctx, onLogin.of("ada"), time.Now())
 	tx := st.purge(ctx, time.Now(), time.Now())
 	for _, err := range []error{one, many, tx} {
 		if p := asProblem(err); p.Status != 503 || p.Wait == 0 {

@@ -243,19 +243,24 @@ func (f *inputField) checkString(value string) string {
 	return ""
 }
 
-// decodeCookie gives the refresh token of the browser's cookie to an input that takes
-// it, and says whether it is one that does. A browser sends cookies along for whoever
+// decodeCookie gives the refresh tokens of the browser's cookies to an input that takes
+// them, and says whether it is one that does. A browser sends cookies along for whoever
 // asks it to; so one counts only if the request comes from an allowed origin (RFC 6454).
 func (s *server) decodeCookie(r *http.Request, in any) (bool, error) {
-	target, takes := in.(interface{ setCookie(token string) })
-	cookie, err := r.Cookie(refreshCookie("", 0).Name)
+	target, takes := in.(interface{ setCookies(tokens []string) })
+	var tokens []string
+	for _, cookie := range r.CookiesNamed(s.refreshCookie("", 0).Name) {
+		if cookie.Value != "" {
+			tokens = append(tokens, cookie.Value)
+		}
+	}
 	switch {
-	case !takes, err != nil, cookie.Value == "":
+	case !takes, len(tokens) == 0:
 		return takes, nil
 	case r.Header.Get("Origin") == "" && r.Header.Get("Sec-Fetch-Site") == "", s.origins.Check(r) != nil:
 		return takes, problemForbidden.withDetail("The cookie counts only for requests from an allowed origin.")
 	}
-	target.setCookie(cookie.Value)
+	target.setCookies(tokens)
 	return takes, nil
 }
 

@@ -51,8 +51,9 @@ type keycloak struct {
 	admin   *gocloak.GoCloak
 	metrics *metrics
 
-	calls bulkhead // everything but mails
-	mails bulkhead // they wait for SMTP, and must not keep people from signing in
+	calls     bulkhead // everything but these:
+	mails     bulkhead // they wait for SMTP, and must not keep people from signing in
+	passwords bulkhead // a check takes Keycloak a tenth of a second of a core; guesses must not keep sessions from being refreshed
 
 	service atomic.Pointer[oauth2.Token] // of the service account, renewed before it ends
 	renewal singleflight.Group
@@ -61,11 +62,24 @@ type keycloak struct {
 func newKeycloak(cfg config, m *metrics) *keycloak {
 	transport := http.DefaultTransport.(*http.Transport).Clone()
 	transport.MaxIdleConnsPerHost = 64
-	client := &http.Client{Transport: transport}
-	k := &keycloak{cfg: cfg, client: client, metrics: m, calls: newBulkhead(24), mails: newBulkhead(8)}
+	client := &http.Client{Transport: forwarding{transport}}
+	k := &keycloak{cfg: cfg, client: client, metrics: m, calls: newBulkhead(24), mails: newBulkhead(8),
+		passwords: newBulkhead(16)}
 	k.admin = gocloak.NewClient(cfg.KeycloakURL)
 	k.admin.SetRestyClient(resty.NewWithClient(client)) // its own has no limits, and a cookie jar for all users
 	return k
+}
+
+// forwarding tells Keycloak the client's address, for its events and its guard against guessing. Keycloak believes it
+// if it trusts this service as a proxy.
+type forwarding struct{ http.RoundTripper }
+
+func (f forwarding) RoundTrip(r *http.Request) (*http.Response, error) {
+	if client := clientOf(r.Context()); client.IsValid() {
+		r = r.Clone(r.Context())
+		r.Header.Set("X-Forwarded-For", client.String())
+	}
+	return f.RoundTripper.RoundTrip(r)
 }
 
 // bulkhead bounds the calls under way. Keycloak is slow by design where passwords
@@ -250,17 +264,17 @@ func keycloakError(err error) error {
 
 // oauth is the client that people sign in to.
 func (k *keycloak) oauth() *oauth2.Config {
-	return &oauth2.Config{ClientID: k.cfg.AuthClientID, Scopes: []string{"openid"},
+	return &oauth2.Config{ClientID: k.cfg.AuthClientID, ClientSecret: string(k.cfg.AuthClientSecret), Scopes: []string{"openid"},
 		RedirectURL: k.cfg.PublicURL + "/auth/callback",
 		Endpoint: oauth2.Endpoint{AuthStyle: oauth2.AuthStyleInParams, TokenURL: k.realmURL("protocol/openid-connect/token"),
 			AuthURL: k.cfg.issuer() + "/protocol/openid-connect/auth"}}
 }
 
 // grant asks the token endpoint for tokens.
-func (k *keycloak) grant(ctx context.Context, operation string,
+func (k *keycloak) grant(ctx context.Context, operation string, b bulkhead,
 	f func(context.Context) (*oauth2.Token, error)) (*oauth2.Token, error) {
 	var token *oauth2.Token
-	err := k.call(ctx, operation, k.calls, keycloakTimeout, func(ctx context.Context) (err error) {
+	err := k.call(ctx, operation, b, keycloakTimeout, func(ctx context.Context) (err error) {
 		token, err = f(context.WithValue(ctx, oauth2.HTTPClient, k.client))
 		return err
 	})
@@ -269,16 +283,22 @@ func (k *keycloak) grant(ctx context.Context, operation string,
 
 // signIn exchanges a password for tokens (RFC 6749 §4.3). It returns
 // errInvalidCredentials, errAccountDisabled or errSetupRequired.
-func (k *keycloak) signIn(ctx context.Context, login, password string) (*oauth2.Token, error) {
-	return k.grant(ctx, "password_grant", func(ctx context.Context) (*oauth2.Token, error) {
-		return k.oauth().PasswordCredentialsToken(ctx, login, password)
+func (k *keycloak) signIn(ctx context.Context, login, password, otp string) (*oauth2.Token, error) {
+	parameters := []oauth2.AuthCodeOption{oauth2.SetAuthURLParam("grant_type", "password"),
+		oauth2.SetAuthURLParam("scope", "openid"),
+		oauth2.SetAuthURLParam("username", login), oauth2.SetAuthURLParam("password", password)}
+	if otp != "" {
+		parameters = append(parameters, oauth2.SetAuthURLParam("totp", otp)) // Keycloak's own: PasswordCredentialsToken has none
+	}
+	return k.grant(ctx, "password_grant", k.passwords, func(ctx context.Context) (*oauth2.Token, error) {
+		return k.oauth().Exchange(ctx, "", parameters...)
 	})
 }
 
 // refresh exchanges a refresh token for the next tokens (RFC 6749 §6). It returns
 // errInvalidGrant when the session has ended.
 func (k *keycloak) refresh(ctx context.Context, token string) (*oauth2.Token, error) {
-	return k.grant(ctx, "refresh_grant", func(ctx context.Context) (*oauth2.Token, error) {
+	return k.grant(ctx, "refresh_grant", k.calls, func(ctx context.Context) (*oauth2.Token, error) {
 		return k.oauth().TokenSource(ctx, &oauth2.Token{RefreshToken: token}).Token()
 	})
 }
@@ -286,7 +306,7 @@ func (k *keycloak) refresh(ctx context.Context, token string) (*oauth2.Token, er
 // redeem exchanges the code of the code flow for tokens (RFC 6749 §4.1.3, RFC 7636
 // §4.5). It returns errInvalidGrant for a code that is used, too old or another's.
 func (k *keycloak) redeem(ctx context.Context, code, verifier string) (*oauth2.Token, error) {
-	return k.grant(ctx, "code_grant", func(ctx context.Context) (*oauth2.Token, error) {
+	return k.grant(ctx, "code_grant", k.calls, func(ctx context.Context) (*oauth2.Token, error) {
 		return k.oauth().Exchange(ctx, code, oauth2.VerifierOption(verifier))
 	})
 }

@@ -210,6 +210,8 @@ func rejectedFields(body []byte) []fieldError {
 		rule := strings.TrimSuffix(strings.TrimPrefix(answer.Description, "Invalid password: "), ".")
 		if n, ok := strings.CutPrefix(rule, "minimum length "); ok {
 			rule = "must have at least " + n + " characters"
+		} else if answer.Error == "invalidPasswordBlacklistedMessage" {
+			rule = "is one of those that are guessed first; choose another one"
 		}
 		return []fieldError{{"password", rule}}
 	}

@@ -107,13 +107,23 @@ type server struct {
 	background      sync.WaitGroup                                 // work whose client has its answer already
 	handle          func(context.Context, task) (time.Time, error) // does the work of a task: handleTask
 	wake            chan struct{}                                  // a worker may find something due
-	dropWarned      atomic.Int64                                   // minute of the last warning about unaudited refusals
+	dropWarned      minutely                                       // about refusals that are not audited
+	busyWarned      minutely                                       // about requests that were refused since too much waited
 	stopping        atomic.Bool                                    // told by /readyz, so that the load balancer looks away
 	health          struct {                                       // the last answer
 		sync.Mutex
 		at   time.Time
 		last healthOut
 	}
+}
+
+// minutely is for warnings that would come in floods: the minute of the last one.
+type minutely struct{ atomic.Int64 }
+
+// again says whether it is time for another.
+func (m *minutely) again(now time.Time) bool {
+	minute := now.Unix() / 60
+	return m.Swap(minute) != minute
 }
 
 // newServer connects to nothing yet: the service starts while Keycloak or
@@ -210,6 +220,8 @@ func (s *server) handleTask(ctx context.Context, t task) (time.Time, error) {
 		return s.endSessionTask(ctx, t)
 	case "notice":
 		return s.notify(ctx, t)
+	case "reset":
+		return s.mailReset(ctx, t)
 	case "kc":
 		return s.reconcileTask(ctx, t)
 	case "events":
@@ -217,7 +229,7 @@ func (s *server) handleTask(ctx context.Context, t task) (time.Time, error) {
 	case "sweep":
 		return s.now().Add(max(s.cfg.JobInterval, time.Second)), s.sweep(ctx)
 	}
-	return never, nil // token: whoever exchanged it has died
+	return never, nil // token, login: whoever held the lock has died
 }
 
 // recurring are the tasks that are always there.

@@ -102,7 +102,10 @@ func newMetrics(st *store, now func() time.Time) *metrics {
 	}
 }
 
-type requestIDKey struct{}
+type (
+	requestIDKey struct{}
+	clientKey    struct{} // of the client's address
+)
 
 // requestIDPattern is what a request id from outside must look like to be kept:
 // it ends up in logs and in the audit log.
@@ -118,6 +121,19 @@ func withRequestID(next http.Handler) http.Handler {
 		w.Header().Set("X-Request-Id", id)
 		next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), requestIDKey{}, id)))
 	})
+}
+
+// withClient tells Keycloak's events and its guard, and those who wait for a key, whose request it is.
+func (s *server) withClient(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), clientKey{}, s.clientAddress(r))))
+	})
+}
+
+// clientOf is the address of the client whose request a context is of; invalid: it is a worker's.
+func clientOf(ctx context.Context) netip.Addr {
+	addr, _ := ctx.Value(clientKey{}).(netip.Addr)
+	return addr
 }
 
 func requestID(ctx context.Context) string {
@@ -182,9 +198,10 @@ func (s *server) withLog(next http.Handler) http.Handler {
 					s.writeProblem(sw, r, problemInternal)
 				}
 			}
-			method, route := r.Method, r.Pattern
-			if route == "" {
-				method, route = "", "none" // unknown paths and methods are the client's choice: not a label
+			route := cmp.Or(r.Pattern, "none") // unknown paths and methods are the client's choice: not a label
+			method, _, ok := strings.Cut(route, " ")
+			if !ok {
+				method = "" // of a route for all methods
 			}
 			sw.status = cmp.Or(sw.status, http.StatusOK) // nothing written: net/http does
 			took := time.Since(start)

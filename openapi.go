@@ -92,7 +92,7 @@ func (rt route) describe(oc openapi.OperationContext) error {
 		return nil
 	}
 	problems := append([]problem{problemInvalidRequest, problemInternal}, rt.problems...)
-	if problems = append(problems, problemUnavailable); rt.Budget != unlimited {
+	if problems = append(problems, problemUnavailable); rt.Limit.N > 0 {
 		problems = append(problems, problemTooManyRequests)
 	}
 	if rt.Access == signedIn || rt.Name == "validate" {

@@ -24,6 +24,7 @@ type problem struct {
 	Wait      time.Duration `json:"-"` // Retry-After; zero: none
 	challenge string        // the error of WWW-Authenticate (RFC 6750 §3.1); "": none
 	retry     string        // where a person may try again; "": the same page
+	cookie    *http.Cookie  // to be set; nil: none
 	target    string        // the id that the audit entry of the refusal names
 	err       error         // the cause, for the log
 }
@@ -62,6 +63,8 @@ var (
 		"This refresh token was used before. To be safe, the session was ended. Please sign in again.")
 	problemInvalidCredentials = newProblem(401, "invalid-credentials", "Sign-in failed",
 		"The username, the e-mail address or the password is wrong.")
+	problemOTPRequired = newProblem(401, "otp-required", "One-time code needed",
+		"This account has a one-time code. Please send it along with the password.")
 	problemForbidden          = newProblem(403, "forbidden", "Not allowed", "You are not allowed to do this.")
 	problemAccountNotVerified = newProblem(403, "account-not-verified", "Account not verified",
 		"The e-mail address of this account is not confirmed yet. Look into your mailbox.")
@@ -80,6 +83,8 @@ var (
 		"This address does not know that method; Allow lists those it knows.")
 	problemUserExists = newProblem(409, "user-exists", "Account exists",
 		"An account with this e-mail address or username exists already.")
+	problemAddressUnproven = newProblem(409, "address-unproven", "Address not confirmed",
+		"The e-mail address of this account is not confirmed. Until it is, the account gets no role.")
 	problemLastAdmin = newProblem(409, "last-admin", "Last administrator",
 		"This is the last active administrator. Make somebody else one first.")
 	problemUserGone = newProblem(409, "user-gone", "User gone",
@@ -131,6 +136,7 @@ func (p problem) slug() string { return strings.TrimPrefix(p.Type, "/problems/")
 func (p problem) withCause(err error) problem             { p.err = err; return p }
 func (p problem) withTarget(target string) problem        { p.target = target; return p }
 func (p problem) withChallenge(oauthError string) problem { p.challenge = oauthError; return p }
+func (p problem) withCookie(c *http.Cookie) problem       { p.cookie = c; return p }
 func (p problem) withDetail(detail string) problem        { p.Detail = detail; return p }
 func (p problem) retryAfter(d time.Duration) problem      { p.Wait = max(d, time.Second); return p }
 
@@ -165,7 +171,12 @@ func asProblem(err error) problem {
 func (s *server) report(r *http.Request, err error) problem {
 	p := asProblem(err)
 	s.metrics.problems.WithLabelValues(p.slug()).Inc()
-	if p.Status >= 500 {
+	switch {
+	case errors.Is(err, errBusy): // a flood is one line a minute
+		if s.busyWarned.again(s.now()) {
+			s.log.WarnContext(r.Context(), "request refused, too much is waiting", "route", r.Pattern, "error", err)
+		}
+	case p.Status >= 500:
 		s.log.ErrorContext(r.Context(), "request failed", "route", r.Pattern, "problem", p.slug(), "error", err)
 	}
 	p.RequestID = requestID(r.Context())
@@ -174,6 +185,9 @@ func (s *server) report(r *http.Request, err error) problem {
 
 // setProblemHeaders sets what belongs to a problem besides its body.
 func setProblemHeaders(h http.Header, p problem) {
+	if p.cookie != nil {
+		h.Add("Set-Cookie", p.cookie.String())
+	}
 	if p.Wait > 0 {
 		h.Set("Retry-After", strconv.Itoa(int(math.Ceil(p.Wait.Seconds()))))
 	}

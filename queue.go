@@ -18,7 +18,7 @@ import (
 //	REG-…      resume a registration
 //	SES-…      end a session in Keycloak
 //	kc:<id>    reconcile the user with that id in Keycloak, and end its sessions there that have ended
-//	notice:<id>    mail it that a credential or its address was changed
+//	notice:<id> and reset:<id>    mail it that a credential or its address was changed, or a link to choose a password
 //	job:…      recurring: events, sync, sweep
 //
 // Whoever changes something enqueues the task in the transaction of the change. A worker

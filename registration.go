@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"auth-service/templates"
+
+	"golang.org/x/text/secure/precis"
 )
 
 // The life of a registration. It is written in two stores, in this order: our intent first,
@@ -20,10 +22,8 @@ import (
 // account of somebody else's address. The password comes with the proof.
 
 const (
-	doubtTime    = 10 * time.Minute // how long a creation without an answer may still arrive in Keycloak
-	refusalTime  = time.Hour        // how long a mail is refused before it is given up
-	mailsPerDay  = 10               // to one address
-	codeAttempts = 5                // per code that was mailed
+	doubtTime   = 10 * time.Minute // how long a creation without an answer may still arrive in Keycloak
+	refusalTime = time.Hour        // how long a mail is refused before it is given up
 )
 
 // state is a registration's status as PostgreSQL spells it.
@@ -124,6 +124,9 @@ func (out registerOut) location() string {
 func (s *server) register(ctx context.Context, c caller, in registerIn) (registerOut, error) {
 	reg, err := s.newRegistration(c, in.profile, sourceWeb)
 	if err == nil {
+		err = s.store.hitAddress(ctx, c, in.Email, s.now())
+	}
+	if err == nil {
 		reg, err = s.open(ctx, c, reg, s.registerAgain)
 	}
 	if err != nil {
@@ -155,7 +158,8 @@ func (s *server) open(ctx context.Context, c caller, wanted registration,
 
 // newRegistration is a registration of what was typed, by somebody without role and scope.
 func (s *server) newRegistration(c caller, p profile, source string) (registration, error) {
-	if err := ownUsername(p.Username, p.Email); err != nil {
+	var err error
+	if p.Username, err = ownUsername(p.Username, p.Email); err != nil {
 		return registration{}, err
 	}
 	id := newUserID()
@@ -173,12 +177,22 @@ func (cfg config) lifetime(source string) time.Duration {
 	return cfg.VerificationTTL
 }
 
-// ownUsername refuses another's address as the username: people sign in with either.
-func ownUsername(username, email string) error {
-	if strings.Contains(username, "@") && !strings.EqualFold(username, email) {
-		return invalid(fieldError{"username", "must not be another e-mail address"})
+// ownUsername returns a wished username as it is compared (RFC 8265 §3.3), so that none looks like another's. It
+// refuses another's address and user ids: people sign in with the former, and the latter are the defaults.
+func ownUsername(username, email string) (string, error) {
+	if username == "" || strings.EqualFold(username, email) {
+		return username, nil
 	}
-	return nil
+	mapped, err := precis.UsernameCaseMapped.String(username)
+	switch {
+	case err != nil:
+		return "", invalid(fieldError{"username", "has a character that is not allowed"})
+	case strings.Contains(mapped, "@"):
+		return "", invalid(fieldError{"username", "must not be another e-mail address"})
+	case strings.HasPrefix(mapped, "usr-"):
+		return "", invalid(fieldError{"username", "must not begin like a user id"})
+	}
+	return mapped, nil
 }
 
 // defaultUsername is that of who has chosen none.
@@ -209,7 +223,7 @@ func registerError(err error) error {
 // users row, R4 the mail, R5 its state. What fails before R3 leaves nothing behind; from R3
 // on the registration stands, and resume goes on with it. errRace: the address has one.
 func (s *server) begin(ctx context.Context, c caller, reg registration) (registration, error) {
-	if err := s.store.peek(ctx, mailsADay(reg.Email), s.now()); err != nil {
+	if err := s.store.peekAll(ctx, s.now(), mailLimits(reg.Email, reg.Source, 0)...); err != nil {
 		return reg, err
 	}
 	token := newToken()
@@ -262,7 +276,7 @@ func (s *server) registerAgain(ctx context.Context, c caller, reg, _ registratio
 // resendAvailableAt is when the address may get another mail.
 func (s *server) resendAvailableAt(ctx context.Context, reg registration) time.Time {
 	at := s.now()
-	for _, l := range mailLimits(reg.Email, s.cfg.ResendCooldown) {
+	for _, l := range mailLimits(reg.Email, reg.Source, s.cfg.ResendCooldown) {
 		var limited problem
 		if errors.As(s.store.peek(ctx, l, s.now()), &limited) {
 			at = s.now().Add(limited.Wait)
@@ -292,8 +306,11 @@ func (s *server) resend(ctx context.Context, c caller, in resendIn) (resendOut, 
 		return resendOut{}, invalid(fieldError{"registration_id", "is required, or else email"})
 	}
 	if in.Email != "" {
-		err := s.store.requestResend(ctx, c, in.Email, s.cfg, s.now())
-		s.wakeWorker()
+		err := s.store.hitAddress(ctx, c, in.Email, s.now())
+		if err == nil {
+			err = s.store.requestResend(ctx, c, in.Email, s.cfg, s.now())
+			s.wakeWorker()
+		}
 		return resendOut{Status: "accepted"}, err
 	}
 	reg, err := s.store.registration(ctx, in.RegistrationID)

@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"net/netip"
 	"testing"
 )
 
@@ -19,7 +20,7 @@ func TestCodesWithoutMail(t *testing.T) {
 	email := newEmail()
 	id := w.register(email).text("registration_id")
 	l := w.readMail(email, 1)
-	for range codeAttempts {
+	for range codesTried.N {
 		w.wants(w.do(typing(email, other(l.Code))), 400, "invalid-code")
 	}
 	w.mail.Close()
@@ -36,7 +37,7 @@ func TestCodesWithoutMail(t *testing.T) {
 		w.wants(w.do(typing(email, other(l.Code))), 429, "too-many-attempts")
 		w.wants(w.do(typing(email, l.Code)), 429, "too-many-attempts")
 	}
-	if n := w.value(`select hits::text from rate_limits where key = $1`, mailsADay(email).Key); n != "1" {
+	if n := w.value(`select hits::text from rate_limits where key = $1`, mailsADay.of(mailbox(email)).Key); n != "1" {
 		t.Errorf("%s mails are counted today", n)
 	}
 	if err := w.mail.Restart(); err != nil {
@@ -48,7 +49,7 @@ func TestCodesWithoutMail(t *testing.T) {
 		t.Fatal(err, out)
 	}
 	next := w.readMail(email, 2)
-	for range codeAttempts - 1 {
+	for range codesTried.N - 1 {
 		w.wants(w.do(typing(email, other(next.Code))), 400, "invalid-code")
 	}
 	w.wants(w.do(typing(email, next.Code)), 200, "")
@@ -60,7 +61,7 @@ func TestRightCodeWrongPassword(t *testing.T) {
 	email := newEmail()
 	r := typing(email, registered(w, email).Code)
 	right := r.json
-	for range codeAttempts + 1 {
+	for range codesTried.N + 1 {
 		r.json = changed(right.(map[string]any), body{"password": "short"})
 		w.wants(w.do(r), 400, "invalid-request")
 	}
@@ -73,7 +74,7 @@ func TestRightCodeWrongPassword(t *testing.T) {
 func TestWrongCodesOfAClient(t *testing.T) {
 	w := sharedEnv(t)
 	from := newAddress()
-	limit := wrongCodes(caller{Address: from})
+	limit := wrongCodes.of(network(netip.MustParseAddr(from)))
 	guess := func(email, code string) call {
 		r := typing(email, code)
 		r.from = from

@@ -9,22 +9,6 @@ import (
 	"time"
 )
 
-// mailLimits are the limits of an address. They count mails that were handed over.
-func mailLimits(email string, cooldown time.Duration) []rateLimit {
-	return []rateLimit{mailCooldown(email, cooldown), mailsADay(email)}
-}
-
-func mailCooldown(email string, cooldown time.Duration) rateLimit {
-	return rateLimit{addressKey("mail", email), 1, cooldown, problemResendTooSoon}
-}
-
-func mailsADay(email string) rateLimit {
-	return rateLimit{addressKey("mail-day", email), mailsPerDay, 24 * time.Hour, problemResendLimit}
-}
-
-// addressKey is the key of a limit of an address, or of another name that people type.
-func addressKey(kind, name string) string { return kind + ":" + digest(strings.ToLower(name)) }
-
 // lockPending locks a registration that waits for its confirmation. One whose time is over
 // expires now. If it is not pending, its problem is returned, and there is no lock.
 func (s *server) lockPending(ctx context.Context, c caller, reg registration) (registration, task, error) {

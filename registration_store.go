@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"time"
@@ -72,7 +73,7 @@ func (st *store) addRegistration(ctx context.Context, c caller, reg registration
 			tx.check(errConflict)
 		}
 		if reg.Source == sourceInternal {
-			tx.reset(mailCooldown(reg.Email, 0)) // it waits for nobody's mail
+			tx.reset(mailsOfCooldown.of(mailbox(reg.Email))) // it waits for nobody's mail
 		}
 		t, err = tryLock(ctx, tx, string(reg.ID), lockTime, now)
 		tx.check(err)
@@ -114,7 +115,7 @@ func (st *store) reinvite(ctx context.Context, c caller, t task, reg registratio
 				last_name = nullif($9, ''), phone = nullif($10, ''), locale = $11, mail_refused_at = null
 			where registration_id = $1`, reg.ID, reg.Role, reg.NetworkID, reg.StationID, reg.CreatedBy, reg.ExpiresAt,
 			reg.Username, reg.FirstName, reg.LastName, reg.Phone, reg.Locale)
-		tx.reset(mailCooldown(reg.Email, 0)) // it waits for nobody's mail
+		tx.reset(mailsOfCooldown.of(mailbox(reg.Email))) // it waits for nobody's mail
 		tx.exec(`
 			update users set source = 'internal', role = $2, network_id = $3, station_id = $4, created_by = $5, updated_at = $6,
 				first_name = nullif($7, ''), last_name = nullif($8, ''), phone = nullif($9, '')
@@ -185,12 +186,12 @@ func (st *store) markVerified(ctx context.Context, c caller, t task, reg registr
 }
 
 // claimMail takes one mail out of the limits of the address, before it is sent: at most one in
-// a cooldown, at most mailsPerDay a day. It returns a limit's problem with the time to wait,
+// a cooldown, and so many a day. It returns a limit's problem with the time to wait,
 // and has then changed nothing; or errLocked.
 func (st *store) claimMail(ctx context.Context, c caller, t task, reg registration, resend bool,
 	cooldown time.Duration, now time.Time) error {
 	return st.locked(ctx, t, func(tx *txn) {
-		for _, l := range mailLimits(reg.Email, cooldown) {
+		for _, l := range mailLimits(reg.Email, reg.Source, cooldown) {
 			tx.check(hit(ctx, tx, l, now))
 		}
 		tx.exec(`
@@ -206,19 +207,14 @@ func (st *store) claimMail(ctx context.Context, c caller, t task, reg registrati
 // requestResend asks the queue for another mail to an address, if it has a registration that
 // may get one now.
 func (st *store) requestResend(ctx context.Context, c caller, email string, cfg config, now time.Time) error {
-	for _, l := range mailLimits(email, cfg.ResendCooldown) {
-		if err := st.peek(ctx, l, now); errors.As(err, new(problem)) {
-			return nil
-		} else if err != nil {
-			return err
-		}
-	}
 	reg, err := st.oneRegistration(ctx, `where lower(email) = lower($1) and status = 'pending' and expires_at > $2
 		and mail_state <> 'queued' and resend_count + 1 < $3`, email, now, cfg.ResendLimit)
-	if errors.Is(err, errNotFound) {
+	limited := st.peekAll(ctx, now, mailLimits(email, reg.Source, cfg.ResendCooldown)...)
+	switch {
+	case errors.Is(err, errNotFound), errors.As(limited, new(problem)):
 		return nil
-	} else if err != nil {
-		return err
+	case err != nil || limited != nil:
+		return cmp.Or(err, limited)
 	}
 	return st.tx(ctx, func(tx *txn) {
 		tx.check(enqueue(ctx, tx, now, string(reg.ID))) // first, as all lock the task before the registration
@@ -238,7 +234,7 @@ func (st *store) mailHandedOver(ctx context.Context, c caller, t task, reg regis
 		tx.exec(`
 			update user_registrations set mail_state = 'sent', mailed_at = $2, mail_refused_at = null
 			where registration_id = $1`, reg.ID, now)
-		tx.reset(codesOf(reg.Email))
+		tx.reset(codesTried.of(reg.Email))
 		tx.audit(c, now, entry{Action: "registration.mail", Target: string(reg.ID), Network: reg.NetworkID})
 	})
 	if errors.Is(err, errLocked) {
@@ -252,7 +248,7 @@ func (st *store) mailHandedOver(ctx context.Context, c caller, t task, reg regis
 func (st *store) mailRefused(ctx context.Context, c caller, reg registration, cooldown time.Duration, now time.Time) (
 	givenUp bool, err error) {
 	err = st.tx(ctx, func(tx *txn) {
-		tx.check(refund(ctx, tx, mailLimits(reg.Email, cooldown)...))
+		tx.check(refund(ctx, tx, mailLimits(reg.Email, reg.Source, cooldown)...))
 		tx.check(tx.QueryRow(ctx, `
 			update user_registrations set mail_refused_at = coalesce(mail_refused_at, $2),
 				mail_state = case when mail_refused_at <= $3

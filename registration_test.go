@@ -49,7 +49,7 @@ func (w *env) due(id string) {
 
 // minuteLater lets the cooldown of an address be over.
 func (w *env) minuteLater(email string) {
-	w.exec(`update rate_limits set resets_at = now() where key = $1`, mailLimits(email, 0)[0].Key)
+	w.exec(`update rate_limits set resets_at = now() where key = $1`, mailsOfCooldown.of(mailbox(email)).Key)
 }
 
 const (
@@ -172,7 +172,7 @@ func TestVerifyRefused(t *testing.T) {
 		field  string
 		detail string
 	}{
-		{"short password", body{"password": "sh0rt-7"}, 400, "password", "must have at least 8 characters"},
+		{"short password", body{"password": "sh0rt-7"}, 400, "password", "must have at least 10 characters"},
 		{"password is the username", body{"password": username}, 400, "password", "must not be equal to the username"},
 		{"password is the address", body{"password": email}, 400, "password", "must not be equal to the email"},
 		{"homograph", body{"password": password, "username": "\u0430dmin-x"}, 400, "username", "has a character that is not allowed"},
@@ -483,11 +483,11 @@ func TestCodes(t *testing.T) {
 	id := w.register(email).text("registration_id")
 	l := w.readMail(email, 1)
 	// Unknown address and wrong code are answered alike, to the last header, as long as one likes.
-	for i := range codeAttempts + 2 {
+	for i := range codesTried.N + 2 {
 		var answers [2]answer
 		for n, address := range []string{email, unknown} {
 			a := w.post(verifyPath, body{"email": address, "code": other(l.Code)})
-			if i < codeAttempts {
+			if i < codesTried.N {
 				w.wants(a, 400, "invalid-code")
 			} else {
 				w.wants(a, 429, "too-many-attempts")
@@ -518,7 +518,7 @@ func TestCodes(t *testing.T) {
 	email = newEmail()
 	w.register(email)
 	l = w.readMail(email, 1)
-	w.usesUp(codesOf(email))
+	w.usesUp(codesTried.of(email))
 	w.try(
 		attempt{"code", verifyPath, body{"email": email, "code": l.Code}, 429, "too-many-attempts"},
 		attempt{"link", verifyPath, body{"token": l.Token}, 200, ""},
@@ -655,7 +655,7 @@ func TestMailsADay(t *testing.T) {
 	w := sharedEnv(t)
 	email := newEmail()
 	w.register(email)
-	day := mailLimits(email, 0)[1].Key
+	day := mailsADay.of(mailbox(email)).Key
 	if hits := w.value(`select hits::text from rate_limits where key = $1`, day); hits != "1" {
 		t.Errorf("%s mails counted", hits)
 	}
@@ -844,7 +844,7 @@ func TestForms(t *testing.T) {
 	submit("/account/verify", form{"token": "unknown", "password": password}, 400, "Invalid link", problemInvalidToken.Detail)
 	// A scanner that presses the button has no password, and confirms nothing.
 	submit("/account/verify", form{"token": l.Token}, 400, "Password is required", email)
-	submit("/account/verify", form{"token": l.Token, "password": "short"}, 400, "must have at least 8 characters", email)
+	submit("/account/verify", form{"token": l.Token, "password": "short"}, 400, "must have at least 10 characters", email)
 	w.wants(w.login(email, password), 403, "account-not-verified")
 	submit("/account/verify", form{"email": email, "code": l.Code[:3] + " " + l.Code[3:], "password": password}, 200, "confirmed")
 	submit("/account/verify", form{"token": l.Token, "password": password}, 200, "Already confirmed")

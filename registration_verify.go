@@ -4,20 +4,9 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"time"
 
 	"github.com/Nerzal/gocloak/v13"
 )
-
-// codesOf limits the guesses at one address. A mail with a new code begins them anew.
-func codesOf(email string) rateLimit {
-	return rateLimit{addressKey("code", email), codeAttempts, 30 * 24 * time.Hour, problemTooManyAttempts}
-}
-
-// wrongCodes limits the wrong codes of one client over all addresses.
-func wrongCodes(c caller) rateLimit {
-	return rateLimit{"wrong-code:" + c.network(), 30, time.Hour, problemTooManyAttempts}
-}
 
 type verifyIn struct {
 	Token        string `json:"token,omitempty" maxLength:"100" example:"p3G6d0Qm1yq0cZ2m8Rr5s7TtUuVvWwXx" description:"From the link."`
@@ -76,13 +65,13 @@ func (s *server) registrationOf(ctx context.Context, c caller, in verifyIn) (reg
 		}
 		return reg, err
 	}
-	if err := s.store.hit(ctx, wrongCodes(c), s.now()); err != nil { // given back if the code is right
+	if err := s.store.hit(ctx, wrongCodes.of(c.network()), s.now()); err != nil { // given back if the code is right
 		return registration{}, err
 	}
 	reg, err := s.store.registrationByEmail(ctx, in.Email)
 	unknown := errors.Is(err, errNotFound)
 	if err == nil || unknown { // counted before it is compared: two hundred parallel guesses are two hundred
-		err = s.store.hit(ctx, codesOf(in.Email), s.now())
+		err = s.store.hit(ctx, codesTried.of(in.Email), s.now())
 	}
 	switch {
 	case errors.Is(err, problemTooManyAttempts): // after the cooldown a new code may be had
@@ -103,9 +92,10 @@ func (s *server) activate(ctx context.Context, c caller, t task, reg registratio
 	}()
 	ku, err := s.provenUser(ctx, c, t, reg, in) // V2
 	if err == nil && !ku.verified() {           // else V3 has happened: what remains is our conclusion
+		in.Username, err = ownUsername(in.Username, reg.Email)
 		reg.Username, reg.Phone = cmp.Or(in.Username, reg.Username), cmp.Or(in.Phone, reg.Phone)
 		reg.FirstName, reg.LastName = cmp.Or(in.FirstName, reg.FirstName), cmp.Or(in.LastName, reg.LastName)
-		if err = ownUsername(in.Username, reg.Email); err == nil {
+		if err == nil {
 			ku, err = s.makeAccount(ctx, t, reg, ku, in.Password) // V3
 		}
 	}
@@ -145,7 +135,7 @@ func (s *server) provenUser(ctx context.Context, c caller, t task, reg registrat
 	if !reg.hasCode(token, in.Code) || !ku.verified() && !sameSecret(ku.attribute(attrCode), in.Code) {
 		return ku, wrongCode
 	}
-	return ku, refund(ctx, s.store.pool, wrongCodes(c), codesOf(reg.Email)) // a right code is no guess
+	return ku, refund(ctx, s.store.pool, wrongCodes.of(c.network()), codesTried.of(reg.Email)) // a right code is no guess
 }
 
 // hasCode says whether a code is the registration's. The key of its hash is the link's token, which only

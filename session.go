@@ -60,22 +60,40 @@ func (t tokenResponse) expiry(now time.Time) time.Time {
 	return now.Add(time.Duration(t.RefreshExpiresIn) * time.Second)
 }
 
-// refreshCookie keeps the refresh token of the code flow away from scripts.
-func refreshCookie(token string, seconds int) *http.Cookie {
-	return &http.Cookie{Name: "refresh_token", Value: token, MaxAge: seconds, Path: "/api/v1/auth",
+// hostCookie keeps a secret of the browser away from scripts. Over https no other host of the domain can
+// set it (RFC 6265bis §4.1.3.2).
+func (s *server) hostCookie(name, value string, seconds int) *http.Cookie {
+	if s.cfg.https() {
+		name = "__Host-" + name
+	}
+	return &http.Cookie{Name: name, Value: value, MaxAge: seconds, Path: "/",
 		HttpOnly: true, Secure: true, SameSite: http.SameSiteLaxMode}
+}
+
+// refreshCookie keeps the refresh token of the code flow.
+func (s *server) refreshCookie(token string, seconds int) *http.Cookie {
+	return s.hostCookie("refresh_token", token, seconds)
 }
 
 // refreshIn is a refresh token: the holder's in the body, or else that of the browser's cookie, if it has one.
 type refreshIn struct {
-	RefreshToken string `json:"refresh_token" required:"true" maxLength:"8192" example:"eyJhbGciOiJIUzUxMiJ9.eyJ0eXAiOiJSZWZyZXNoIn0.c2lnbmF0dXJl" description:"Without a body the cookie counts."`
-	Cookie       string `cookie:"refresh_token" description:"Set by /auth/callback. Only from an allowed origin."`
+	RefreshToken string   `json:"refresh_token" required:"true" maxLength:"8192" example:"eyJhbGciOiJIUzUxMiJ9.eyJ0eXAiOiJSZWZyZXNoIn0.c2lnbmF0dXJl" description:"Without a body the cookie counts."`
+	Cookie       string   `cookie:"refresh_token" description:"Set by /auth/callback, over https as __Host-refresh_token. Only from an allowed origin."`
+	cookies      []string // all of that name: another page of the domain may have set one, too
 }
 
-func (in *refreshIn) setCookie(token string) { in.RefreshToken, in.Cookie = token, token }
+func (in *refreshIn) setCookies(tokens []string) { in.RefreshToken, in.cookies = tokens[0], tokens }
 
 // fromCookie says whether the token is the cookie's, and not the body's.
-func (in refreshIn) fromCookie() bool { return in.Cookie != "" && in.RefreshToken == in.Cookie }
+func (in refreshIn) fromCookie() bool { return len(in.cookies) > 0 && in.RefreshToken == in.cookies[0] }
+
+// tokens are those to try: that of the body, or all of cookies.
+func (in refreshIn) tokens() []string {
+	if in.fromCookie() {
+		return in.cookies
+	}
+	return []string{in.RefreshToken}
+}
 
 type refreshOut struct {
 	tokenResponse
@@ -90,11 +108,20 @@ func (out noContent) cookie() *http.Cookie { return out.setCookie }
 // them. Whoever shows the old one within the grace time gets the same answer, so that two tabs or a lost answer end
 // no session; later it is theft (RFC 9700 §4.14.2).
 func (s *server) refresh(ctx context.Context, c caller, in refreshIn) (refreshOut, error) {
-	answer, err := s.exchange(ctx, c, in.RefreshToken)
-	out := refreshOut{tokenResponse: answer}
-	if err == nil && in.fromCookie() {
-		out.setCookie = refreshCookie(answer.RefreshToken, answer.RefreshExpiresIn)
+	var out refreshOut
+	var err error
+	for _, token := range in.tokens() {
+		if out.tokenResponse, err = s.exchange(ctx, c, token); !errors.Is(err, problemInvalidRefreshToken) {
+			break
+		}
+	}
+	var refused problem
+	switch cookie := in.fromCookie(); {
+	case cookie && err == nil:
+		out.setCookie = s.refreshCookie(out.RefreshToken, out.RefreshExpiresIn)
 		out.RefreshToken = ""
+	case cookie && errors.As(err, &refused) && refused.Status == http.StatusUnauthorized: // it would be refused for ever
+		return out, refused.withCookie(s.refreshCookie("", -1))
 	}
 	return out, err
 }
@@ -238,23 +265,20 @@ func (s *server) endBefore(ctx context.Context, u user) error {
 // noticeTask is the task that mails a user that its way to sign in was changed.
 func noticeTask(keycloakID string) string { return "notice:" + keycloakID }
 
-// noticeTries is how often a mail is tried that says that something was changed: about half an hour.
-const noticeTries = 8
-
-// notify mails a user that a credential or its address was changed, in Keycloak's mail, which asks for nothing.
+// notify mails a user that a credential or its address was changed, in Keycloak's mail, which asks for nothing. Whoever
+// has chosen a new password is not kept out by failures with the former one.
 func (s *server) notify(ctx context.Context, t task) (time.Time, error) {
 	ku, err := s.kc.user(ctx, strings.TrimPrefix(t.ID, "notice:"))
 	if errors.Is(err, errNotFound) || err == nil && (!ku.enabled() || !ku.verified()) {
 		return never, nil
 	}
 	if err == nil {
+		err = s.kc.end(ctx, "unlock_user", "DELETE", "attack-detection/brute-force/users/"+ku.id())
+	}
+	if err == nil {
 		err = s.kc.sendMail(ctx, ku.id(), ku.attribute(attrLocale), resetLifespan, securityNotice)
 	}
-	if errors.Is(err, errMailNotSent) && t.Attempts >= noticeTries {
-		s.log.WarnContext(ctx, "session: security notice not mailed, given up", "keycloak_id", ku.id())
-		return never, nil
-	}
-	return never, err
+	return s.orGiveUp(ctx, t, err)
 }
 
 // endSessionTask ends a session in Keycloak that has ended in PostgreSQL (S2).
@@ -273,17 +297,19 @@ func (s *server) endSessionTask(ctx context.Context, t task) (time.Time, error) 
 func (s *server) logout(ctx context.Context, c caller, in refreshIn) (noContent, error) {
 	out := noContent{}
 	if in.fromCookie() {
-		out.setCookie = refreshCookie("", -1)
+		out.setCookie = s.refreshCookie("", -1)
 	}
-	known, err := s.store.refreshToken(ctx, digest(in.RefreshToken))
-	if err == nil {
-		c.Actor = string(known.user.ID)
-		err = s.endSessions(ctx, c, known.user, known.Session, "logout")
+	for _, token := range in.tokens() {
+		known, err := s.store.refreshToken(ctx, digest(token))
+		if err == nil {
+			c.Actor = string(known.user.ID)
+			err = s.endSessions(ctx, c, known.user, known.Session, "logout")
+		}
+		if err != nil && !errors.Is(err, errNotFound) && !errors.Is(err, problemNotFound) {
+			return out, err
+		}
 	}
-	if errors.Is(err, errNotFound) || errors.Is(err, problemNotFound) {
-		err = nil
-	}
-	return out, err
+	return out, nil
 }
 
 // account is the caller's, as its token knows it.

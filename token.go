@@ -11,6 +11,7 @@ import (
 	"reflect"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -32,6 +33,8 @@ const (
 	keyInterval    = 30 * time.Second // between two fetches of the keys, unless a token asks for one
 	keyPause       = 10 * time.Second // between two fetches whatever arrives
 	keyWaiters     = 1024             // tokens that may wait for the next fetch
+	keyWaitersEach = 16               // of one client address
+	keysAbsent     = 1024             // ids remembered that the last fetch did not have
 )
 
 // tokenAlgorithms are all asymmetric: with HS256 a public key would be a secret, and "none" is not an algorithm.
@@ -90,7 +93,7 @@ type verifier struct {
 	revoked  revocations
 	keys     atomic.Pointer[keySet]
 	fetching singleflight.Group
-	waiting  chan struct{} // tokens that wait for the next fetch
+	waiting  waiters // tokens that wait for the next fetch
 }
 
 // keySet is what the latest fetch has brought. The tokens that were verified with its keys are remembered with it,
@@ -98,8 +101,9 @@ type verifier struct {
 type keySet struct {
 	byID     map[string]jose.JSONWebKey
 	verified *lru.Cache[[sha256.Size]byte, verifiedToken]
-	asked    time.Time // when the fetch began
-	err      error     // the fetch has failed: byID is of an earlier one
+	absent   *lru.Cache[string, bool] // ids that were looked for in vain, until the next fetch
+	asked    time.Time                // when the fetch began
+	err      error                    // the fetch has failed: byID is of an earlier one
 }
 
 // verifiedToken is a token that needs no second look until then.
@@ -113,7 +117,7 @@ type verifiedToken struct {
 func newVerifier(cfg config, kc *keycloak, now func() time.Time) *verifier {
 	v := &verifier{issuer: cfg.issuer(), client: cfg.AuthClientID, fetch: kc.signingKeys, now: now,
 		revoked: revocations{of: map[string]received{}, next: make(chan struct{})},
-		waiting: make(chan struct{}, keyWaiters)}
+		waiting: waiters{of: map[string]int{}}}
 	v.keys.Store(&keySet{})
 	return v
 }
@@ -148,6 +152,7 @@ func (v *verifier) fetchKeys(ctx context.Context) {
 func (v *verifier) refreshKeys(ctx context.Context) {
 	before := v.keys.Load()
 	after := &keySet{byID: before.byID, verified: before.verified, asked: time.Now()}
+	after.absent, _ = lru.New[string, bool](keysAbsent) // fails only for a size below 1
 	fetched, err := v.fetch(ctx)
 	byID := map[string]jose.JSONWebKey{}
 	for _, key := range fetched.Keys {
@@ -162,26 +167,29 @@ func (v *verifier) refreshKeys(ctx context.Context) {
 		after.err = fmt.Errorf("%w: keycloak: the realm has no signing keys", errUnavailable)
 	case !reflect.DeepEqual(byID, before.byID):
 		after.byID = byID
-		after.verified, _ = lru.New[[sha256.Size]byte, verifiedToken](verifiedTokens) // fails only for a size below 1
+		after.verified, _ = lru.New[[sha256.Size]byte, verifiedToken](verifiedTokens)
 	}
 	v.keys.Store(after)
 }
 
-// key returns the key that a token names, and the set that has it. A key that is not there may be new, so the token
-// waits for a fetch that begins after its arrival: at most keyPause, and only so many of them. errUnavailable: nobody
-// can tell now.
+// key returns the key that a token names, and the set that has it. A key that is not there may be new, so the first
+// token that names it waits for a fetch that begins after its arrival: at most keyPause, and only so many of them, also
+// of one client. After a fetch in vain others are refused at once. errUnavailable: nobody can tell now.
 func (v *verifier) key(ctx context.Context, id string) (jose.JSONWebKey, *keySet, error) {
 	keys, arrived := v.keys.Load(), time.Now()
 	key, known := keys.byID[id]
 	if known || id == "" { // nothing is signed with the zero key
 		return key, keys, nil
 	}
-	select {
-	case v.waiting <- struct{}{}:
-		defer func() { <-v.waiting }()
-	default:
+	unknown := errors.New("its key is not one of the realm")
+	if keys.absent != nil && keys.absent.Contains(id) {
+		return key, keys, unknown
+	}
+	client := network(clientOf(ctx))
+	if !v.waiting.enter(client) {
 		return key, keys, errBusy
 	}
+	defer v.waiting.leave(client)
 	for !known && !keys.asked.After(arrived) {
 		if v.fetchKeys(ctx); ctx.Err() != nil {
 			return key, keys, fmt.Errorf("%w: %w", errUnavailable, ctx.Err())
@@ -189,10 +197,40 @@ func (v *verifier) key(ctx context.Context, id string) (jose.JSONWebKey, *keySet
 		keys = v.keys.Load()
 		key, known = keys.byID[id]
 	}
+	if !known && keys.err == nil {
+		keys.absent.Add(id, true)
+	}
 	if !known {
-		return key, keys, cmp.Or(keys.err, errors.New("its key is not one of the realm"))
+		return key, keys, cmp.Or(keys.err, unknown)
 	}
 	return key, keys, nil
+}
+
+// waiters counts those who wait, so that one client address can't take all places.
+type waiters struct {
+	mu  sync.Mutex
+	all int
+	of  map[string]int // by network
+}
+
+func (w *waiters) enter(client string) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.all >= keyWaiters || w.of[client] >= keyWaitersEach {
+		return false
+	}
+	w.all++
+	w.of[client]++
+	return true
+}
+
+func (w *waiters) leave(client string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.all--
+	if w.of[client]--; w.of[client] == 0 {
+		delete(w.of, client)
+	}
 }
 
 // verify returns whom a token speaks for, unless it was revoked.

@@ -84,7 +84,8 @@ func TestNginx(t *testing.T) {
 		}
 	}
 	for path, status := range map[string]int{"/admin": 301, "/networks/a%26role=user/": 404, "/networks/": 404, "/_validate/admin": 404,
-		"/account/register": 200, "/static/style.css": 200, "/swagger-ui": 200, "/problems/forbidden": 200, "/api/v1/nothing": 404} {
+		"/account/register": 200, "/static/style.css": 200, "/swagger-ui": 200, "/problems/forbidden": 200, "/api/v1/nothing": 404,
+		"/admin;a/x": 400, "/public/..;/admin/x": 400, "/public/..%5cadmin/x": 400, "/public/%3b": 400} { // S21
 		if a := w.do(admin.call("GET", path)); a.Status != status {
 			t.Errorf("%s: %v", path, a)
 		}

@@ -141,6 +141,9 @@ func (in patchUserIn) apply(c caller, u user) (user, error) {
 	if c.may(actAssign, u) != nil { // as it will be: nobody gives away what they don't have
 		return u, problemForbidden
 	}
+	if !u.IsVerified && u.Role != roleUser { // it may be somebody else's address
+		return u, problemAddressUnproven
+	}
 	return u, nil
 }
 

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"reflect"
 	"slices"
 	"strings"
@@ -61,6 +62,22 @@ func (st *store) accountByLogin(ctx context.Context, login string) (string, erro
 		select coalesce(min(user_id), '') from users
 		where deleted_at is null and (lower(email) = lower($1) or lower(username) = lower($1))`, login)
 	return id.ID, err
+}
+
+// requestReset asks the queue to mail a link to choose a password to the account of an address, if there is one that
+// has proven it. It is audited in any case.
+func (st *store) requestReset(ctx context.Context, c caller, email string, now time.Time) error {
+	return st.tx(ctx, func(tx *txn) {
+		u, err := one[user](ctx, tx, `select `+userColumns+` from users
+			where lower(email) = lower($1) and is_active and is_verified`, email)
+		if err == nil {
+			err = enqueue(ctx, tx, now, "reset:"+u.KeycloakID)
+		} else if errors.Is(err, errNotFound) {
+			err = nil
+		}
+		tx.check(err)
+		tx.audit(c, now, entry{Action: "password.forgot", Target: string(u.ID)})
+	})
 }
 
 // users returns whom p may see, filtered, the latest first.

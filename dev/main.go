@@ -195,6 +195,8 @@ func prepare(ctx context.Context, s *stack.Stack, o options, say func(string)) (
 	publicURL := fmt.Sprintf("http://localhost:%d", o.port)
 	current, err := s.EnsureRealm(ctx, realm, map[string]string{
 		"KEYCLOAK_BACKEND_CLIENT_SECRET": backendSecret,
+		"KEYCLOAK_AUTH_CLIENT_SECRET":    os.Getenv("KEYCLOAK_AUTH_CLIENT_SECRET"),
+		"AUTH_CLIENT_PUBLIC":             strconv.FormatBool(os.Getenv("KEYCLOAK_AUTH_CLIENT_SECRET") == ""),
 		"SMTP_HOST":                      "127.0.0.1",
 		"SMTP_PORT":                      strconv.Itoa(o.smtpPort),
 		"PUBLIC_URL":                     publicURL,

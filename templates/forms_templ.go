@@ -735,7 +735,7 @@ func (f VerifyForm) intro() string {
 }
 
 // passwordHint is the password policy of keycloak/realm.json.
-const passwordHint = "At least 8 characters, and neither your e-mail address nor your user name."
+const passwordHint = "At least 10 characters, and neither your e-mail address nor your user name."
 
 func (f VerifyForm) form() formView {
 	view := formView{Action: "/account/verify", Submit: "Confirm this address", Token: f.Token,

@@ -130,6 +130,7 @@ func (k *keycloakServer) command(log *os.File, compiled bool) *exec.Cmd {
 	}
 	args = append(args, "-cp", filepath.Join(k.home, "lib", "quarkus-run.jar"), "io.quarkus.bootstrap.runner.QuarkusEntryPoint",
 		"start-dev", "--spi-theme--folder--dir="+filepath.Join(k.Root, "keycloak", "themes"),
+		"--spi-password-policy--password-blacklist--blacklists-path="+filepath.Join(k.Root, "keycloak", "password-blacklists"),
 		"--db-url=jdbc:h2:file:"+filepath.Join(k.data, "keycloakdb")+";NON_KEYWORDS=VALUE;DB_CLOSE_ON_EXIT=FALSE")
 
 	cmd := exec.Command(k.java, args...)
@@ -142,9 +143,8 @@ func (k *keycloakServer) command(log *os.File, compiled bool) *exec.Cmd {
 	port := strconv.Itoa(k.port)
 	cmd.Env = append(cmd.Env, "KC_HTTP_HOST=127.0.0.1", "KC_HTTP_PORT="+port, "KC_HOSTNAME=http://localhost:"+port,
 		"KC_HTTP_MANAGEMENT_PORT="+strconv.Itoa(k.management), "KC_HEALTH_ENABLED=true",
-		"QUARKUS_HTTP_LIMITS_MAX_BODY_SIZE=200M", // of a realm with a hundred thousand users
-		// Without it, two sign-ins of one person at the same moment refuse each other.
-		"KC_SPI_BRUTE_FORCE_PROTECTOR__DEFAULT_BRUTE_FORCE_DETECTOR__ALLOW_CONCURRENT_REQUESTS=true",
+		"QUARKUS_HTTP_LIMITS_MAX_BODY_SIZE=200M",                                         // of a realm with a hundred thousand users
+		"KC_PROXY_HEADERS=xforwarded", "KC_PROXY_TRUSTED_ADDRESSES=127.0.0.1/32,::1/128", // the service tells whose request it is
 		"KC_BOOTSTRAP_ADMIN_USERNAME="+k.AdminUser, "KC_BOOTSTRAP_ADMIN_PASSWORD="+k.AdminPassword)
 	if k.options.Test { // a fifth of Keycloak's time went into hashing passwords of tests
 		cmd.Env = append(cmd.Env, "KC_SPI_PASSWORD_HASHING__ARGON2__ITERATIONS=1", "KC_SPI_PASSWORD_HASHING__ARGON2__MEMORY=64")

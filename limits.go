@@ -1,0 +1,179 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"strings"
+	"time"
+)
+
+// limit is at most N of something in a window that begins with the first. docs/security.md has the table
+// of all limits, with what they are for.
+type limit struct {
+	Name    string // the kind in the keys
+	N       int
+	Window  time.Duration
+	Problem problem // what the client is told
+}
+
+// limits are all that newLimit has made.
+var limits []limit
+
+func newLimit(name string, n int, window time.Duration, p problem) limit {
+	l := limit{name, n, window, p}
+	limits = append(limits, l)
+	return l
+}
+
+const day = 24 * time.Hour
+
+// Requests of one client address (IPv6: its /64).
+var (
+	unlimited  = limit{}
+	onRegister = newLimit("register", 30, time.Minute, problemTooManyRequests)
+	onVerify   = newLimit("verify", 60, time.Minute, problemTooManyRequests)
+	onResend   = newLimit("resend", 30, time.Minute, problemTooManyRequests)
+	onStatus   = newLimit("status", 300, time.Minute, problemTooManyRequests)
+	onLogin    = newLimit("login", 60, time.Minute, problemTooManyRequests)
+	onSignIn   = newLimit("sign-in", 60, time.Minute, problemTooManyRequests)
+	onForgot   = newLimit("forgot", 30, time.Minute, problemTooManyRequests)
+	onRefresh  = newLimit("refresh", 600, time.Minute, problemTooManyRequests)
+	onUsers    = newLimit("users", 600, time.Minute, problemTooManyRequests)
+	onAccount  = newLimit("account", 300, time.Minute, problemTooManyRequests)
+)
+
+// What a client address, a mail address, an account or a caller may cost.
+var (
+	addressesAsked  = newLimit("addresses", 50, time.Hour, problemTooManyRequests)       // of a client: different mail addresses
+	wrongCodes      = newLimit("wrong-code", 30, time.Hour, problemTooManyAttempts)      // of a client, over all addresses
+	codesTried      = newLimit("code", 5, 30*day, problemTooManyAttempts)                // of an address; a mailed code begins anew
+	mailsADay       = newLimit("mail-day", 10, day, problemResendLimit)                  // to an address: registrations
+	invitesADay     = newLimit("invitation-day", 10, day, problemResendLimit)            // to an address: invitations
+	resetsADay      = newLimit("reset-day", 10, day, problemTooManyRequests)             // to an account: passwords to choose
+	invitations     = newLimit("invite", 60, time.Hour, problemTooManyRequests)          // by a caller
+	failuresOfOne   = newLimit("failed-login", 5, time.Minute, problemTooManyRequests)   // of an account, from one client address
+	failuresOfAll   = newLimit("failed-logins", 30, time.Minute, problemTooManyRequests) // of an account, from anywhere
+	refusalsOfOne   = newLimit("refusal", 10, time.Minute, problemTooManyRequests)       // audited: of a kind, of one actor and client
+	refusalsOfAll   = newLimit("refusals", 300, time.Minute, problemTooManyRequests)     // audited: of a kind
+	mailsOfCooldown = limit{Name: "mail", N: 1, Problem: problemResendTooSoon}           // to an address, in RESEND_COOLDOWN
+	resetOfCooldown = limit{Name: "reset", N: 1, Problem: problemTooManyRequests}        // to an account, in RESEND_COOLDOWN
+)
+
+// rateLimit is the limit of somebody. Without a window it limits nothing, whatever was counted before.
+type rateLimit struct {
+	limit
+	Key string
+}
+
+// of is the limit of somebody. Names that people type are compared without case, and only their hash is stored.
+func (l limit) of(whom ...string) rateLimit {
+	return rateLimit{l, l.Name + ":" + digest(strings.ToLower(strings.Join(whom, " ")))}
+}
+
+// within is the limit with a window of the configuration.
+func (l limit) within(window time.Duration) limit {
+	l.Window = window
+	return l
+}
+
+// mailbox is what mails to an address are counted for: user+tag@host reaches the same one as user@host.
+func mailbox(email string) string {
+	local, domain, _ := strings.Cut(email, "@")
+	local, _, _ = strings.Cut(local, "+")
+	return local + "@" + domain
+}
+
+// mailLimits are the limits of mails of a registration or invitation. They count mails that were handed over.
+func mailLimits(email, source string, cooldown time.Duration) []rateLimit {
+	aDay := mailsADay
+	if source == sourceInternal { // what strangers use up leaves the administrators theirs
+		aDay = invitesADay
+	}
+	return []rateLimit{mailsOfCooldown.within(cooldown).of(mailbox(email)), aDay.of(mailbox(email))}
+}
+
+// hit counts one hit, exactly, over all instances. Over the limit it counts nothing and returns the limit's
+// problem with the time until the window ends.
+func hit(ctx context.Context, q querier, l rateLimit, now time.Time) error {
+	if l.Window <= 0 {
+		return nil
+	}
+	var hits int
+	var resets time.Time
+	if err := q.QueryRow(ctx, `
+		insert into rate_limits as r (key, hits, resets_at) values ($1, 1, $2)
+		on conflict (key) do update set
+			hits = case when r.resets_at <= $3 then 1 else least(r.hits + 1, $4 + 1) end,
+			resets_at = case when r.resets_at <= $3 then excluded.resets_at else r.resets_at end
+		returning hits, resets_at`, l.Key, now.Add(l.Window), now, l.N).Scan(&hits, &resets); err != nil {
+		return storeError(err)
+	}
+	if hits > l.N {
+		return l.Problem.retryAfter(resets.Sub(now))
+	}
+	return nil
+}
+
+func (st *store) hit(ctx context.Context, l rateLimit, now time.Time) error {
+	return hit(ctx, st.pool, l, now)
+}
+
+// hitAll counts one hit of each limit, or none if one is over.
+func (st *store) hitAll(ctx context.Context, now time.Time, limits ...rateLimit) error {
+	return st.tx(ctx, func(tx *txn) {
+		for _, l := range limits {
+			tx.check(hit(ctx, tx, l, now))
+		}
+	})
+}
+
+// hitAddress counts the mail addresses that a client asks something for: each once an hour.
+func (st *store) hitAddress(ctx context.Context, c caller, email string, now time.Time) error {
+	asked := limit{"asked", 1, time.Hour, problemTooManyRequests}.of(c.network(), email)
+	err := st.hitAll(ctx, now, asked, addressesAsked.of(c.network()))
+	if errors.Is(err, problemTooManyRequests) && st.peek(ctx, asked, now) != nil {
+		return nil // for this one it has asked before
+	}
+	return err
+}
+
+// peek says what hit would, and counts nothing.
+func (st *store) peek(ctx context.Context, l rateLimit, now time.Time) error {
+	if l.Window <= 0 {
+		return nil
+	}
+	var resets time.Time
+	err := storeError(st.pool.QueryRow(ctx, `
+		select resets_at from rate_limits where key = $1 and hits >= $2 and resets_at > $3`,
+		l.Key, l.N, now).Scan(&resets))
+	if errors.Is(err, errNotFound) {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	return l.Problem.retryAfter(resets.Sub(now))
+}
+
+// peekAll returns the first problem of some limits.
+func (st *store) peekAll(ctx context.Context, now time.Time, limits ...rateLimit) (err error) {
+	for _, l := range limits {
+		err = cmp.Or(err, st.peek(ctx, l, now))
+	}
+	return err
+}
+
+// reset begins a limit anew.
+func (tx *txn) reset(l rateLimit) { tx.exec(`delete from rate_limits where key = $1`, l.Key) }
+
+// refund takes hits back.
+func refund(ctx context.Context, q querier, limits ...rateLimit) error {
+	keys := []string{}
+	for _, l := range limits {
+		if l.Window > 0 {
+			keys = append(keys, l.Key)
+		}
+	}
+	_, err := q.Exec(ctx, `update rate_limits set hits = hits - 1 where key = any($1) and hits > 0`, keys)
+	return storeError(err)
+}
