@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
@@ -166,7 +167,7 @@ func (b *browser) openTab(chrome context.Context) {
 	b.ctx, cancel = context.WithTimeout(tab, 5*time.Minute) // the samples are many
 	b.Cleanup(cancel)
 	_, err := chromedp.Call(b.ctx, cdpnetwork.SetExtraHTTPHeaders, cdpnetwork.SetExtraHTTPHeadersParams{
-		Headers: cdpnetwork.Headers{"Accept-Language": b.language, "X-Forwarded-For": newAddress()}})
+		Headers: cdpnetwork.Headers{"Accept-Language": b.language, "X-Forwarded-For": fmt.Sprintf("10.%d.%d.%d", rand.IntN(256), rand.IntN(256), rand.IntN(256))}}) // Keycloak wants TLS of others
 	b.must(err)
 	b.scripts(false)
 }

@@ -176,7 +176,7 @@ func (s *server) handler() (http.Handler, error) {
 		return nil, err
 	}
 	api := withSecurityHeaders(s.cfg.https(), corsMiddleware.Wrap(s.orProblem(mux)))
-	return withRequestID(s.withLog(s.withClient(api))), nil
+	return withRequestID(s.withClient(s.withLog(api))), nil
 }
 
 // orProblem answers what the mux does not know with a problem; the mux itself

@@ -62,7 +62,8 @@ type keycloak struct {
 func newKeycloak(cfg config, m *metrics) *keycloak {
 	transport := http.DefaultTransport.(*http.Transport).Clone()
 	transport.MaxIdleConnsPerHost = 64
-	client := &http.Client{Transport: forwarding{transport}}
+	scheme, _, _ := strings.Cut(cfg.issuer(), ":")
+	client := &http.Client{Transport: forwarding{transport, scheme}}
 	k := &keycloak{cfg: cfg, client: client, metrics: m, calls: newBulkhead(24), mails: newBulkhead(8),
 		passwords: newBulkhead(16)}
 	k.admin = gocloak.NewClient(cfg.KeycloakURL)
@@ -71,13 +72,17 @@ func newKeycloak(cfg config, m *metrics) *keycloak {
 }
 
 // forwarding tells Keycloak the client's address, for its events and its guard against guessing. Keycloak believes it
-// if it trusts this service as a proxy.
-type forwarding struct{ http.RoundTripper }
+// if it trusts this service as a proxy. Then it must be told the scheme, too: it refuses people who come without TLS.
+type forwarding struct {
+	http.RoundTripper
+	scheme string
+}
 
 func (f forwarding) RoundTrip(r *http.Request) (*http.Response, error) {
 	if client := clientOf(r.Context()); client.IsValid() {
 		r = r.Clone(r.Context())
 		r.Header.Set("X-Forwarded-For", client.String())
+		r.Header.Set("X-Forwarded-Proto", f.scheme)
 	}
 	return f.RoundTripper.RoundTrip(r)
 }

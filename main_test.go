@@ -377,7 +377,9 @@ func (w *env) send(base string, r call) (answer, error) {
 	if r.from == "" {
 		r.from = newAddress()
 	}
-	req.Header.Set("X-Forwarded-For", r.from)
+	if base != services.KeycloakURL {
+		req.Header.Set("X-Forwarded-For", r.from)
+	}
 	for _, credentials := range r.auth {
 		req.Header.Add("Authorization", credentials)
 	}

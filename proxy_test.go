@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -32,6 +33,7 @@ func (f fault) String() string { return [...]string{"", "lost", "applied", "fail
 // connections like a server that is stopped. Patterns are regular expressions for
 // a call's name and request, "send_mail PUT /admin/realms/…": see callName.
 type keycloakProxy struct {
+	forwards atomic.Bool // hand on who the client is: Keycloak wants TLS of addresses that are not private
 	mu     sync.Mutex
 	addr   string
 	server *http.Server
@@ -64,6 +66,9 @@ func newKeycloakProxy(target string) (*keycloakProxy, error) {
 		Rewrite: func(r *httputil.ProxyRequest) {
 			r.SetURL(u)
 			r.Out.Host = r.In.Host // Keycloak's issuer is the address that it was called at
+			if g.forwards.Load() {
+				r.Out.Header["X-Forwarded-For"] = r.In.Header["X-Forwarded-For"]
+			}
 		},
 		ModifyResponse: func(resp *http.Response) error {
 			ctx := resp.Request.Context()
