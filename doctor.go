@@ -212,7 +212,7 @@ func (d *doctor) checkKeycloak(ctx context.Context) {
 	err := d.s.kc.getJSON(ctx, "discovery", keycloakTimeout, ".well-known/openid-configuration", &discovery)
 	if !d.check("Keycloak: reachable", err == nil, fmt.Sprint(err),
 		"Check KEYCLOAK_URL, KEYCLOAK_REALM and the network.", "Keycloak: issuer", "Keycloak: email theme", "realm",
-		"Keycloak: service account", "Keycloak: clock") {
+		"Keycloak: auth client", "Keycloak: service account", "Keycloak: clock") {
 		return
 	}
 	issuer := d.s.cfg.issuer()
@@ -220,10 +220,9 @@ func (d *doctor) checkKeycloak(ctx context.Context) {
 		fmt.Sprintf("tokens say %s, expected is %s", discovery.Issuer, issuer),
 		"Set KEYCLOAK_PUBLIC_URL to what Keycloak calls itself, or Keycloak's hostname to that.")
 	d.checkRealm(ctx)
-	if _, err = d.s.kc.refresh(ctx, "nobody's"); !errors.Is(err, errUnavailable) {
-		d.check("Keycloak: auth client", errors.Is(err, errInvalidGrant), fmt.Sprint(err), "Check KEYCLOAK_AUTH_CLIENT_ID and "+
-			"KEYCLOAK_AUTH_CLIENT_SECRET. Without the latter the client must be public.")
-	}
+	_, err = d.s.kc.refresh(ctx, "nobody's")
+	d.check("Keycloak: auth client", errors.Is(err, errInvalidGrant), fmt.Sprint(err), "Check KEYCLOAK_AUTH_CLIENT_ID and "+
+		"KEYCLOAK_AUTH_CLIENT_SECRET. Without the latter the client must be public.")
 	token, err := d.s.kc.serviceToken(ctx) // after checkRealm: -fix may have created the account
 	if d.check("Keycloak: service account", err == nil, fmt.Sprint(err), "Check KEYCLOAK_BACKEND_CLIENT_ID and "+
 		"KEYCLOAK_BACKEND_CLIENT_SECRET. The realm, that client and its \"Service account roles\" must be enabled.",

@@ -259,6 +259,8 @@ func keycloakError(err error) error {
 			return errSetupRequired
 		case grant.ErrorDescription == "Invalid user credentials":
 			return errInvalidCredentials
+		case grant.ErrorCode == "invalid_client", grant.ErrorCode == "unauthorized_client": // the operator's to mend
+			return fmt.Errorf("%w: keycloak: %s: %s", errUnavailable, grant.ErrorCode, grant.ErrorDescription)
 		case grant.ErrorCode == "invalid_grant":
 			return fmt.Errorf("%w: %s", errInvalidGrant, grant.ErrorDescription)
 		}

@@ -377,7 +377,7 @@ func (w *env) send(base string, r call) (answer, error) {
 	if r.from == "" {
 		r.from = newAddress()
 	}
-	if base != services.KeycloakURL {
+	if !strings.HasPrefix(base, services.KeycloakURL) {
 		req.Header.Set("X-Forwarded-For", r.from)
 	}
 	for _, credentials := range r.auth {

@@ -34,10 +34,10 @@ func (f fault) String() string { return [...]string{"", "lost", "applied", "fail
 // a call's name and request, "send_mail PUT /admin/realms/…": see callName.
 type keycloakProxy struct {
 	forwards atomic.Bool // hand on who the client is: Keycloak wants TLS of addresses that are not private
-	mu     sync.Mutex
-	addr   string
-	server *http.Server
-	proxy  *httputil.ReverseProxy
+	mu       sync.Mutex
+	addr     string
+	server   *http.Server
+	proxy    *httputil.ReverseProxy
 
 	faults  map[string]fault
 	holds   []*hold
