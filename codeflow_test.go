@@ -175,7 +175,7 @@ func TestCodeFlow(t *testing.T) {
 	a := p.comesBack(query)
 	p.isBack(a, after)
 	first := p.cookies["refresh_token"]
-	if shape(first) != " /api/v1/auth true true true\n" || !lasts(float64(first.MaxAge), 86400) {
+	if shape(first) != " / true true true\n" || !lasts(float64(first.MaxAge), 86400) {
 		t.Errorf("refresh_token: %v", first)
 	}
 	session := w.value(`select session_id from sessions join refresh_tokens using (session_id) where token_hash = $1 and ip_address = $2 and user_agent = 'person'`,
