@@ -83,9 +83,9 @@ func (s *server) recordRefusal(ctx context.Context, c caller, action string, p p
 	defer cancel()
 	now, e := s.now(), entry{Action: action, Target: p.target, Outcome: "refused", Reason: p.slug()}
 	ofOne, ofAll := refusalLimits(c, e)
-	err := s.store.hit(ctx, ofOne, now) // not in one transaction: a flood would wait for its locks
+	err := s.store.hit(ctx, now, ofOne) // not in one transaction: a flood would wait for its locks
 	if err == nil {
-		err = s.store.hit(ctx, ofAll, now)
+		err = s.store.hit(ctx, now, ofAll)
 	}
 	if err == nil {
 		err = s.store.audit(ctx, c, now, e)

@@ -68,13 +68,13 @@ func (s *server) checkPassword(ctx context.Context, c caller, account, name stri
 		return nil, err
 	}
 	defer s.release(ctx, t, never, nil)
-	failures := []rateLimit{failuresOfOne.of(account, c.network()), failuresOfAll.of(account)}
-	if err := s.store.peekAll(ctx, s.now(), failures...); err != nil {
+	failures := []rateLimit{failuresOfOne.of(account, network(clientOf(ctx))), failuresOfAll.of(account)}
+	if err := s.store.peek(ctx, s.now(), failures...); err != nil {
 		return nil, err
 	}
 	token, err := s.kc.signIn(ctx, name, in.Password, in.OTP)
 	if errors.Is(err, errInvalidCredentials) {
-		if failed := s.store.hitAll(ctx, s.now(), failures...); failed != nil {
+		if failed := s.store.hit(ctx, s.now(), failures...); failed != nil {
 			return nil, failed
 		}
 	}
@@ -182,10 +182,10 @@ func (s *server) loginError(ctx context.Context, name, account string, otp bool,
 	case wrong && otp:
 		return problemInvalidCredentials.withTarget(account)
 	case wrong:
-		u, lookup := orNone(s.kc.userByLogin(ctx, name))
-		if lookup != nil {
+		u, lookup := s.kc.userByLogin(ctx, name)
+		if lookup != nil && !errors.Is(lookup, errNotFound) {
 			return lookup
-		} else if u != nil && gocloak.PBool(u.Totp) {
+		} else if gocloak.PBool(u.Totp) {
 			return problemOTPRequired.withTarget(account)
 		}
 		return problemInvalidCredentials.withTarget(account)
@@ -249,7 +249,7 @@ const resetLifespan = time.Hour
 // forgotPassword has Keycloak mail its link to choose a new password. The answer is the same, and comes as fast,
 // whether there is such an account or not, and when a limit stands against the mail: the queue does the rest.
 func (s *server) forgotPassword(ctx context.Context, c caller, in forgotIn) (noContent, error) {
-	err := s.store.hitAddress(ctx, c, in.Email, s.now())
+	err := s.store.hitAddress(ctx, in.Email, s.now())
 	if err == nil {
 		err = s.store.requestReset(ctx, c, in.Email, s.now())
 		s.wakeWorker()
@@ -269,7 +269,7 @@ func (s *server) mailReset(ctx context.Context, t task) (time.Time, error) {
 		return never, err
 	}
 	claim := []rateLimit{resetOfCooldown.within(s.cfg.ResendCooldown).of(u.id()), resetsADay.of(u.id())}
-	if err := s.store.hitAll(ctx, s.now(), claim...); errors.Is(err, problemTooManyRequests) {
+	if err := s.store.hit(ctx, s.now(), claim...); errors.Is(err, problemTooManyRequests) {
 		s.log.InfoContext(ctx, "password: reset mail not sent, too many", "keycloak_id", u.id())
 		return never, nil
 	} else if err != nil {
@@ -416,7 +416,7 @@ func (s *server) callbackPage(ctx context.Context, c caller, r *http.Request) (v
 // finishSignIn reads what Keycloak says (RFC 6749 §4.1.2, RFC 9207) and redeems the code.
 func (s *server) finishSignIn(ctx context.Context, c caller, r *http.Request, flow signIn) (loginOut, error) {
 	used := problemSignInIncomplete.withDetail("This sign-in is over already. Perhaps the page was loaded twice.")
-	err := s.store.hit(ctx, limit{"state", 1, 2 * signInTime, used}.of(flow.state), s.now())
+	err := s.store.hit(ctx, s.now(), limit{"state", 1, 2 * signInTime, used}.of(flow.state))
 	if err != nil {
 		return loginOut{}, err
 	}

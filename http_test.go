@@ -790,7 +790,7 @@ func TestBusyDatabase(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
 	_, one := st.registration(ctx, newRegistrationID())
-	many := st.hit(ctx, onLogin.of("ada"), time.Now())
+	many := st.hit(ctx, time.Now(), onLogin.of("ada"))
 	tx := st.purge(ctx, time.Now(), time.Now())
 	for _, err := range []error{one, many, tx} {
 		if p := asProblem(err); p.Status != 503 || p.Wait == 0 {

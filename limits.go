@@ -1,7 +1,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"strings"
@@ -115,12 +114,11 @@ func hit(ctx context.Context, q querier, l rateLimit, now time.Time) error {
 	return nil
 }
 
-func (st *store) hit(ctx context.Context, l rateLimit, now time.Time) error {
-	return hit(ctx, st.pool, l, now)
-}
-
-// hitAll counts one hit of each limit, or none if one is over.
-func (st *store) hitAll(ctx context.Context, now time.Time, limits ...rateLimit) error {
+// hit counts one hit of each limit, or none if one is over.
+func (st *store) hit(ctx context.Context, now time.Time, limits ...rateLimit) error {
+	if len(limits) == 1 {
+		return hit(ctx, st.pool, limits[0], now)
+	}
 	return st.tx(ctx, func(tx *txn) {
 		for _, l := range limits {
 			tx.check(hit(ctx, tx, l, now))
@@ -129,38 +127,30 @@ func (st *store) hitAll(ctx context.Context, now time.Time, limits ...rateLimit)
 }
 
 // hitAddress counts the mail addresses that a client asks something for: each once an hour.
-func (st *store) hitAddress(ctx context.Context, c caller, email string, now time.Time) error {
-	asked := limit{"asked", 1, time.Hour, problemTooManyRequests}.of(c.network(), email)
-	err := st.hitAll(ctx, now, asked, addressesAsked.of(c.network()))
-	if errors.Is(err, problemTooManyRequests) && st.peek(ctx, asked, now) != nil {
+func (st *store) hitAddress(ctx context.Context, email string, now time.Time) error {
+	client := network(clientOf(ctx))
+	asked := limit{"asked", 1, time.Hour, problemTooManyRequests}.of(client, email)
+	err := st.hit(ctx, now, asked, addressesAsked.of(client))
+	if errors.Is(err, problemTooManyRequests) && st.peek(ctx, now, asked) != nil {
 		return nil // for this one it has asked before
 	}
 	return err
 }
 
 // peek says what hit would, and counts nothing.
-func (st *store) peek(ctx context.Context, l rateLimit, now time.Time) error {
-	if l.Window <= 0 {
-		return nil
-	}
-	var resets time.Time
-	err := storeError(st.pool.QueryRow(ctx, `
-		select resets_at from rate_limits where key = $1 and hits >= $2 and resets_at > $3`,
-		l.Key, l.N, now).Scan(&resets))
-	if errors.Is(err, errNotFound) {
-		return nil
-	} else if err != nil {
-		return err
-	}
-	return l.Problem.retryAfter(resets.Sub(now))
-}
-
-// peekAll returns the first problem of some limits.
-func (st *store) peekAll(ctx context.Context, now time.Time, limits ...rateLimit) (err error) {
+func (st *store) peek(ctx context.Context, now time.Time, limits ...rateLimit) error {
 	for _, l := range limits {
-		err = cmp.Or(err, st.peek(ctx, l, now))
+		var resets time.Time
+		err := storeError(st.pool.QueryRow(ctx, `
+			select resets_at from rate_limits where key = $1 and hits >= $2 and resets_at > $3 and $4 > interval '0'`,
+			l.Key, l.N, now, l.Window).Scan(&resets))
+		if err == nil {
+			return l.Problem.retryAfter(resets.Sub(now))
+		} else if !errors.Is(err, errNotFound) {
+			return err
+		}
 	}
-	return err
+	return nil
 }
 
 // reset begins a limit anew.

@@ -41,15 +41,6 @@ const anonymous = "anonymous"
 // system is the caller of a worker.
 func system(name string) caller { return caller{Actor: "system:" + name} }
 
-// network is what limits count the caller's address as.
-func (c caller) network() string {
-	addr, err := netip.ParseAddr(c.Address)
-	if err != nil {
-		return c.Address
-	}
-	return network(addr)
-}
-
 // metrics are what Prometheus sees. Labels are bounded: route pattern, method,
 // status class, operation; never a path, a user or an error's text.
 type metrics struct {

@@ -133,27 +133,17 @@ func finish(ctx context.Context, q querier, t task, next time.Time) error {
 	return endLock(ctx, q, t, 0, "", next)
 }
 
-// retry ends the lock of a task that has failed: it is due again after a pause that doubles
-// with each failure, from 10 s to 15 min.
-func (st *store) retry(ctx context.Context, t task, reason string, now time.Time) error {
-	return endLock(ctx, st.pool, t, t.Attempts+1, reason, now.Add(retryPause(t.Attempts)))
-}
-
-// unlock ends a lock and leaves the task due as it was. Where there was none it leaves none.
-func (st *store) unlock(ctx context.Context, t task) error {
-	if t.Revision == 0 {
-		return finish(ctx, st.pool, t, never)
-	}
-	return endLock(ctx, st.pool, t, t.Attempts, "", never)
-}
-
 // endLock ends a lock. The task is due at a time, or sooner if it was enqueued meanwhile; never: as it was.
 func endLock(ctx context.Context, q querier, t task, attempts int, lastError string, due time.Time) error {
+	var at any // null: as it was
+	if !due.IsZero() {
+		at = due
+	}
 	_, err := q.Exec(ctx, `
 		update tasks set locked_by = null, locked_until = null, attempts = $4, last_error = $5,
 			revision = greatest(revision, 1), -- the row is a task from now on, and not only a lock
 			due_at = case when revision = $3 then coalesce($6, due_at) else least(due_at, $6) end
-		where task_id = $1 and locked_by = $2`, t.ID, t.lockedBy, t.Revision, attempts, lastError, nullTime(due))
+		where task_id = $1 and locked_by = $2`, t.ID, t.lockedBy, t.Revision, attempts, lastError, at)
 	return storeError(err)
 }
 
@@ -170,14 +160,15 @@ func retryPause(n int) time.Duration {
 func (s *server) release(ctx context.Context, t task, next time.Time, err error) {
 	ctx, cancel := detached(ctx, 5*time.Second)
 	defer cancel()
-	p := asProblem(err)
-	switch {
+	switch p, q := asProblem(err), s.store.pool; {
 	case err == nil:
-		err = finish(ctx, s.store.pool, t, next)
-	case p.Status < 500:
-		err = s.store.unlock(ctx, t)
+		err = finish(ctx, q, t, next)
+	case p.Status >= 500:
+		err = endLock(ctx, q, t, t.Attempts+1, p.slug(), s.now().Add(retryPause(t.Attempts)))
+	case t.Revision == 0: // it was only a lock
+		err = finish(ctx, q, t, never)
 	default:
-		err = s.store.retry(ctx, t, p.slug(), s.now())
+		err = endLock(ctx, q, t, t.Attempts, "", never)
 	}
 	if err != nil {
 		s.log.WarnContext(ctx, "task: lock not released, it will end by itself", "task", t.ID, "error", err)

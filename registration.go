@@ -124,7 +124,7 @@ func (out registerOut) location() string {
 func (s *server) register(ctx context.Context, c caller, in registerIn) (registerOut, error) {
 	reg, err := s.newRegistration(c, in.profile, sourceWeb)
 	if err == nil {
-		err = s.store.hitAddress(ctx, c, in.Email, s.now())
+		err = s.store.hitAddress(ctx, in.Email, s.now())
 	}
 	if err == nil {
 		reg, err = s.open(ctx, c, reg, s.registerAgain)
@@ -223,7 +223,7 @@ func registerError(err error) error {
 // users row, R4 the mail, R5 its state. What fails before R3 leaves nothing behind; from R3
 // on the registration stands, and resume goes on with it. errRace: the address has one.
 func (s *server) begin(ctx context.Context, c caller, reg registration) (registration, error) {
-	if err := s.store.peekAll(ctx, s.now(), mailLimits(reg.Email, reg.Source, 0)...); err != nil {
+	if err := s.store.peek(ctx, s.now(), mailLimits(reg.Email, reg.Source, 0)...); err != nil {
 		return reg, err
 	}
 	token := newToken()
@@ -278,7 +278,7 @@ func (s *server) resendAvailableAt(ctx context.Context, reg registration) time.T
 	at := s.now()
 	for _, l := range mailLimits(reg.Email, reg.Source, s.cfg.ResendCooldown) {
 		var limited problem
-		if errors.As(s.store.peek(ctx, l, s.now()), &limited) {
+		if errors.As(s.store.peek(ctx, s.now(), l), &limited) {
 			at = s.now().Add(limited.Wait)
 		}
 	}
@@ -306,7 +306,7 @@ func (s *server) resend(ctx context.Context, c caller, in resendIn) (resendOut, 
 		return resendOut{}, invalid(fieldError{"registration_id", "is required, or else email"})
 	}
 	if in.Email != "" {
-		err := s.store.hitAddress(ctx, c, in.Email, s.now())
+		err := s.store.hitAddress(ctx, in.Email, s.now())
 		if err == nil {
 			err = s.store.requestResend(ctx, c, in.Email, s.cfg, s.now())
 			s.wakeWorker()

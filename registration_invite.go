@@ -28,7 +28,7 @@ func (s *server) createUser(ctx context.Context, c caller, in createUserIn) (cre
 	}
 	reg, err := s.newRegistration(c, in.profile, sourceInternal)
 	if err == nil {
-		err = s.store.hit(ctx, invitations.of(string(c.UserID)), s.now())
+		err = s.store.hit(ctx, s.now(), invitations.of(string(c.UserID)))
 	}
 	if err == nil {
 		reg.CreatedBy, reg.Role, reg.NetworkID, reg.StationID = string(c.UserID), role, in.NetworkID, in.StationID
@@ -44,7 +44,7 @@ func (s *server) createUser(ctx context.Context, c caller, in createUserIn) (cre
 // inviteAgain makes the pending registration of an address the invitation, whoever has begun
 // it: what a stranger has typed does not stand in the way. It is mailed again.
 func (s *server) inviteAgain(ctx context.Context, c caller, reg, wanted registration) (registration, error) {
-	if err := s.store.peek(ctx, invitesADay.of(mailbox(reg.Email)), s.now()); err != nil {
+	if err := s.store.peek(ctx, s.now(), invitesADay.of(mailbox(reg.Email))); err != nil {
 		return reg, err
 	}
 	reg, t, err := s.lockPending(ctx, c, reg)

@@ -209,7 +209,7 @@ func (st *store) claimMail(ctx context.Context, c caller, t task, reg registrati
 func (st *store) requestResend(ctx context.Context, c caller, email string, cfg config, now time.Time) error {
 	reg, err := st.oneRegistration(ctx, `where lower(email) = lower($1) and status = 'pending' and expires_at > $2
 		and mail_state <> 'queued' and resend_count + 1 < $3`, email, now, cfg.ResendLimit)
-	limited := st.peekAll(ctx, now, mailLimits(email, reg.Source, cfg.ResendCooldown)...)
+	limited := st.peek(ctx, now, mailLimits(email, reg.Source, cfg.ResendCooldown)...)
 	switch {
 	case errors.Is(err, errNotFound), errors.As(limited, new(problem)):
 		return nil

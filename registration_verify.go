@@ -65,13 +65,13 @@ func (s *server) registrationOf(ctx context.Context, c caller, in verifyIn) (reg
 		}
 		return reg, err
 	}
-	if err := s.store.hit(ctx, wrongCodes.of(c.network()), s.now()); err != nil { // given back if the code is right
+	if err := s.store.hit(ctx, s.now(), wrongCodes.of(network(clientOf(ctx)))); err != nil { // given back if the code is right
 		return registration{}, err
 	}
 	reg, err := s.store.registrationByEmail(ctx, in.Email)
 	unknown := errors.Is(err, errNotFound)
 	if err == nil || unknown { // counted before it is compared: two hundred parallel guesses are two hundred
-		err = s.store.hit(ctx, codesTried.of(in.Email), s.now())
+		err = s.store.hit(ctx, s.now(), codesTried.of(in.Email))
 	}
 	switch {
 	case errors.Is(err, problemTooManyAttempts): // after the cooldown a new code may be had
@@ -135,7 +135,7 @@ func (s *server) provenUser(ctx context.Context, c caller, t task, reg registrat
 	if !reg.hasCode(token, in.Code) || !ku.verified() && !sameSecret(ku.attribute(attrCode), in.Code) {
 		return ku, wrongCode
 	}
-	return ku, refund(ctx, s.store.pool, wrongCodes.of(c.network()), codesTried.of(reg.Email)) // a right code is no guess
+	return ku, refund(ctx, s.store.pool, wrongCodes.of(network(clientOf(ctx))), codesTried.of(reg.Email)) // a right code is no guess
 }
 
 // hasCode says whether a code is the registration's. The key of its hash is the link's token, which only

@@ -263,10 +263,3 @@ func (st *store) purge(ctx context.Context, now, answered time.Time) error {
 	}
 	return failed
 }
-
-func nullTime(t time.Time) *time.Time {
-	if t.IsZero() {
-		return nil
-	}
-	return &t
-}

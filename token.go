@@ -66,15 +66,13 @@ func (p principal) is(role string) bool { return slices.Contains(p.Roles, role) 
 
 // principal is whom the claims are about.
 func (c tokenClaims) principal() principal {
-	return principal{c.UserID, c.Subject, c.SessionID, c.Roles, scope(c.NetworkID), scope(c.StationID)}
-}
-
-// scope undoes what attributesOf does for Keycloak, which drops empty claims.
-func scope(claim string) string {
-	if claim == noScope {
-		return ""
+	p := principal{c.UserID, c.Subject, c.SessionID, c.Roles, c.NetworkID, c.StationID}
+	for _, scope := range []*string{&p.NetworkID, &p.StationID} {
+		if *scope == noScope { // as attributesOf says to Keycloak, which drops empty claims
+			*scope = ""
+		}
 	}
-	return claim
+	return p
 }
 
 // match tells whether the claims are what is true of u.
@@ -185,11 +183,11 @@ func (v *verifier) key(ctx context.Context, id string) (jose.JSONWebKey, *keySet
 	if keys.absent != nil && keys.absent.Contains(id) {
 		return key, keys, unknown
 	}
-	client := network(clientOf(ctx))
-	if !v.waiting.enter(client) {
+	leave := v.waiting.enter(network(clientOf(ctx)))
+	if leave == nil {
 		return key, keys, errBusy
 	}
-	defer v.waiting.leave(client)
+	defer leave()
 	for !known && !keys.asked.After(arrived) {
 		if v.fetchKeys(ctx); ctx.Err() != nil {
 			return key, keys, fmt.Errorf("%w: %w", errUnavailable, ctx.Err())
@@ -213,23 +211,22 @@ type waiters struct {
 	of  map[string]int // by network
 }
 
-func (w *waiters) enter(client string) bool {
+// enter returns how to leave again, or nil if there is no place.
+func (w *waiters) enter(client string) (leave func()) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.all >= keyWaiters || w.of[client] >= keyWaitersEach {
-		return false
+		return nil
 	}
 	w.all++
 	w.of[client]++
-	return true
-}
-
-func (w *waiters) leave(client string) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.all--
-	if w.of[client]--; w.of[client] == 0 {
-		delete(w.of, client)
+	return func() {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		w.all--
+		if w.of[client]--; w.of[client] == 0 {
+			delete(w.of, client)
+		}
 	}
 }
 

@@ -122,7 +122,7 @@ func (w *env) visitor(role, network string) visitor {
 	w.keycloakAdmin("GET", "/users/"+id, nil, &user)
 	maps.Copy(user["attributes"].(body), body{attrRoles: []string{role}, attrNetworkID: []string{network}})
 	w.keycloakAdmin("PUT", "/users/"+id, user, nil)
-	w.exec(`update users set role = $2, network_id = $3 where keycloak_id = $1`, id, role, scope(network))
+	w.exec(`update users set role = $2, network_id = coalesce(nullif($3, 'X'), '') where keycloak_id = $1`, id, role, network)
 	identity := body{"X-Auth-Subject": id, "X-Auth-Roles": role, "X-Auth-User-Id": w.value(`select user_id from users where keycloak_id = $1`, id)}
 	if network != noScope {
 		identity["X-Auth-Network-Id"] = network
