@@ -66,12 +66,22 @@ func (st *store) dequeue(ctx context.Context, ids ...string) error {
 	return storeError(err)
 }
 
+// commit is joined to statements that lock and unlock. By themselves they do not wait for the disk, nor for a standby:
+// a lock that a crash of PostgreSQL forgets is another's, which its holder notices (st.locked), and a task that was done
+// is done again.
+func commit(q querier) string {
+	if _, inTransaction := q.(*txn); inTransaction {
+		return `(select) as its_own`
+	}
+	return `set_config('synchronous_commit', 'off', true) as soon`
+}
+
 // tryLock locks the task of a thing for a time, whether it is due or not. If the caller dies,
 // the task is due when the lock ends. errLocked: another has it.
 func tryLock(ctx context.Context, q querier, id string, ttl time.Duration, now time.Time) (task, error) {
 	t := task{ID: id, lockedBy: gonanoid.Must()}
 	err := storeError(q.QueryRow(ctx, `
-		insert into tasks as t (task_id, due_at, locked_by, locked_until) values ($1, $3, $2, $4)
+		insert into tasks as t (task_id, due_at, locked_by, locked_until) select $1, $3, $2, $4 from `+commit(q)+`
 		on conflict (task_id) do update set locked_by = $2, locked_until = $4
 			where t.locked_until is null or t.locked_until <= $3
 		returning attempts, revision`, id, t.lockedBy, now, now.Add(ttl)).Scan(&t.Attempts, &t.Revision))
@@ -124,7 +134,8 @@ func (st *store) extend(ctx context.Context, t task, now time.Time) error {
 // was enqueued meanwhile stays due. A lock that has become another's is left alone.
 func finish(ctx context.Context, q querier, t task, next time.Time) error {
 	if next.IsZero() {
-		tag, err := q.Exec(ctx, `delete from tasks where task_id = $1 and locked_by = $2 and revision = $3`,
+		tag, err := q.Exec(ctx, `delete from tasks using `+commit(q)+`
+			where task_id = $1 and locked_by = $2 and revision = $3`,
 			t.ID, t.lockedBy, t.Revision)
 		if err != nil || tag.RowsAffected() == 1 {
 			return storeError(err)
@@ -143,7 +154,7 @@ func endLock(ctx context.Context, q querier, t task, attempts int, lastError str
 		update tasks set locked_by = null, locked_until = null, attempts = $4, last_error = $5,
 			revision = greatest(revision, 1), -- the row is a task from now on, and not only a lock
 			due_at = case when revision = $3 then coalesce($6, due_at) else least(due_at, $6) end
-		where task_id = $1 and locked_by = $2`, t.ID, t.lockedBy, t.Revision, attempts, lastError, at)
+		from `+commit(q)+` where task_id = $1 and locked_by = $2`, t.ID, t.lockedBy, t.Revision, attempts, lastError, at)
 	return storeError(err)
 }
 
