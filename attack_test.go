@@ -57,6 +57,9 @@ func TestAddressIsProvenFirst(t *testing.T) {
 		return w.value(`select is_verified::text from users where user_id = $1`, id) == "true"
 	})
 	w.wants(admin.asks("PATCH", usersPath+"/"+id, body{"role": "operator"}), 200, "")
+	if m := w.receive(victim, 1); !strings.Contains(m.Text, "was changed just now") {
+		t.Errorf("the mail says %s", m.Text)
+	}
 	w.straysDie()
 }
 

@@ -124,6 +124,21 @@ func BenchmarkRegister(b *testing.B) {
 	})
 }
 
+// BenchmarkResendByAddress compares an address that nobody has registered with one that waits for its confirmation:
+// who asks must not learn which it is.
+func BenchmarkResendByAddress(b *testing.B) {
+	w := benchEnv(b)
+	waiting := make(chan string, 120) // -benchtime 100x at most: each is asked for once
+	for range cap(waiting) {
+		email := newEmail()
+		w.register(email)
+		w.exec(`update rate_limits set resets_at = now() where key = $1`, mailsOfCooldown.of(mailbox(email)).Key)
+		waiting <- email
+	}
+	ask := func(email string) { w.wants(w.post("/api/v1/register/resend", body{"email": email}), 200, "") }
+	sideBySide(b, func(int) { ask(newEmail()) }, func(int) { ask(<-waiting) })
+}
+
 // grant asks Keycloak's token endpoint itself, by the same client as do.
 func (w *env) grant(form url.Values) answer {
 	w.Helper()

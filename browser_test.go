@@ -5,7 +5,6 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -167,7 +166,7 @@ func (b *browser) openTab(chrome context.Context) {
 	b.ctx, cancel = context.WithTimeout(tab, 5*time.Minute) // the samples are many
 	b.Cleanup(cancel)
 	_, err := chromedp.Call(b.ctx, cdpnetwork.SetExtraHTTPHeaders, cdpnetwork.SetExtraHTTPHeadersParams{
-		Headers: cdpnetwork.Headers{"Accept-Language": b.language, "X-Forwarded-For": fmt.Sprintf("10.%d.%d.%d", rand.IntN(256), rand.IntN(256), rand.IntN(256))}}) // Keycloak wants TLS of others
+		Headers: cdpnetwork.Headers{"Accept-Language": b.language, "X-Forwarded-For": privateAddress()}})
 	b.must(err)
 	b.scripts(false)
 }

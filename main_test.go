@@ -11,6 +11,7 @@ import (
 	"io"
 	"log"
 	"maps"
+	"math/rand/v2"
 	"net/http"
 	"net/netip"
 	"net/url"
@@ -376,6 +377,9 @@ func (w *env) send(base string, r call) (answer, error) {
 	}
 	if r.from == "" {
 		r.from = newAddress()
+		if w.vars["KEYCLOAK_URL"] == services.KeycloakURL { // without a proxy, Keycloak knows who the client is
+			r.from = privateAddress()
+		}
 	}
 	if !strings.HasPrefix(base, services.KeycloakURL) {
 		req.Header.Set("X-Forwarded-For", r.from)
@@ -404,6 +408,11 @@ func (w *env) send(base string, r call) (answer, error) {
 		}
 	}
 	return a, err
+}
+
+// privateAddress is one of those that Keycloak lets in without TLS.
+func privateAddress() string {
+	return fmt.Sprintf("10.%d.%d.%d", rand.IntN(256), rand.IntN(256), rand.IntN(256))
 }
 
 // newAddress is a client address that nobody else has, so that limits of one test

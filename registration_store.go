@@ -1,7 +1,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"time"
@@ -205,24 +204,28 @@ func (st *store) claimMail(ctx context.Context, c caller, t task, reg registrati
 }
 
 // requestResend asks the queue for another mail to an address, if it has a registration that
-// may get one now.
+// may get one now. It is audited in any case: so it takes as long.
 func (st *store) requestResend(ctx context.Context, c caller, email string, cfg config, now time.Time) error {
 	reg, err := st.oneRegistration(ctx, `where lower(email) = lower($1) and status = 'pending' and expires_at > $2
 		and mail_state <> 'queued' and resend_count + 1 < $3`, email, now, cfg.ResendLimit)
+	if err != nil && !errors.Is(err, errNotFound) {
+		return err
+	}
 	limited := st.peek(ctx, now, mailLimits(email, reg.Source, cfg.ResendCooldown)...)
-	switch {
-	case errors.Is(err, errNotFound), errors.As(limited, new(problem)):
-		return nil
-	case err != nil || limited != nil:
-		return cmp.Or(err, limited)
+	if limited != nil && !errors.As(limited, new(problem)) {
+		return limited
 	}
 	return st.tx(ctx, func(tx *txn) {
-		tx.check(enqueue(ctx, tx, now, string(reg.ID))) // first, as all lock the task before the registration
-		if tx.exec(`
-			update user_registrations set mail_state = 'queued', resend_count = resend_count + 1, expires_at = $2
-			where registration_id = $1 and status = 'pending'`, reg.ID, now.Add(cfg.lifetime(reg.Source))) == 1 {
-			tx.audit(c, now, entry{Action: "registration.resend", Target: string(reg.ID), Network: reg.NetworkID})
+		e := entry{Action: "registration.resend", Target: string(reg.ID), Network: reg.NetworkID}
+		if err == nil && limited == nil {
+			tx.check(enqueue(ctx, tx, now, string(reg.ID))) // first, as all lock the task before the registration
 		}
+		if err != nil || limited != nil || tx.exec(`
+			update user_registrations set mail_state = 'queued', resend_count = resend_count + 1, expires_at = $2
+			where registration_id = $1 and status = 'pending'`, reg.ID, now.Add(cfg.lifetime(reg.Source))) == 0 {
+			e.Outcome, e.Reason = "refused", problemRegistrationNotFound.slug()
+		}
+		tx.audit(c, now, e)
 	})
 }
 

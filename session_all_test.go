@@ -154,3 +154,26 @@ func TestChangedCredential(t *testing.T) {
 	}
 	w.straysDie()
 }
+
+// TestResetUnlocks: whoever has chosen a new password is not kept out by guesses at the former one (S8).
+func TestResetUnlocks(t *testing.T) {
+	t.Parallel()
+	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0"})
+	w.command("jobs") // from now on
+	email, _, kc := w.member()
+	locked := func() bool {
+		var status struct{ Disabled bool }
+		w.keycloakAdmin("GET", "/attack-detection/brute-force/users/"+kc, nil, &status)
+		return status.Disabled
+	}
+	w.eventually("Keycloak has locked it", 30*time.Second, func() bool {
+		w.token(url.Values{"grant_type": {"password"}, "username": {email}, "password": {"a wrong password"}})
+		return locked()
+	})
+	w.choosesByLink(email)
+	w.due("job:events")
+	w.command("jobs")
+	if locked() {
+		t.Error("it is locked")
+	}
+}

@@ -148,7 +148,7 @@ func (st *store) changeUser(ctx context.Context, c caller, id userID, action str
 			tx.endAllSessions(c, id, action, now)
 			push = true
 		}
-		if fromKeycloak && u.Email != before.Email && u.IsVerified {
+		if fromKeycloak && u.IsVerified && (u.Email != before.Email || !before.IsVerified) { // a new address counts from now on
 			tx.check(enqueue(ctx, tx, now, noticeTask(u.KeycloakID)))
 		}
 		tx.audit(c, now, entry{Action: action, Target: string(id), Network: before.NetworkID, Details: changed})
