@@ -422,8 +422,8 @@ func (p *productionRoles) theWholeWay() func() string {
 	w.wants(w.as(admin, "DELETE", user), 204, "")
 	w.wants(w.as(admin, "POST", user+"/restore"), 200, "")
 	w.wants(w.login(ada, "a wrong password"), 401, "invalid-credentials")
-	if a := w.as(admin, "GET", auditPath+"?target="+w.idOf(ada)); a.Status != 200 || len(a.JSON["items"].([]any)) != 7 {
-		p.Errorf("user.create, login, user.update, session.end, user.delete, user.restore and a refusal: %v", a)
+	if a := w.as(admin, "GET", auditPath+"?target="+w.idOf(ada)); a.Status != 200 || len(a.JSON["items"].([]any)) != 8 {
+		p.Errorf("user.create, login, user.update, session.end, user.delete, session.end, user.restore and a refusal: %v", a)
 	}
 	w.waitUntilIdle()
 	s := idle(p.T, slog.New(slog.DiscardHandler), map[string]string{"DATABASE_URL": p.serviceURL})

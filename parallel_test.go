@@ -69,10 +69,10 @@ func (w *env) manyGuesses(instances []string) {
 	}
 	compared := w.kc.count("get_user")
 	got := tally(w.at(instances[:2], guesses...))
-	if got["400 invalid-code"] != 5 || got["429 too-many-attempts"] != len(guesses)-5 {
-		w.Errorf("%v", got)
+	if got["400 invalid-code"]+got["503 unavailable"] != 5 || got["429 too-many-attempts"] != len(guesses)-5 {
+		w.Errorf("%v", got) // 503: it has waited a second for the others, and was counted all the same
 	}
-	if compared = w.kc.count("get_user") - compared; compared < 5 { // events are compared, too
+	if compared = w.kc.count("get_user") - compared; compared < got["400 invalid-code"] { // events are compared, too
 		w.Errorf("%d guesses were compared", compared)
 	}
 	w.wants(w.do(typing(email, l.Code)), 429, "too-many-attempts")

@@ -501,6 +501,7 @@ func (w *env) doSessions(email string) {
 	w.wants(w.as(a, "DELETE", sessionsPath+"/"+a.text("session_id")), 204, "")
 	w.wants(w.as(w.signsIn(email), "DELETE", sessionsPath), 204, "")
 	w.wants(w.do(forgetting(email)), 202, "")
+	w.command("jobs")
 	if _, err := w.mail.WaitFor(w.Context(), email, 3); err != nil {
 		w.Fatal(err)
 	}

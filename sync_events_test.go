@@ -420,6 +420,7 @@ func (w *env) removedByAdmin(email string) {
 // choosesByLink follows the link of this service's forgotten password.
 func (w *env) choosesByLink(email string) {
 	w.wants(w.do(forgetting(email)), 202, "")
+	w.command("jobs") // mails it
 	w.person().chooses(w.resetLink(email, 2))
 }
 
