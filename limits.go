@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"math"
 	"strings"
 	"time"
 )
@@ -137,20 +138,28 @@ func (st *store) hitAddress(ctx context.Context, email string, now time.Time) er
 	return err
 }
 
-// peek says what hit would, and counts nothing.
+// peek says what hit would, and counts nothing. Of several limits that are reached it names the first.
 func (st *store) peek(ctx context.Context, now time.Time, limits ...rateLimit) error {
+	var keys []string
+	var most []int
 	for _, l := range limits {
-		var resets time.Time
-		err := storeError(st.pool.QueryRow(ctx, `
-			select resets_at from rate_limits where key = $1 and hits >= $2 and resets_at > $3 and $4 > interval '0'`,
-			l.Key, l.N, now, l.Window).Scan(&resets))
-		if err == nil {
-			return l.Problem.retryAfter(resets.Sub(now))
-		} else if !errors.Is(err, errNotFound) {
-			return err
+		if l.Window <= 0 {
+			l.N = math.MaxInt32
 		}
+		keys, most = append(keys, l.Key), append(most, l.N)
 	}
-	return nil
+	reached, err := one[struct {
+		Index  int
+		Resets time.Time
+	}](ctx, st.pool, `
+		select i - 1, resets_at from unnest($1::text[], $2::int[]) with ordinality as l (key, n, i)
+		join rate_limits using (key) where hits >= n and resets_at > $3 order by i limit 1`, keys, most, now)
+	if errors.Is(err, errNotFound) {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	return limits[reached.Index].Problem.retryAfter(reached.Resets.Sub(now))
 }
 
 // reset begins a limit anew.

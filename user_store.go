@@ -69,7 +69,7 @@ func (st *store) accountByLogin(ctx context.Context, login string) (string, erro
 func (st *store) requestReset(ctx context.Context, c caller, email string, now time.Time) error {
 	return st.tx(ctx, func(tx *txn) {
 		u, err := one[user](ctx, tx, `select `+userColumns+` from users
-			where lower(email) = lower($1) and is_active and is_verified`, email)
+			where lower(email) = lower($1) and deleted_at is null and is_verified`, email)
 		if err == nil {
 			err = enqueue(ctx, tx, now, "reset:"+u.KeycloakID)
 		} else if errors.Is(err, errNotFound) {
