@@ -138,12 +138,8 @@ func (s *server) matching(ctx context.Context, token *oauth2.Token, u user) (*oa
 // Keycloak has is imported. A verification that died between the two stores (V3) is concluded first.
 func (s *server) accountOf(ctx context.Context, subject string) (user, error) {
 	u, err := s.store.userByKeycloakID(ctx, subject)
-	if err == nil && u.RegistrationOpen {
-		var reg registration
-		if reg, err = s.store.openRegistrationOf(ctx, u.ID); err == nil {
-			err = s.doNow(ctx, string(reg.ID))
-		}
-		if err != nil && !errors.Is(err, errNotFound) {
+	if err == nil && u.Registration != "" {
+		if err = s.doNow(ctx, string(u.Registration)); err != nil {
 			return u, err
 		}
 		u, err = s.store.userByKeycloakID(ctx, subject)

@@ -48,11 +48,6 @@ func (st *store) registrationByLogin(ctx context.Context, login string) (registr
 		limit 1`, login)
 }
 
-// openRegistrationOf returns the pending registration of a user, or errNotFound.
-func (st *store) openRegistrationOf(ctx context.Context, id userID) (registration, error) {
-	return st.oneRegistration(ctx, `where user_id = $1 and status = 'pending'`, id)
-}
-
 // addRegistration inserts a pending registration, and locks its task for the caller (R1).
 //
 // It returns errConflict when an account has the address or username, and errRace when the

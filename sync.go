@@ -69,7 +69,7 @@ func compare(local *user, remote *keycloakUser) comparison {
 		return comparison{}
 	case local == nil:
 		return comparison{[]difference{diffUnknown}, remote.imported(), true}
-	case local.RegistrationOpen, remote == nil && !local.IsActive:
+	case local.Registration != "", remote == nil && !local.IsActive:
 		return comparison{Local: *local}
 	case remote == nil:
 		gone := *local

@@ -56,7 +56,7 @@ func TestCompare(t *testing.T) {
 		{name: "disabled in both stores", local: with(func(u *user) { u.IsActive = false }), remote: remote(disabled)},
 		{name: "not in Keycloak", local: &local, found: []difference{diffMissing}, want: with(func(u *user) { u.IsActive = false })},
 		{name: "deleted, and not in Keycloak", local: with(func(u *user) { u.IsActive = false })},
-		{name: "an open registration belongs to its task", local: with(func(u *user) { u.RegistrationOpen, u.IsVerified = true, false }),
+		{name: "an open registration belongs to its task", local: with(func(u *user) { u.Registration, u.IsVerified = "REG-x", false }),
 			remote: remote(disabled)},
 		{name: "only in Keycloak: imported without scope", remote: remote(nil), found: []difference{diffUnknown}, push: true,
 			want: with(func(u *user) {

@@ -57,7 +57,7 @@ func (p principal) may(do action, u user) error {
 		return problemForbidden.withDetail("Nobody changes their own role or scope, or deletes themselves.")
 	case !manages:
 		return problemForbidden
-	case u.RegistrationOpen && do != actDelete: // its registration alone may change it
+	case u.Registration != "" && do != actDelete: // its registration alone may change it
 		return problemAccountNotVerified.withDetail("The e-mail address of this account is not confirmed yet.")
 	}
 	return nil
@@ -180,9 +180,9 @@ func targeted(err error, id userID) error {
 // removed. Of somebody who has not confirmed yet it cancels the registration.
 func (s *server) deleteUser(ctx context.Context, c caller, in userIn) (noContent, error) {
 	u, err := s.target(ctx, c, in.ID, actDelete)
-	if err == nil && u.RegistrationOpen {
+	if err == nil && u.Registration != "" {
 		var reg registration
-		if reg, err = s.store.openRegistrationOf(ctx, u.ID); err == nil {
+		if reg, err = s.store.registration(ctx, u.Registration); err == nil {
 			err = s.cancelPending(ctx, c, reg, "deleted")
 		}
 		over := errors.Is(err, problemVerificationExpired) || errors.Is(err, problemVerificationCancelled)

@@ -11,32 +11,32 @@ import (
 
 // user is an account, as PostgreSQL knows it and as the API shows it.
 type user struct {
-	ID               userID     `json:"user_id" example:"USR-V1StGXR8_Z5jdHi6"`
-	KeycloakID       string     `json:"keycloak_id" example:"5f2f4c0e-8a55-4c43-9a5e-2f6d7f6f3c11"`
-	Email            string     `json:"email" example:"ada@example.com"`
-	Username         string     `json:"username" example:"ada"`
-	FirstName        string     `json:"first_name" example:"Ada"`
-	LastName         string     `json:"last_name" example:"Lovelace"`
-	Phone            string     `json:"phone" example:"+4930123456"`
-	Photo            string     `json:"photo"`
-	IsVerified       bool       `json:"is_verified"`
-	Role             string     `json:"role" enum:"user,admin,partner,operator"`
-	NetworkID        string     `json:"network_id" description:"Empty: none."`
-	StationID        string     `json:"station_id" description:"Empty: none."`
-	Source           string     `json:"source" enum:"web,internal"`
-	IsActive         bool       `json:"is_active"`
-	LastLoginAt      *time.Time `json:"last_login_at" nullable:"true"`
-	CreatedAt        time.Time  `json:"created_at"`
-	UpdatedAt        time.Time  `json:"updated_at"`
-	DeletedAt        *time.Time `json:"deleted_at" nullable:"true"`
-	NotBefore        *time.Time `json:"-"` // sessions begun before are still to be ended in Keycloak
-	RegistrationOpen bool       `json:"-"` // its registration is pending; not so if only a new address is unconfirmed
+	ID           userID         `json:"user_id" example:"USR-V1StGXR8_Z5jdHi6"`
+	KeycloakID   string         `json:"keycloak_id" example:"5f2f4c0e-8a55-4c43-9a5e-2f6d7f6f3c11"`
+	Email        string         `json:"email" example:"ada@example.com"`
+	Username     string         `json:"username" example:"ada"`
+	FirstName    string         `json:"first_name" example:"Ada"`
+	LastName     string         `json:"last_name" example:"Lovelace"`
+	Phone        string         `json:"phone" example:"+4930123456"`
+	Photo        string         `json:"photo"`
+	IsVerified   bool           `json:"is_verified"`
+	Role         string         `json:"role" enum:"user,admin,partner,operator"`
+	NetworkID    string         `json:"network_id" description:"Empty: none."`
+	StationID    string         `json:"station_id" description:"Empty: none."`
+	Source       string         `json:"source" enum:"web,internal"`
+	IsActive     bool           `json:"is_active"`
+	LastLoginAt  *time.Time     `json:"last_login_at" nullable:"true"`
+	CreatedAt    time.Time      `json:"created_at"`
+	UpdatedAt    time.Time      `json:"updated_at"`
+	DeletedAt    *time.Time     `json:"deleted_at" nullable:"true"`
+	NotBefore    *time.Time     `json:"-"` // sessions begun before are still to be ended in Keycloak
+	Registration registrationID `json:"-"` // that is pending; "" also if only a new address is unconfirmed
 }
 
 const userColumns = `user_id, keycloak_id, email, username, coalesce(first_name, ''), coalesce(last_name, ''),
 	coalesce(phone, ''), coalesce(photo, ''), is_verified, role, network_id, station_id, source, is_active,
-	last_login_at, created_at, updated_at, deleted_at, not_before, not is_verified and coalesce(
-		(select true from user_registrations r where r.user_id = users.user_id and r.status = 'pending' limit 1), false)`
+	last_login_at, created_at, updated_at, deleted_at, not_before, coalesce((select registration_id
+		from user_registrations r where not is_verified and r.user_id = users.user_id and r.status = 'pending' limit 1), '')`
 
 // user returns one user, deleted or not, or errNotFound.
 func (st *store) user(ctx context.Context, id userID) (user, error) {
