@@ -217,7 +217,7 @@ func (d *deeds) registrations() {
 		{name: "resend, too often", before: d.cooled("ada"), do: d.resends("ada"), status: 429, want: []string{"resend anonymous > reg:ada refused resend-limit"}},
 		{name: "resend, unknown", do: func() call { return resending(string(newRegistrationID())) }, status: 404,
 			want: []string{"resend anonymous > refused registration-not-found"}},
-		{name: "resend, unknown address", do: posts(resendPath, body{"email": d.mail("nobody")}), status: 200},
+		{name: "resend, unknown address", do: posts(resendPath, body{"email": d.mail("nobody")}), status: 200, want: []string{"registration.resend anonymous > refused registration-not-found"}},
 		{name: "verify, wrong code", before: func() { d.readMail(d.mail("ada"), 3) }, do: d.guesses("ada"), status: 400,
 			want: []string{"verify anonymous > reg:ada refused invalid-code"}},
 		{name: "verify, too many codes", before: func() { d.usesUp(codesTried.of(d.mail("ada"))) }, do: d.guesses("ada"), status: 429,

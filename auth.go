@@ -52,18 +52,21 @@ func (s *server) login(ctx context.Context, c caller, in loginIn) (loginOut, err
 	if err != nil {
 		return loginOut{}, err
 	}
-	token, err := s.checkPassword(ctx, c, cmp.Or(account, name), name, in) // L1
+	token, err := s.checkPassword(ctx, cmp.Or(account, name), name, in) // L1
 	if err != nil {
 		return loginOut{}, s.loginError(ctx, name, account, in.OTP != "", err)
 	}
 	return s.openSession(ctx, c, token, "") // L2
 }
 
+// checkLock is longer than a check of a password takes. Dying meanwhile holds up the account for as long.
+const checkLock = 10 * time.Second
+
 // checkPassword has Keycloak check a password (L1). The checks of one account are lined up: however many guess at
 // the same time, each failure is counted before the next password is compared. Failures count, not attempts, and
 // those of one client address do not keep the owner out who comes from another.
-func (s *server) checkPassword(ctx context.Context, c caller, account, name string, in loginIn) (*oauth2.Token, error) {
-	t, err := s.store.lock(ctx, "login:"+digest(strings.ToLower(account)), lockTime, s.now)
+func (s *server) checkPassword(ctx context.Context, account, name string, in loginIn) (*oauth2.Token, error) {
+	t, err := s.store.lock(ctx, "login:"+digest(strings.ToLower(account)), checkLock, s.now)
 	if err != nil {
 		return nil, err
 	}

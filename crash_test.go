@@ -5,6 +5,7 @@ import (
 	"io"
 	"maps"
 	"os/exec"
+	"regexp"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -391,7 +392,7 @@ func (w *env) dieAt(binary, at string, after bool, lock string, r call) {
 	select {
 	case <-there:
 	case a := <-answered:
-		w.Fatalf("it did not come to %s: %v", at, a)
+		w.Fatalf("it did not come to %s: %v\n%s", at, a, regexp.MustCompile(".*"+a.text("request_id")+".*").FindString(w.logs.String()))
 	case <-time.After(20 * time.Second):
 		w.Fatalf("it did not come to %s", at)
 	}

@@ -43,6 +43,9 @@ func testMain(m *testing.M) int {
 		<-stack.ParentGone()
 		os.Exit(1) // the stack dies with us
 	}()
+	if flag.Parse(); flag.Lookup("test.fuzz").Value.String() != "" {
+		return m.Run() // without a stack
+	}
 	start := time.Now()
 	var err error
 	services, err = stack.Use(ctx, stack.Options{Test: true, Progress: func(s string) {

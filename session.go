@@ -227,11 +227,13 @@ func (s *server) endSessions(ctx context.Context, c caller, u user, id sessionID
 		return err
 	}
 	// Dying here (S1) leaves a session in Keycloak: its task ends it.
-	if err := s.kc.endSession(ctx, ended.KeycloakID); err != nil { // S2
-		s.log.WarnContext(ctx, "session: end in Keycloak failed, will retry", "session", id, "error", err)
-		return nil
+	if err = s.kc.endSession(ctx, ended.KeycloakID); err == nil { // S2
+		err = s.store.dequeue(ctx, string(id))
 	}
-	return s.store.dequeue(ctx, string(id))
+	if err != nil {
+		s.log.WarnContext(ctx, "session: end in Keycloak failed, will retry", "session", id, "error", err)
+	}
+	return nil
 }
 
 // endBefore ends the sessions of a user in Keycloak that were begun before its not-before, and what PostgreSQL has of

@@ -128,8 +128,9 @@ func (st *store) endAllSessions(ctx context.Context, c caller, user userID, reas
 // it issues right after this is good at once. Those of the last seconds are revoked by their session. It returns the
 // task that ends them in Keycloak.
 func (tx *txn) endAllSessions(c caller, user userID, reason string, now time.Time) (task string) {
+	task = tx.notBefore(user, now.Add(tokenLeeway), now.Add(-tokenLeeway)) // first, as all lock the user before its sessions
 	tx.endSessions(c, user, reason, now)
-	return tx.notBefore(user, now.Add(tokenLeeway), now.Add(-tokenLeeway))
+	return task
 }
 
 // notBefore says that what a user began before a time of Keycloak's clock counts no more: access tokens from now on,

@@ -486,8 +486,6 @@ func TestRefreshWaits(t *testing.T) {
 	w.refreshed(one)
 }
 
-// What has ended in Keycloak ends in PostgreSQL, when its token is shown or when it is listed;
-// an outage ends nothing.
 // TestSessionsPages: sessions that Keycloak has ended leave no gap in a page of those that live.
 func TestSessionsPages(t *testing.T) {
 	w := sharedEnv(t)
@@ -502,6 +500,8 @@ func TestSessionsPages(t *testing.T) {
 	}
 }
 
+// TestEndedInKeycloak: what has ended in Keycloak ends in PostgreSQL, when its token is shown or when it is listed; an
+// outage ends nothing.
 func TestEndedInKeycloak(t *testing.T) {
 	t.Parallel()
 	w := newEnv(t, map[string]string{"JOB_INTERVAL": "200ms"})

@@ -123,7 +123,6 @@ func (st *store) takeEvents(ctx context.Context, t task, next syncCursor, events
 				changed = append(changed, kcTask(e.UserID))
 			}
 		}
-		tx.check(enqueue(ctx, tx, now, changed...))
 		rows, _ := tx.Query(ctx, `
 			select coalesce(u.user_id, ''), exists (select from sessions s where s.keycloak_session_id = e.session_id)
 			from unnest($1::text[], $2::text[]) with ordinality e (keycloak_id, session_id, n)
@@ -147,10 +146,10 @@ func (st *store) takeEvents(ctx context.Context, t task, next syncCursor, events
 			}
 			if worth && entry.Action == credentialChange && of.User != "" {
 				at := time.UnixMilli(events[i].At).Truncate(time.Second) // as tokens and sessions have it
-				task := tx.notBefore(userID(of.User), at, at)
-				tx.check(enqueue(ctx, tx, now, task, noticeTask(events[i].UserID)))
+				changed = append(changed, tx.notBefore(userID(of.User), at, at), noticeTask(events[i].UserID))
 			}
 		}
+		tx.check(enqueue(ctx, tx, now, changed...)) // last, as all lock the user before its task
 	})
 }
 
