@@ -696,7 +696,7 @@ func TestCopyOfSessions(t *testing.T) {
 		}
 	}
 	w.exec(`update refresh_tokens set used_at = used_at - interval '70 seconds' where session_id = $1`, session) // the sweep leaves a minute for clocks
-	w.eventually("the answer is forgotten", 10*time.Second, func() bool {
+	w.eventually("the answer is forgotten", 30*time.Second, func() bool {
 		return w.value(`select count(answer)::text from refresh_tokens where session_id = $1`, session) == "0"
 	})
 	w.refreshed(second)
