@@ -299,7 +299,7 @@ func (s *server) writeJSON(w http.ResponseWriter, r *http.Request, status int, o
 func respond(w http.ResponseWriter, status int, contentType string, body []byte) {
 	w.Header().Set("Content-Type", contentType)
 	w.WriteHeader(status)
-	w.Write(body)
+	_, _ = w.Write(body) // the client has hung up
 }
 
 // view is a page and its status, or where the browser goes instead.

@@ -81,7 +81,7 @@ func (e keycloakEvent) changesUser() bool {
 }
 
 // credentialChange is the audit action of a password, one-time code or passkey that is new or gone.
-const credentialChange = "credential.change"
+const credentialChange = "credential.change" // #nosec G101 -- a name
 
 // audited returns the audit entry of an event, and who has done it; false: it is not worth one.
 // user is the user's id in PostgreSQL, "" if it has none. ours says that this service has made

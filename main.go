@@ -27,7 +27,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
-	_ "net/http/pprof"
+	_ "net/http/pprof" // #nosec G108 -- on the management listener, and for this machine only
 	"net/netip"
 	"os"
 	"os/signal"

@@ -162,7 +162,7 @@ func endLock(ctx context.Context, q querier, t task, attempts int, lastError str
 // together is not tried again together.
 func retryPause(n int) time.Duration {
 	pause := min(10*time.Second<<min(n, 10), 15*time.Minute)
-	return pause*4/5 + rand.N(pause*2/5)
+	return pause*4/5 + rand.N(pause*2/5) // #nosec G404 -- no secret
 }
 
 // release ends the lock of a task by the outcome of its work, also when the client has hung up.

@@ -385,14 +385,14 @@ func (s *server) cancelPending(ctx context.Context, c caller, reg registration, 
 	}
 	ku, err := s.keycloakUserOf(ctx, reg)
 	if err == nil && ku.verified() { // V3: it is an account already
-		s.resumeNow(ctx, c, t)
+		_ = s.resumeNow(ctx, c, t) // else its task does it
 		return problemAlreadyVerified.withTarget(string(reg.ID))
 	}
 	if err := s.store.endRegistration(ctx, c, t, reg, cancelled, reason, s.now()); err != nil { // E1
 		s.release(ctx, t, never, err)
 		return err
 	}
-	s.resumeNow(ctx, c, t) // E2, E3
+	_ = s.resumeNow(ctx, c, t) // E2, E3; else its task does it
 	return nil
 }
 

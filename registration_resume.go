@@ -58,7 +58,7 @@ func (s *server) awaitingUser(ctx context.Context, c caller, t task, reg registr
 	ku, err := s.kc.user(ctx, reg.KeycloakID)
 	switch {
 	case errors.Is(err, errNotFound), err == nil && !ku.awaitsVerification(): // not created yet, deleted, or verified
-		s.resumeNow(ctx, c, t)
+		_ = s.resumeNow(ctx, c, t) // else its task does it
 		err = problemUnavailable.retryAfter(time.Second).withCause(err)
 	case err != nil:
 		s.release(ctx, t, never, err)
