@@ -221,8 +221,8 @@ func (d *doctor) checkKeycloak(ctx context.Context) {
 		"Set KEYCLOAK_PUBLIC_URL to what Keycloak calls itself, or Keycloak's hostname to that.")
 	d.checkRealm(ctx)
 	_, err = d.s.kc.refresh(ctx, "nobody's")
-	d.check("Keycloak: auth client", errors.Is(err, errInvalidGrant), fmt.Sprint(err), "Check KEYCLOAK_AUTH_CLIENT_ID and "+
-		"KEYCLOAK_AUTH_CLIENT_SECRET. Without the latter the client must be public.")
+	d.check("Keycloak: auth client", errors.Is(err, errInvalidGrant), fmt.Sprint(err), "Check KEYCLOAK_AUTH_CLIENT_ID "+
+		"and KEYCLOAK_AUTH_CLIENT_SECRET. Without the latter the client must be public.")
 	token, err := d.s.kc.serviceToken(ctx) // after checkRealm: -fix may have created the account
 	if d.check("Keycloak: service account", err == nil, fmt.Sprint(err), "Check KEYCLOAK_BACKEND_CLIENT_ID and "+
 		"KEYCLOAK_BACKEND_CLIENT_SECRET. The realm, that client and its \"Service account roles\" must be enabled.",

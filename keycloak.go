@@ -53,7 +53,7 @@ type keycloak struct {
 
 	calls     bulkhead // everything but these:
 	mails     bulkhead // they wait for SMTP, and must not keep people from signing in
-	passwords bulkhead // a check takes Keycloak a tenth of a second of a core; guesses must not keep sessions from being refreshed
+	passwords bulkhead // a check takes Keycloak long, and guesses must not keep sessions from being refreshed
 
 	service atomic.Pointer[oauth2.Token] // of the service account, renewed before it ends
 	renewal singleflight.Group
@@ -271,7 +271,8 @@ func keycloakError(err error) error {
 
 // oauth is the client that people sign in to.
 func (k *keycloak) oauth() *oauth2.Config {
-	return &oauth2.Config{ClientID: k.cfg.AuthClientID, ClientSecret: string(k.cfg.AuthClientSecret), Scopes: []string{"openid"},
+	return &oauth2.Config{ClientID: k.cfg.AuthClientID, ClientSecret: string(k.cfg.AuthClientSecret),
+		Scopes:      []string{"openid"},
 		RedirectURL: k.cfg.PublicURL + "/auth/callback",
 		Endpoint: oauth2.Endpoint{AuthStyle: oauth2.AuthStyleInParams, TokenURL: k.realmURL("protocol/openid-connect/token"),
 			AuthURL: k.cfg.issuer() + "/protocol/openid-connect/auth"}}
@@ -294,8 +295,8 @@ func (k *keycloak) signIn(ctx context.Context, login, password, otp string) (*oa
 	parameters := []oauth2.AuthCodeOption{oauth2.SetAuthURLParam("grant_type", "password"),
 		oauth2.SetAuthURLParam("scope", "openid"),
 		oauth2.SetAuthURLParam("username", login), oauth2.SetAuthURLParam("password", password)}
-	if otp != "" {
-		parameters = append(parameters, oauth2.SetAuthURLParam("totp", otp)) // Keycloak's own: PasswordCredentialsToken has none
+	if otp != "" { // Keycloak's own parameter, which PasswordCredentialsToken does not know
+		parameters = append(parameters, oauth2.SetAuthURLParam("totp", otp))
 	}
 	return k.grant(ctx, "password_grant", k.passwords, func(ctx context.Context) (*oauth2.Token, error) {
 		return k.oauth().Exchange(ctx, "", parameters...)

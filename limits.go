@@ -20,8 +20,9 @@ type limit struct {
 // limits are all that newLimit has made.
 var limits []limit
 
-func newLimit(name string, n int, window time.Duration, p problem) limit {
-	l := limit{name, n, window, p}
+// newLimit makes a limit. Over it the client is told problemTooManyRequests, or what is given.
+func newLimit(name string, n int, window time.Duration, told ...problem) limit {
+	l := limit{name, n, window, append(told, problemTooManyRequests)[0]}
 	limits = append(limits, l)
 	return l
 }
@@ -31,33 +32,33 @@ const day = 24 * time.Hour
 // Requests of one client address (IPv6: its /64).
 var (
 	unlimited  = limit{}
-	onRegister = newLimit("register", 30, time.Minute, problemTooManyRequests)
-	onVerify   = newLimit("verify", 60, time.Minute, problemTooManyRequests)
-	onResend   = newLimit("resend", 30, time.Minute, problemTooManyRequests)
-	onStatus   = newLimit("status", 300, time.Minute, problemTooManyRequests)
-	onLogin    = newLimit("login", 60, time.Minute, problemTooManyRequests)
-	onSignIn   = newLimit("sign-in", 60, time.Minute, problemTooManyRequests)
-	onForgot   = newLimit("forgot", 30, time.Minute, problemTooManyRequests)
-	onRefresh  = newLimit("refresh", 600, time.Minute, problemTooManyRequests)
-	onUsers    = newLimit("users", 600, time.Minute, problemTooManyRequests)
-	onAccount  = newLimit("account", 300, time.Minute, problemTooManyRequests)
+	onRegister = newLimit("register", 30, time.Minute)
+	onVerify   = newLimit("verify", 60, time.Minute)
+	onResend   = newLimit("resend", 30, time.Minute)
+	onStatus   = newLimit("status", 300, time.Minute)
+	onLogin    = newLimit("login", 60, time.Minute)
+	onSignIn   = newLimit("sign-in", 60, time.Minute)
+	onForgot   = newLimit("forgot", 30, time.Minute)
+	onRefresh  = newLimit("refresh", 600, time.Minute)
+	onUsers    = newLimit("users", 600, time.Minute)
+	onAccount  = newLimit("account", 300, time.Minute)
 )
 
 // What a client address, a mail address, an account or a caller may cost.
 var (
-	addressesAsked  = newLimit("addresses", 50, time.Hour, problemTooManyRequests)       // of a client: different mail addresses
-	wrongCodes      = newLimit("wrong-code", 30, time.Hour, problemTooManyAttempts)      // of a client, over all addresses
-	codesTried      = newLimit("code", 5, 30*day, problemTooManyAttempts)                // of an address; a mailed code begins anew
-	mailsADay       = newLimit("mail-day", 10, day, problemResendLimit)                  // to an address: registrations
-	invitesADay     = newLimit("invitation-day", 10, day, problemResendLimit)            // to an address: invitations
-	resetsADay      = newLimit("reset-day", 10, day, problemTooManyRequests)             // to an account: passwords to choose
-	invitations     = newLimit("invite", 60, time.Hour, problemTooManyRequests)          // by a caller
-	failuresOfOne   = newLimit("failed-login", 5, time.Minute, problemTooManyRequests)   // of an account, from one client address
-	failuresOfAll   = newLimit("failed-logins", 30, time.Minute, problemTooManyRequests) // of an account, from anywhere
-	refusalsOfOne   = newLimit("refusal", 10, time.Minute, problemTooManyRequests)       // audited: of a kind, of one actor and client
-	refusalsOfAll   = newLimit("refusals", 300, time.Minute, problemTooManyRequests)     // audited: of a kind
-	mailsOfCooldown = limit{Name: "mail", N: 1, Problem: problemResendTooSoon}           // to an address, in RESEND_COOLDOWN
-	resetOfCooldown = limit{Name: "reset", N: 1, Problem: problemTooManyRequests}        // to an account, in RESEND_COOLDOWN
+	addressesAsked  = newLimit("addresses", 50, time.Hour)                          // of a client: mail addresses
+	wrongCodes      = newLimit("wrong-code", 30, time.Hour, problemTooManyAttempts) // of a client
+	codesTried      = newLimit("code", 5, 30*day, problemTooManyAttempts)           // of an address
+	mailsADay       = newLimit("mail-day", 10, day, problemResendLimit)             // to an address: registrations
+	invitesADay     = newLimit("invitation-day", 10, day, problemResendLimit)       // to an address: invitations
+	resetsADay      = newLimit("reset-day", 10, day)                                // to an account: new passwords
+	invitations     = newLimit("invite", 60, time.Hour)                             // by a caller
+	failuresOfOne   = newLimit("failed-login", 5, time.Minute)                      // of an account and a client
+	failuresOfAll   = newLimit("failed-logins", 30, time.Minute)                    // of an account
+	refusalsOfOne   = newLimit("refusal", 10, time.Minute)                          // audited: of a kind, by one
+	refusalsOfAll   = newLimit("refusals", 300, time.Minute)                        // audited: of a kind
+	mailsOfCooldown = limit{Name: "mail", N: 1, Problem: problemResendTooSoon}      // to an address, in RESEND_COOLDOWN
+	resetOfCooldown = limit{Name: "reset", N: 1, Problem: problemTooManyRequests}   // to an account, in RESEND_COOLDOWN
 )
 
 // rateLimit is the limit of somebody. Without a window it limits nothing, whatever was counted before.

@@ -108,7 +108,7 @@ type server struct {
 	handle          func(context.Context, task) (time.Time, error) // does the work of a task: handleTask
 	wake            chan struct{}                                  // a worker may find something due
 	dropWarned      minutely                                       // about refusals that are not audited
-	busyWarned      minutely                                       // about requests that were refused since too much waited
+	busyWarned      minutely                                       // about requests refused because too much waits
 	stopping        atomic.Bool                                    // told by /readyz, so that the load balancer looks away
 	health          struct {                                       // the last answer
 		sync.Mutex

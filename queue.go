@@ -66,9 +66,9 @@ func (st *store) dequeue(ctx context.Context, ids ...string) error {
 	return storeError(err)
 }
 
-// commit is joined to statements that lock and unlock. By themselves they do not wait for the disk, nor for a standby:
-// a lock that a crash of PostgreSQL forgets is another's, which its holder notices (st.locked), and a task that was done
-// is done again.
+// commit is joined to statements that lock and unlock. By themselves they do not wait for the disk, nor for a
+// standby: a lock that a crash of PostgreSQL forgets is another's, which its holder notices (st.locked), and a task
+// that was done is done again.
 func commit(q querier) string {
 	if _, inTransaction := q.(*txn); inTransaction {
 		return `(select) as its_own`

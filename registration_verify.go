@@ -65,7 +65,8 @@ func (s *server) registrationOf(ctx context.Context, c caller, in verifyIn) (reg
 		}
 		return reg, err
 	}
-	if err := s.store.hit(ctx, s.now(), wrongCodes.of(network(clientOf(ctx)))); err != nil { // given back if the code is right
+	err := s.store.hit(ctx, s.now(), wrongCodes.of(network(clientOf(ctx)))) // given back if the code is right
+	if err != nil {
 		return registration{}, err
 	}
 	reg, err := s.store.registrationByEmail(ctx, in.Email)
@@ -135,7 +136,8 @@ func (s *server) provenUser(ctx context.Context, c caller, t task, reg registrat
 	if !reg.hasCode(token, in.Code) || !ku.verified() && !sameSecret(ku.attribute(attrCode), in.Code) {
 		return ku, wrongCode
 	}
-	return ku, refund(ctx, s.store.pool, wrongCodes.of(network(clientOf(ctx))), codesTried.of(reg.Email)) // a right code is no guess
+	// A right code is no guess.
+	return ku, refund(ctx, s.store.pool, wrongCodes.of(network(clientOf(ctx))), codesTried.of(reg.Email))
 }
 
 // hasCode says whether a code is the registration's. The key of its hash is the link's token, which only

@@ -356,8 +356,9 @@ func (s *server) compareSessions(ctx context.Context, u user) error {
 	if len(gone) > 0 {
 		err = s.store.endKeycloakSessions(ctx, system("sessions"), u.ID, "keycloak", s.now(), gone)
 	}
-	ours := func(l keycloakSession) bool { return l.Started.After(s.now().Add(-eventsSettle)) } // it may be about to get its row
-	if live = slices.DeleteFunc(live, ours); err == nil && len(live) > 0 {
+	// One that has just begun may be about to get its row.
+	young := func(l keycloakSession) bool { return l.Started.After(s.now().Add(-eventsSettle)) }
+	if live = slices.DeleteFunc(live, young); err == nil && len(live) > 0 {
 		err = s.store.addKeycloakSessions(ctx, u.ID, live)
 	}
 	return err

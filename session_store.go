@@ -128,7 +128,8 @@ func (st *store) endAllSessions(ctx context.Context, c caller, user userID, reas
 // it issues right after this is good at once. Those of the last seconds are revoked by their session. It returns the
 // task that ends them in Keycloak.
 func (tx *txn) endAllSessions(c caller, user userID, reason string, now time.Time) (task string) {
-	task = tx.notBefore(user, now.Add(tokenLeeway), now.Add(-tokenLeeway)) // first, as all lock the user before its sessions
+	// First, as all lock the user before its sessions.
+	task = tx.notBefore(user, now.Add(tokenLeeway), now.Add(-tokenLeeway))
 	tx.endSessions(c, user, reason, now)
 	return task
 }
@@ -145,7 +146,8 @@ func (tx *txn) notBefore(user userID, begun, issued time.Time) (task string) {
 
 // sessionsEnded says that Keycloak has ended what was begun before the user's not-before.
 func (st *store) sessionsEnded(ctx context.Context, u user) error {
-	_, err := st.pool.Exec(ctx, `update users set not_before = null where user_id = $1 and not_before = $2`, u.ID, u.NotBefore)
+	_, err := st.pool.Exec(ctx, `
+		update users set not_before = null where user_id = $1 and not_before = $2`, u.ID, u.NotBefore)
 	return storeError(err)
 }
 

@@ -148,7 +148,8 @@ func (st *store) changeUser(ctx context.Context, c caller, id userID, action str
 			tx.endAllSessions(c, id, action, now)
 			push = true
 		}
-		if fromKeycloak && u.IsVerified && (u.Email != before.Email || !before.IsVerified) { // a new address counts from now on
+		newAddress := u.IsVerified && (u.Email != before.Email || !before.IsVerified)
+		if fromKeycloak && newAddress {
 			tx.check(enqueue(ctx, tx, now, noticeTask(u.KeycloakID)))
 		}
 		tx.audit(c, now, entry{Action: action, Target: string(id), Network: before.NetworkID, Details: changed})
