@@ -305,6 +305,9 @@ func (s *server) pushNow(ctx context.Context, u user) {
 		if err == nil {
 			err = s.push(ctx, ku, u)
 		}
+		if errors.Is(err, errNotFound) {
+			err = nil // gone in Keycloak: sync notices
+		}
 		s.release(ctx, t, never, err)
 	}
 	if err != nil {

@@ -16,7 +16,7 @@ import (
 type Mail struct {
 	Name   string // the local part of its receiver, before the language
 	Kind   string // registration or invitation: with this service's link and code; "": with Keycloak's link
-	Action string // what the person has to do
+	Action string // what the person has to do; "": nothing, it is told that something was changed
 }
 
 // Mails are all that there are.
@@ -26,6 +26,7 @@ var Mails = []Mail{
 	{"changed-address", "", "VERIFY_EMAIL"},
 	{"password", "", "UPDATE_PASSWORD"},
 	{"required-action", "", "CONFIGURE_TOTP"},
+	{"notice", "", ""},
 }
 
 // SendMails makes Keycloak send every mail in every language, to
@@ -53,7 +54,10 @@ func SendMails(ctx context.Context, s *stack.Stack, smtpPort int) (err error) {
 				attributes["email_verify_code"] = []string{"042917"}
 			}
 			name := m.Name + "." + language
-			actions := []string{m.Action}
+			actions := []string{}
+			if m.Action != "" {
+				actions = []string{m.Action}
+			}
 			id, err := keycloak.CreateUser(ctx, token, realm, gocloak.User{
 				Username: &name, Email: gocloak.StringP(name + "@example.test"),
 				FirstName: gocloak.StringP("Ada"), LastName: gocloak.StringP("Lovelace"),
