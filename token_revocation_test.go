@@ -44,11 +44,12 @@ func (w *env) passes(a answer) bool {
 	return got.Status == 200
 }
 
-// revoked fails unless the access tokens count no more within a second.
+// revoked fails unless the access tokens count no more: within a second, but not on a busy machine. TestFleetRevocations
+// takes the time.
 func (w *env) revoked(list ...answer) {
 	w.Helper()
 	for i, a := range list {
-		w.eventually(fmt.Sprintf("token %d counts no more", i), time.Second, func() bool { return !w.passes(a) })
+		w.eventually(fmt.Sprintf("token %d counts no more", i), 5*time.Second, func() bool { return !w.passes(a) })
 	}
 }
 
