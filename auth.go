@@ -256,38 +256,20 @@ func (s *server) forgotPassword(ctx context.Context, c caller, in forgotIn) (noC
 	return noContent{}, err
 }
 
-// mailTries is how often a mail is tried that Keycloak's mail server refuses: about half an hour.
-const mailTries = 8
-
-// mailReset mails the link to choose a new password, within the limits of mails that were handed over.
-func (s *server) mailReset(ctx context.Context, t task) (time.Time, error) {
-	u, err := s.kc.user(ctx, strings.TrimPrefix(t.ID, "reset:"))
-	if errors.Is(err, errNotFound) || err == nil && (!u.enabled() || !u.verified()) {
-		return never, nil // of an address that nobody has proven the account is not
-	} else if err != nil {
-		return never, err
-	}
+// mailReset mails a user the link to choose a new password, within the limits of mails that were handed over.
+func (s *server) mailReset(ctx context.Context, u keycloakUser) error {
 	claim := []rateLimit{resetOfCooldown.within(s.cfg.ResendCooldown).of(u.id()), resetsADay.of(u.id())}
 	if err := s.store.hit(ctx, s.now(), claim...); errors.Is(err, problemTooManyRequests) {
 		s.log.InfoContext(ctx, "password: reset mail not sent, too many", "keycloak_id", u.id())
-		return never, nil
+		return nil
 	} else if err != nil {
-		return never, err
+		return err
 	}
-	err = s.kc.sendMail(ctx, u.id(), u.attribute(attrLocale), resetLifespan, choosePassword)
+	err := s.kc.sendMail(ctx, u.id(), u.attribute(attrLocale), resetLifespan, choosePassword)
 	if err != nil {
 		err = errors.Join(err, refund(ctx, s.store.pool, claim...))
 	}
-	return s.orGiveUp(ctx, t, err)
-}
-
-// orGiveUp ends a task whose mail was refused too often.
-func (s *server) orGiveUp(ctx context.Context, t task, err error) (time.Time, error) {
-	if errors.Is(err, errMailNotSent) && t.Attempts >= mailTries {
-		s.log.WarnContext(ctx, "mail: refused, given up", "task", t.ID)
-		err = nil
-	}
-	return never, err
+	return err
 }
 
 // The code flow (OpenID Connect Core §3.1 with PKCE, RFC 7636). Nothing of it is stored: the browser has a secret in

@@ -85,13 +85,17 @@ func mailbox(email string) string {
 	return local + "@" + domain
 }
 
+// mailDay is the limit of a day's mails to an address. What strangers use up leaves the administrators theirs.
+func mailDay(email, source string) rateLimit {
+	if source == sourceInternal {
+		return invitesADay.of(mailbox(email))
+	}
+	return mailsADay.of(mailbox(email))
+}
+
 // mailLimits are the limits of mails of a registration or invitation. They count mails that were handed over.
 func mailLimits(email, source string, cooldown time.Duration) []rateLimit {
-	aDay := mailsADay
-	if source == sourceInternal { // what strangers use up leaves the administrators theirs
-		aDay = invitesADay
-	}
-	return []rateLimit{mailsOfCooldown.within(cooldown).of(mailbox(email)), aDay.of(mailbox(email))}
+	return []rateLimit{mailsOfCooldown.within(cooldown).of(mailbox(email)), mailDay(email, source)}
 }
 
 // hit counts one hit, exactly, over all instances. Over the limit it counts nothing and returns the limit's

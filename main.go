@@ -104,7 +104,6 @@ type server struct {
 	metrics         *metrics
 	now             func() time.Time // a field, so that a test can move it
 	openAPIDocument []byte
-	background      sync.WaitGroup                                 // work whose client has its answer already
 	handle          func(context.Context, task) (time.Time, error) // does the work of a task: handleTask
 	wake            chan struct{}                                  // a worker may find something due
 	dropWarned      minutely                                       // about refusals that are not audited
@@ -201,7 +200,6 @@ func (s *server) serve(ctx context.Context) error {
 	defer cancel()
 	err = errors.Join(err, api.Shutdown(grace), mgmt.Shutdown(grace))
 	running.Wait()
-	s.background.Wait()
 	return err
 }
 
@@ -219,9 +217,9 @@ func (s *server) handleTask(ctx context.Context, t task) (time.Time, error) {
 	case "SES":
 		return s.endSessionTask(ctx, t)
 	case "notice":
-		return s.notify(ctx, t)
+		return s.mailTask(ctx, t, s.notify)
 	case "reset":
-		return s.mailReset(ctx, t)
+		return s.mailTask(ctx, t, s.mailReset)
 	case "kc":
 		return s.reconcileTask(ctx, t)
 	case "events":

@@ -71,9 +71,9 @@ func (st *store) dequeue(ctx context.Context, ids ...string) error {
 // that was done is done again.
 func commit(q querier) string {
 	if _, inTransaction := q.(*txn); inTransaction {
-		return `(select) as its_own`
+		return `(select) as durable`
 	}
-	return `set_config('synchronous_commit', 'off', true) as soon`
+	return `set_config('synchronous_commit', 'off', true) as relaxed`
 }
 
 // tryLock locks the task of a thing for a time, whether it is due or not. If the caller dies,

@@ -223,7 +223,7 @@ func registerError(err error) error {
 // users row, R4 the mail, R5 its state. What fails before R3 leaves nothing behind; from R3
 // on the registration stands, and resume goes on with it. errRace: the address has one.
 func (s *server) begin(ctx context.Context, c caller, reg registration) (registration, error) {
-	if err := s.store.peek(ctx, s.now(), mailLimits(reg.Email, reg.Source, 0)...); err != nil {
+	if err := s.store.peek(ctx, s.now(), mailDay(reg.Email, reg.Source)); err != nil {
 		return reg, err
 	}
 	token := newToken()

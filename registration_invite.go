@@ -44,7 +44,7 @@ func (s *server) createUser(ctx context.Context, c caller, in createUserIn) (cre
 // inviteAgain makes the pending registration of an address the invitation, whoever has begun
 // it: what a stranger has typed does not stand in the way. It is mailed again.
 func (s *server) inviteAgain(ctx context.Context, c caller, reg, wanted registration) (registration, error) {
-	if err := s.store.peek(ctx, s.now(), invitesADay.of(mailbox(reg.Email))); err != nil {
+	if err := s.store.peek(ctx, s.now(), mailDay(reg.Email, sourceInternal)); err != nil {
 		return reg, err
 	}
 	reg, t, err := s.lockPending(ctx, c, reg)

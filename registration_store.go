@@ -212,12 +212,14 @@ func (st *store) requestResend(ctx context.Context, c caller, email string, cfg 
 	}
 	return st.tx(ctx, func(tx *txn) {
 		e := entry{Action: "registration.resend", Target: string(reg.ID), Network: reg.NetworkID}
-		if err == nil && limited == nil {
+		queued := err == nil && limited == nil
+		if queued {
 			tx.check(enqueue(ctx, tx, now, string(reg.ID))) // first, as all lock the task before the registration
+			queued = tx.exec(`
+				update user_registrations set mail_state = 'queued', resend_count = resend_count + 1, expires_at = $2
+				where registration_id = $1 and status = 'pending'`, reg.ID, now.Add(cfg.lifetime(reg.Source))) == 1
 		}
-		if err != nil || limited != nil || tx.exec(`
-			update user_registrations set mail_state = 'queued', resend_count = resend_count + 1, expires_at = $2
-			where registration_id = $1 and status = 'pending'`, reg.ID, now.Add(cfg.lifetime(reg.Source))) == 0 {
+		if !queued {
 			e.Outcome, e.Reason = "refused", problemRegistrationNotFound.slug()
 		}
 		tx.audit(c, now, e)

@@ -249,19 +249,19 @@ func (s *server) endBefore(ctx context.Context, u user) error {
 	if err == nil && len(old) > 0 {
 		err = s.store.endKeycloakSessions(ctx, system("sessions"), u.ID, "not_before", s.now(), old)
 	}
-	switch {
-	case err != nil:
-	case len(old) == len(live) && len(old) > 0:
-		err = s.kc.logOut(ctx, u.KeycloakID) // one call
-	default:
-		for _, id := range old {
-			err = cmp.Or(err, s.kc.endSession(ctx, id))
-		}
-	}
 	if err != nil {
 		return err
 	}
-	return s.store.sessionsEnded(ctx, u)
+	if len(old) > 0 && len(old) == len(live) {
+		err, old = s.kc.logOut(ctx, u.KeycloakID), nil // one call
+	}
+	for _, id := range old {
+		err = cmp.Or(err, s.kc.endSession(ctx, id))
+	}
+	if err == nil {
+		err = s.store.clearNotBefore(ctx, u)
+	}
+	return err
 }
 
 // noticeTask is the task that mails a user that its way to sign in was changed.
@@ -269,18 +269,34 @@ func noticeTask(keycloakID string) string { return "notice:" + keycloakID }
 
 // notify mails a user that a credential or its address was changed, in Keycloak's mail, which asks for nothing. Whoever
 // has chosen a new password is not kept out by failures with the former one.
-func (s *server) notify(ctx context.Context, t task) (time.Time, error) {
-	ku, err := s.kc.user(ctx, strings.TrimPrefix(t.ID, "notice:"))
-	if errors.Is(err, errNotFound) || err == nil && (!ku.enabled() || !ku.verified()) {
+func (s *server) notify(ctx context.Context, u keycloakUser) error {
+	err := s.kc.end(ctx, "unlock_user", "DELETE", "attack-detection/brute-force/users/"+u.id())
+	if err == nil {
+		err = s.kc.sendMail(ctx, u.id(), u.attribute(attrLocale), resetLifespan, securityNotice)
+	}
+	return err
+}
+
+// mailTries is how often a mail is tried that Keycloak's mail server refuses: about half an hour.
+const mailTries = 8
+
+// mailTask mails the user whose id in Keycloak ends the task's. One without a proven address gets no mail.
+func (s *server) mailTask(
+	ctx context.Context, t task, mail func(context.Context, keycloakUser) error,
+) (time.Time, error) {
+	_, id, _ := strings.Cut(t.ID, ":")
+	u, err := s.kc.user(ctx, id)
+	if errors.Is(err, errNotFound) || err == nil && (!u.enabled() || !u.verified()) {
 		return never, nil
 	}
 	if err == nil {
-		err = s.kc.end(ctx, "unlock_user", "DELETE", "attack-detection/brute-force/users/"+ku.id())
+		err = mail(ctx, u)
 	}
-	if err == nil {
-		err = s.kc.sendMail(ctx, ku.id(), ku.attribute(attrLocale), resetLifespan, securityNotice)
+	if errors.Is(err, errMailNotSent) && t.Attempts >= mailTries {
+		s.log.WarnContext(ctx, "mail: refused, given up", "task", t.ID)
+		err = nil
 	}
-	return s.orGiveUp(ctx, t, err)
+	return never, err
 }
 
 // endSessionTask ends a session in Keycloak that has ended in PostgreSQL (S2).

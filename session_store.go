@@ -144,8 +144,8 @@ func (tx *txn) notBefore(user userID, begun, issued time.Time) (task string) {
 	return kcTask(of.KeycloakID)
 }
 
-// sessionsEnded says that Keycloak has ended what was begun before the user's not-before.
-func (st *store) sessionsEnded(ctx context.Context, u user) error {
+// clearNotBefore records that Keycloak has ended what was begun before the user's not-before.
+func (st *store) clearNotBefore(ctx context.Context, u user) error {
 	_, err := st.pool.Exec(ctx, `
 		update users set not_before = null where user_id = $1 and not_before = $2`, u.ID, u.NotBefore)
 	return storeError(err)

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -195,13 +194,14 @@ func (v *verifier) key(ctx context.Context, id string) (jose.JSONWebKey, *keySet
 		keys = v.keys.Load()
 		key, known = keys.byID[id]
 	}
-	if !known && keys.err == nil {
-		keys.absent.Add(id, true)
+	switch {
+	case known:
+		return key, keys, nil
+	case keys.err != nil:
+		return key, keys, keys.err
 	}
-	if !known {
-		return key, keys, cmp.Or(keys.err, unknown)
-	}
-	return key, keys, nil
+	keys.absent.Add(id, true)
+	return key, keys, unknown
 }
 
 // waiters counts those who wait, so that one client address can't take all places.

@@ -60,14 +60,12 @@ func (r revocation) revokes(p principal) bool {
 		p.NetworkID != r.NetworkID || p.StationID != r.StationID
 }
 
-// revoke writes revocations in the transaction of their change.
-func (tx *txn) revoke(list ...revocation) {
-	for _, r := range list {
-		tx.exec(`
-			insert into revocations (keycloak_session_id, user_id, role, network_id, station_id, is_active, not_before)
-			values ($1, $2, $3, $4, $5, $6, $7)`,
-			r.SessionID, r.UserID, r.Role, r.NetworkID, r.StationID, r.Active, r.NotBefore)
-	}
+// revoke writes a revocation in the transaction of its change.
+func (tx *txn) revoke(r revocation) {
+	tx.exec(`
+		insert into revocations (keycloak_session_id, user_id, role, network_id, station_id, is_active, not_before)
+		values ($1, $2, $3, $4, $5, $6, $7)`,
+		r.SessionID, r.UserID, r.Role, r.NetworkID, r.StationID, r.Active, r.NotBefore)
 }
 
 // revocations are those of the last tokenLife.

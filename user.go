@@ -315,8 +315,8 @@ func (s *server) pushNow(ctx context.Context, u user) {
 	}
 }
 
-// push does it under the lock of the user's task: Keycloak loses one of two changes of a user that come
-// at the same moment.
+// push brings role, scope and state of a user to Keycloak, and ends its sessions there. The caller holds the
+// lock of the user's task: of two changes of a user at the same moment Keycloak loses one.
 func (s *server) push(ctx context.Context, ku keycloakUser, u user) error {
 	err := s.kc.push(ctx, ku, u, nil)
 	if err == nil && u.NotBefore != nil {

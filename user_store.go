@@ -110,7 +110,7 @@ func (st *store) users(ctx context.Context, p principal, in usersIn, before curs
 const userText = `lower(email || ' ' || username || ' ' || coalesce(first_name, '') || ' ' || coalesce(last_name, ''))`
 
 // changeUser changes a user and what follows from that (U1): the audit entry, the revocation of
-// tokens that say something else, the end of a deleted user's sessions, and the task that
+// tokens that say something else, the end of a deleted or unproven user's sessions, and the task that
 // brings role, scope and state to Keycloak.
 //
 // It says whether Keycloak must be told. It returns errNotFound, errConflict when the address or
@@ -138,13 +138,14 @@ func (st *store) changeUser(ctx context.Context, c caller, id userID, action str
 			where user_id = $1`, id, u.FirstName, u.LastName, u.Phone, u.Photo, u.Role, u.NetworkID, u.StationID,
 			u.IsActive, u.DeletedAt, now, c.UserID, u.Email, u.Username, u.IsVerified)
 		changed := changes(before, u)
-		if u.revocation() != before.revocation() {
-			tx.revoke(u.revocation())
+		was, is := before.revocation(), u.revocation()
+		if was != is {
+			tx.revoke(is)
 			if push = !fromKeycloak; push {
 				tx.check(enqueue(ctx, tx, now.Add(pushDelay), kcTask(u.KeycloakID)))
 			}
 		}
-		if !u.IsActive || before.IsVerified && !u.IsVerified {
+		if was.Active && !is.Active {
 			tx.endAllSessions(c, id, action, now)
 			push = true
 		}
