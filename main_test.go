@@ -48,7 +48,7 @@ func testMain(m *testing.M) int {
 	}
 	start := time.Now()
 	var err error
-	services, err = stack.Use(ctx, stack.Options{Test: true, Progress: func(s string) {
+	services, err = stack.Use(ctx, stack.Options{Test: true, Keycloak: os.Getenv("KEYCLOAK_VERSION"), Progress: func(s string) {
 		fmt.Fprintf(os.Stderr, "%4.0f s  %s\n", time.Since(start).Seconds(), s)
 	}})
 	if err != nil {

@@ -39,12 +39,14 @@ const (
 type options struct {
 	postgresPort, keycloakPort, smtpPort, inboxPort, port int
 	reset, noService                                      bool
+	keycloak                                              string
 }
 
 func main() {
 	var o options
 	flag.IntVar(&o.postgresPort, "postgres-port", 6200, "port of PostgreSQL")
 	flag.IntVar(&o.keycloakPort, "keycloak-port", 5080, "port of Keycloak")
+	flag.StringVar(&o.keycloak, "keycloak", stack.KeycloakVersion, "version of Keycloak; another one has a state of its own")
 	flag.IntVar(&o.smtpPort, "smtp-port", 1025, "port of the mail catcher")
 	flag.IntVar(&o.inboxPort, "inbox-port", 8025, "port of the inbox, for the browser")
 	flag.IntVar(&o.port, "port", 3000, "port of the service")
@@ -114,7 +116,7 @@ func run(ctx context.Context, o options) error {
 		built <- binary
 	}()
 
-	s, err := stack.Start(ctx, stack.Options{PostgresPort: o.postgresPort, KeycloakPort: o.keycloakPort, Reset: o.reset, Progress: say})
+	s, err := stack.Start(ctx, stack.Options{PostgresPort: o.postgresPort, KeycloakPort: o.keycloakPort, Keycloak: o.keycloak, Reset: o.reset, Progress: say})
 	if err != nil {
 		return err
 	}

@@ -18,8 +18,8 @@ import (
 //go:embed pom.xml
 var pom string
 
-// keycloakVersion is the one that pom.xml pins.
-var keycloakVersion = regexp.MustCompile(`<keycloak\.version>(.+)</`).FindStringSubmatch(pom)[1]
+// KeycloakVersion is the one that pom.xml pins.
+var KeycloakVersion = regexp.MustCompile(`<keycloak\.version>(.+)</`).FindStringSubmatch(pom)[1]
 
 // keycloakServer is what it takes to start Keycloak.
 type keycloakServer struct {
@@ -39,7 +39,7 @@ func (s *Stack) newKeycloak(java, maven string, port int) (*Server, error) {
 		return nil, err
 	}
 	k := &keycloakServer{Stack: s, java: java, maven: maven, port: port, management: FreePort(),
-		home: s.file("keycloak-" + keycloakVersion), data: s.file("keycloak-data"), log: s.file("keycloak.log")}
+		home: s.file("keycloak-" + s.options.Keycloak), data: s.file("keycloak-data"), log: s.file("keycloak.log")}
 	return &Server{Name: "Keycloak", Port: port, Log: k.log, stopSignal: syscall.SIGTERM, start: k.start}, nil
 }
 
@@ -170,12 +170,12 @@ func (k *keycloakServer) unpack(ctx context.Context) error {
 		return err
 	}
 	defer os.RemoveAll(half)
-	err := during(k.say, "fetching Keycloak "+keycloakVersion+" with Maven (160 MB, once)", func() error {
+	err := during(k.say, "fetching Keycloak "+k.options.Keycloak+" with Maven (160 MB, once)", func() error {
 		return Run(ctx, exec.Command(k.maven, "-q", "-B", "-ntp", "-f", filepath.Join(k.Root, "dev", "stack", "pom.xml"),
-			"validate", "-Dtarget="+half))
+			"validate", "-Dtarget="+half, "-Dkeycloak.version="+k.options.Keycloak))
 	})
 	if err != nil {
 		return fmt.Errorf("fetching Keycloak: %w", err)
 	}
-	return os.Rename(filepath.Join(half, "dependency", "keycloak-"+keycloakVersion), k.home)
+	return os.Rename(filepath.Join(half, "dependency", "keycloak-"+k.options.Keycloak), k.home)
 }

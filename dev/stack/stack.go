@@ -27,6 +27,7 @@ import (
 // Options say how a stack is started. The zero value takes free ports.
 type Options struct {
 	StateDir     string       // default: dev/.run of the repository
+	Keycloak     string       // its version; default: KeycloakVersion. Another one has a state of its own
 	PostgresPort int          // 0 = a free one
 	KeycloakPort int          // 0 = a free one
 	Test         bool         // PostgreSQL needs not survive a power cut
@@ -119,8 +120,14 @@ func newStack(o Options) (*Stack, error) {
 	if o.Progress == nil {
 		o.Progress = func(string) {}
 	}
+	if o.Keycloak == "" {
+		o.Keycloak = KeycloakVersion
+	}
 	if o.StateDir == "" {
 		o.StateDir = filepath.Join(root, "dev", ".run")
+		if o.Keycloak != KeycloakVersion {
+			o.StateDir = filepath.Join(o.StateDir, o.Keycloak)
+		}
 	}
 	dir, err := filepath.Abs(o.StateDir)
 	if err != nil {
