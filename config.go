@@ -52,7 +52,14 @@ type config struct {
 	// ManagementAddr serves /livez, /readyz, /metrics and pprof; never expose it.
 	// Default: 127.0.0.1:9090.
 	ManagementAddr string `env:"MANAGEMENT_ADDR" envDefault:"127.0.0.1:9090"`
-	// TLSCertFile and TLSKeyFile make the API speak HTTPS. Default: none, plain HTTP.
+	// ShutdownDelay is how long this instance serves on after SIGTERM while /readyz says 503: longer than
+	// a load balancer takes to notice. Default: 5s.
+	ShutdownDelay time.Duration `env:"SHUTDOWN_DELAY" envDefault:"5s"`
+	// IdleTimeout is how long a connection is kept without a request: longer than the load balancer keeps
+	// it, or requests meet a connection that is just being closed. Default: 11m, as some keep theirs for 10.
+	IdleTimeout time.Duration `env:"IDLE_TIMEOUT" envDefault:"11m"`
+	// TLSCertFile and TLSKeyFile make the API speak HTTPS. They are read again when they are renewed.
+	// Default: none, plain HTTP.
 	TLSCertFile string `env:"TLS_CERT_FILE"`
 	TLSKeyFile  string `env:"TLS_KEY_FILE"`
 	// CORSOrigins are the frontends' origins, comma separated, each in full: they may
@@ -95,13 +102,14 @@ func (cfg config) issuer() string { return cfg.KeycloakPublicURL + "/realms/" + 
 // https says whether people reach the service by TLS, ours or a proxy's.
 func (cfg config) https() bool { return strings.HasPrefix(cfg.PublicURL, "https://") }
 
-// origin is the scheme, host and port of a URL (RFC 6454 §6.1).
+// origin is the scheme, host and port of a URL, as browsers spell it (RFC 6454 §6.1).
 func origin(raw string) string {
 	u, err := url.Parse(raw)
 	if err != nil {
 		return ""
 	}
-	return u.Scheme + "://" + u.Host
+	defaultPort := map[string]string{"http": ":80", "https": ":443"}[u.Scheme]
+	return u.Scheme + "://" + strings.TrimSuffix(strings.ToLower(u.Host), defaultPort)
 }
 
 // secret is a value that must never be printed.
@@ -178,15 +186,22 @@ func secretValue(name, value, file string) (string, error) {
 func (cfg *config) check(getenv func(string) string, must func(ok bool, format string, args ...any)) {
 	_, err := pgxpool.ParseConfig(string(cfg.DatabaseURL)) // err may quote it
 	must(err == nil, "DATABASE_URL is not a connection string that PostgreSQL's driver understands")
-	cfg.KeycloakPublicURL = cmp.Or(cfg.KeycloakPublicURL, cfg.KeycloakURL)
 	for name, value := range map[string]*string{
 		"KEYCLOAK_URL": &cfg.KeycloakURL, "KEYCLOAK_PUBLIC_URL": &cfg.KeycloakPublicURL, "PUBLIC_URL": &cfg.PublicURL,
 	} {
 		*value = strings.TrimRight(*value, "/")
 		u, err := url.Parse(*value)
-		must(*value == "" || err == nil && (u.Scheme == "http" || u.Scheme == "https") && u.Host != "", // "": is required
-			"%s must be a URL that begins with http:// or https://", name)
+		if err != nil {
+			u = new(url.URL)
+		}
+		plain, others := u.Scheme+"://"+u.Host, "path, user, query or fragment"
+		if name != "PUBLIC_URL" { // Keycloak may be below a path
+			plain, others = plain+u.EscapedPath(), "user, query or fragment"
+		}
+		must(*value == "" || *value == plain && (u.Scheme == "http" || u.Scheme == "https") && u.Hostname() != "",
+			"%s must be a URL that begins with http:// or https:// and has no %s", name, others)
 	}
+	cfg.KeycloakPublicURL = cmp.Or(cfg.KeycloakPublicURL, cfg.KeycloakURL)
 	if both := cfg.TLSCertFile != "" && cfg.TLSKeyFile != ""; both {
 		_, err := tls.LoadX509KeyPair(cfg.TLSCertFile, cfg.TLSKeyFile)
 		must(err == nil, "TLS_CERT_FILE, TLS_KEY_FILE: %w", err)
@@ -201,11 +216,12 @@ func (cfg *config) check(getenv func(string) string, must func(ok bool, format s
 	must(err == nil, "MANAGEMENT_ADDR: %w", err)
 	for name, d := range map[string]time.Duration{
 		"VERIFICATION_TTL": cfg.VerificationTTL, "INVITATION_TTL": cfg.InvitationTTL,
-		"RESEND_COOLDOWN": cfg.ResendCooldown, "REFRESH_GRACE": cfg.RefreshGrace,
+		"RESEND_COOLDOWN": cfg.ResendCooldown, "REFRESH_GRACE": cfg.RefreshGrace, "IDLE_TIMEOUT": cfg.IdleTimeout,
 	} {
 		must(d > 0, "%s must be longer than 0", name)
 	}
 	must(cfg.ResendLimit >= 1, "RESEND_LIMIT must be at least 1")
+	must(cfg.ShutdownDelay >= 0, "SHUTDOWN_DELAY must not be negative")
 	must(cfg.JobInterval >= 0, "JOB_INTERVAL must not be negative")
 	must(cfg.SyncMaxShare >= 0 && cfg.SyncMaxShare <= 100, "SYNC_MAX_SHARE must be between 0 and 100")
 	must(cfg.LogFormat == "json" || cfg.LogFormat == "text", "LOG_FORMAT must be json or text")

@@ -38,7 +38,7 @@ func TestConfigValues(t *testing.T) {
 	}
 	for variable, c := range map[string]struct{ set, field, unset, want string }{
 		"DATABASE_URL":                        {"host=other dbname=x", "DatabaseURL", "postgres://auth:s3cret-db@db/auth", "host=other dbname=x"},
-		"KEYCLOAK_URL":                        {"https://id.example//", "KeycloakURL", "http://keycloak:8080", "https://id.example"},
+		"KEYCLOAK_URL":                        {"https://id.example/auth//", "KeycloakURL", "http://keycloak:8080", "https://id.example/auth"},
 		"KEYCLOAK_PUBLIC_URL":                 {"https://id.example/", "KeycloakPublicURL", "http://keycloak:8080", "https://id.example"},
 		"KEYCLOAK_REALM":                      {"other", "KeycloakRealm", "people", "other"},
 		"KEYCLOAK_AUTH_CLIENT_ID":             {"other", "AuthClientID", "auth-client", "other"},
@@ -49,6 +49,8 @@ func TestConfigValues(t *testing.T) {
 		"SERVER_HOST":                         {"::1", "Host", "0.0.0.0", "::1"},
 		"SERVER_PORT":                         {"8443", "Port", "3000", "8443"},
 		"PUBLIC_URL":                          {"https://a.example/", "PublicURL", "http://localhost:3000", "https://a.example"},
+		"SHUTDOWN_DELAY":                      {"0s", "ShutdownDelay", "5s", "0s"},
+		"IDLE_TIMEOUT":                        {"90s", "IdleTimeout", "11m0s", "1m30s"},
 		"MANAGEMENT_ADDR":                     {":1", "ManagementAddr", "127.0.0.1:9090", ":1"},
 		"CORS_ALLOWED_ORIGINS":                {"https://a.example,https://b.example", "CORSOrigins", "[]", "[https://a.example https://b.example]"},
 		"TRUSTED_PROXIES":                     {"10.0.0.0/8,fd00::/8", "TrustedProxies", "[]", "[10.0.0.0/8 fd00::/8]"},
@@ -87,6 +89,13 @@ func TestConfigValues(t *testing.T) {
 }
 
 func TestConfigMistakes(t *testing.T) {
+	notURL := func(name string) string {
+		const url = " must be a URL that begins with http:// or https:// and has no "
+		if name == "PUBLIC_URL" {
+			return name + url + "path, user, query or fragment"
+		}
+		return name + url + "user, query or fragment"
+	}
 	empty := filepath.Join(t.TempDir(), "empty")
 	if err := os.WriteFile(empty, []byte(" \n"), 0o600); err != nil {
 		t.Fatal(err)
@@ -105,9 +114,9 @@ func TestConfigMistakes(t *testing.T) {
 			"CORS_ALLOWED_ORIGINS": "app.example", "MANAGEMENT_ADDR": "9090", "TLS_CERT_FILE": "cert.pem", "LOG_LEVEL": "loud", "LOG_FORMAT": "xml",
 			"VERIFICATION_TTL": "-1h", "RESEND_COOLDOWN": "0s", "REFRESH_GRACE": "0s", "RESEND_LIMIT": "0", "JOB_INTERVAL": "soon"},
 			[]string{"CORS_ALLOWED_ORIGINS: …", "DATABASE_URL is not a connection string that PostgreSQL's driver understands", "JOB_INTERVAL: …",
-				"KEYCLOAK_PUBLIC_URL must be a URL that begins with http:// or https://", "KEYCLOAK_URL must be a URL that begins with http:// or https://",
+				notURL("KEYCLOAK_PUBLIC_URL"), notURL("KEYCLOAK_URL"),
 				"LOG_FORMAT must be json or text", "LOG_LEVEL must be debug, info, warn or error", "MANAGEMENT_ADDR: …",
-				"PUBLIC_URL must be a URL that begins with http:// or https://", "REFRESH_GRACE must be longer than 0", "RESEND_COOLDOWN must be longer than 0",
+				notURL("PUBLIC_URL"), "REFRESH_GRACE must be longer than 0", "RESEND_COOLDOWN must be longer than 0",
 				"RESEND_LIMIT must be at least 1", "SERVER_PORT: …", "TLS_CERT_FILE and TLS_KEY_FILE must be set together", "TRUSTED_PROXIES: …",
 				"VERIFICATION_TTL must be longer than 0"}},
 		{"a secret from two places", map[string]string{"DATABASE_URL_FILE": empty},
@@ -116,8 +125,15 @@ func TestConfigMistakes(t *testing.T) {
 			"KEYCLOAK_BACKEND_CLIENT_SECRET_FILE": "/does/not/exist"},
 			[]string{"DATABASE_URL_FILE: …", "KEYCLOAK_BACKEND_CLIENT_SECRET_FILE: …"}},
 		{"TLS files", map[string]string{"TLS_CERT_FILE": empty, "TLS_KEY_FILE": "/does/not/exist"}, []string{"TLS_CERT_FILE, TLS_KEY_FILE: …"}},
-		{"beyond the limits", map[string]string{"JOB_INTERVAL": "-1s", "SYNC_MAX_SHARE": "101"},
-			[]string{"JOB_INTERVAL must not be negative", "SYNC_MAX_SHARE must be between 0 and 100"}},
+		{"beyond the limits", map[string]string{"JOB_INTERVAL": "-1s", "SYNC_MAX_SHARE": "101", "SHUTDOWN_DELAY": "-1s", "IDLE_TIMEOUT": "0s"},
+			[]string{"IDLE_TIMEOUT must be longer than 0", "JOB_INTERVAL must not be negative", "SHUTDOWN_DELAY must not be negative", "SYNC_MAX_SHARE must be between 0 and 100"}},
+		{"a path", map[string]string{"PUBLIC_URL": "https://a.example/accounts/"}, []string{notURL("PUBLIC_URL")}},
+		{"queries", map[string]string{"PUBLIC_URL": "https://a.example?x", "KEYCLOAK_URL": "http://keycloak:8080/auth?", "KEYCLOAK_PUBLIC_URL": "HTTPS://id.example"},
+			[]string{notURL("KEYCLOAK_PUBLIC_URL"), notURL("KEYCLOAK_URL"), notURL("PUBLIC_URL")}},
+		{"fragments", map[string]string{"PUBLIC_URL": "https://a.example/#", "KEYCLOAK_URL": "http://keycloak:8080/auth#x", "KEYCLOAK_PUBLIC_URL": "https://:443"},
+			[]string{notURL("KEYCLOAK_PUBLIC_URL"), notURL("KEYCLOAK_URL"), notURL("PUBLIC_URL")}},
+		{"users", map[string]string{"PUBLIC_URL": "https://me@a.example", "KEYCLOAK_URL": "http://me:s3cret@keycloak:8080"},
+			[]string{notURL("KEYCLOAK_URL"), notURL("PUBLIC_URL")}},
 		{"RUST_LOG", map[string]string{"RUST_LOG": "loud"}, []string{"RUST_LOG must be debug, info, warn or error"}},
 	} {
 		var stdout, stderr bytes.Buffer

@@ -5,7 +5,6 @@ import (
 	"io"
 	"maps"
 	"os/exec"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -105,10 +104,6 @@ func TestCrash(t *testing.T) {
 	if testing.Short() {
 		t.Skip("the crash matrix")
 	}
-	binary := filepath.Join(t.TempDir(), "auth-service")
-	if out, err := exec.Command("go", "build", "-o", binary, ".").CombinedOutput(); err != nil {
-		t.Fatalf("%v\n%s", err, out)
-	}
 	// The instance in this process runs no jobs: it answers what is asked besides.
 	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0", "RESEND_COOLDOWN": "1ms"})
 	w.withoutSync()
@@ -117,7 +112,7 @@ func TestCrash(t *testing.T) {
 		t.Run(c.window, func(t *testing.T) {
 			w := *w
 			w.TB = t
-			w.die(binary, c)
+			w.die(program(t), c)
 		})
 	}
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"regexp"
@@ -408,6 +409,16 @@ func TestOutages(t *testing.T) {
 		w.outage("down", account, &session, func() { w.pg.close() }, func() { w.pg.open() })
 	})
 	w.Run("Keycloak hangs", func() { w.keycloakHangs(account, session) })
+	w.Run("PostgreSQL hangs", func() {
+		end := w.pg.swallow()
+		w.healthy(503, "down")
+		w.goesOn(session)
+		end()
+		if err := errors.Join(w.pg.close(), w.pg.open()); err != nil { // what hangs is over
+			w.Fatal(err)
+		}
+		w.healthy(200, "ok")
+	})
 	w.Run("the mail server is stopped", func() { w.mailServerStopped() })
 	w.Run("the mail window is left open, and the next mail must wait", func() {
 		email := newEmail()
@@ -439,6 +450,19 @@ func (w *env) healthy(status int, word string) {
 	})
 }
 
+// goesOn fails unless the probes and the check of a token are answered as if nothing were away.
+func (w *env) goesOn(session link) {
+	w.Helper()
+	management := *w
+	management.url, management.quick = "http://"+w.management, true
+	for _, a := range append(management.within(keycloakTimeout/2, call{path: "/livez"}, call{path: "/readyz"}),
+		w.within(keycloakTimeout/2, bearing(validatePath, session.Access))...) {
+		if a.Status != 200 {
+			w.Error(a)
+		}
+	}
+}
+
 // refused fails unless all requests are refused in time.
 func (w *env) refused(calls ...call) {
 	w.Helper()
@@ -464,6 +488,7 @@ func (w *env) outage(health, account string, session *link, begin, end func()) {
 		w.wants(w.post(resendPath, body{"email": c}), 200, "")
 	}
 	w.healthy(map[string]int{"degraded": 200, "down": 503}[health], health)
+	w.goesOn(*session)
 	end()
 	w.healthy(200, "ok")
 	w.wants(w.do(registering(fresh)), 201, "")
@@ -485,7 +510,9 @@ func (w *env) keycloakHangs(account string, session link) {
 		calls = append(calls, registering(newEmail()), signingIn(account, password), registering(newEmail()))
 	}
 	release := w.kc.block()
+	w.goesOn(session)
 	w.refused(calls...)
+	w.goesOn(session)
 	w.wants(w.within(outageTime, loggingOut(leaving))[0], 204, "")
 	release()
 	w.wants(w.do(refreshing(session.Token)), 200, "")

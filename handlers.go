@@ -310,11 +310,12 @@ type view struct {
 	Cookie   *http.Cookie
 }
 
-// page adapts a function that makes a page. Forms come from this origin only
-// (Sec-Fetch-Site, Origin).
+// page adapts a function that makes a page. Forms come from this origin only (Sec-Fetch-Site, Origin), which is that
+// of PUBLIC_URL: a proxy may have rewritten Host.
 func page(f func(context.Context, caller, *http.Request) (view, error)) operation {
 	return operation{handle: func(s *server, rt route) http.Handler {
 		protection := http.NewCrossOriginProtection()
+		_ = protection.AddTrustedOrigin(origin(s.cfg.PublicURL)) // newServer has tried that
 		protection.SetDenyHandler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			s.refuse(w, r, rt, problemForbidden)
 		}))

@@ -21,6 +21,7 @@ package main
 import (
 	"cmp"
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -43,7 +44,7 @@ import (
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
+	context.AfterFunc(ctx, stop) // a second signal ends the process at once
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(400) // a few megabytes more of heap for a tenth less CPU
 	}
@@ -109,6 +110,7 @@ type server struct {
 	dropWarned      minutely                                       // about refusals that are not audited
 	busyWarned      minutely                                       // about requests refused because too much waits
 	stopping        atomic.Bool                                    // told by /readyz, so that the load balancer looks away
+	certificate     atomic.Pointer[tls.Certificate]                // of the public listener, the last one that was good
 	health          struct {                                       // the last answer
 		sync.Mutex
 		at   time.Time
@@ -147,10 +149,14 @@ func newServer(ctx context.Context, cfg config, log *slog.Logger) (*server, erro
 	return s, nil
 }
 
-// serve runs the listeners and loops until ctx ends, then lets requests in flight
-// finish.
+// serve runs the listeners and loops until ctx ends. Then it says that it is not ready and serves on for
+// SHUTDOWN_DELAY, until nobody sends requests any more; then it closes the listeners and lets requests in
+// flight finish.
 func (s *server) serve(ctx context.Context) error {
 	handler, err := s.handler()
+	if err == nil && s.cfg.TLSCertFile != "" {
+		err = s.readCertificate(ctx)
+	}
 	if err != nil {
 		return err
 	}
@@ -160,10 +166,12 @@ func (s *server) serve(ctx context.Context) error {
 		return err
 	}
 	quiet := slog.NewLogLogger(s.log.Handler(), slog.LevelDebug) // TLS handshakes that fail and the like
-	api := &http.Server{Handler: handler, ErrorLog: quiet,
-		ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 15 * time.Second, WriteTimeout: flowTime + 20*time.Second,
-		IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 32 << 10}
-	mgmt := &http.Server{Handler: s.managementHandler(), ErrorLog: quiet, ReadHeaderTimeout: 5 * time.Second}
+	listener := func(handler http.Handler, writeTimeout time.Duration) *http.Server {
+		return &http.Server{Handler: handler, ErrorLog: quiet, ReadHeaderTimeout: 5 * time.Second,
+			ReadTimeout: 15 * time.Second, WriteTimeout: writeTimeout, IdleTimeout: s.cfg.IdleTimeout, MaxHeaderBytes: 32 << 10}
+	}
+	api := listener(s.closeWhileStopping(handler), flowTime+20*time.Second)
+	mgmt := listener(s.managementHandler(), time.Minute) // a profile takes half of it
 
 	loops, stopLoops := context.WithCancel(context.WithoutCancel(ctx)) // it ends after stopping is set
 	var running sync.WaitGroup
@@ -177,30 +185,65 @@ func (s *server) serve(ctx context.Context) error {
 			}
 		}
 	})
+	serve := api.Serve
+	if s.cfg.TLSCertFile != "" {
+		running.Go(func() { every(loops, certificatePoll, s.log, "certificate", s.readCertificate) })
+		api.TLSConfig = &tls.Config{MinVersion: tls.VersionTLS12, GetCertificate: s.currentCertificate}
+		serve = func(l net.Listener) error { return api.ServeTLS(l, "", "") }
+	}
 	failed := make(chan error, 2)
 	go func() { failed <- mgmt.Serve(management) }()
-	go func() {
-		if s.cfg.TLSCertFile != "" {
-			failed <- api.ServeTLS(public, s.cfg.TLSCertFile, s.cfg.TLSKeyFile)
-		} else {
-			failed <- api.Serve(public)
-		}
-	}()
+	go func() { failed <- serve(public) }()
 	s.log.Info("listening", "address", public.Addr().String(), "management", management.Addr().String(),
 		"version", version())
 
 	select {
 	case err = <-failed:
 	case <-ctx.Done():
+		s.stopping.Store(true)
+		s.log.Info("stopping: not ready any more", "delay", s.cfg.ShutdownDelay.String())
+		select {
+		case err = <-failed:
+		case <-time.After(s.cfg.ShutdownDelay):
+		}
 	}
-	s.stopping.Store(true)
 	s.log.Info("stopping: requests in flight may finish")
 	stopLoops()
-	grace, cancel := context.WithTimeout(context.Background(), flowTime+5*time.Second)
+	grace, cancel := context.WithTimeout(context.Background(), drainTime)
 	defer cancel()
 	err = errors.Join(err, api.Shutdown(grace), mgmt.Shutdown(grace))
 	running.Wait()
 	return err
+}
+
+// closeWhileStopping closes each connection after its request while the service stops (RFC 9112 §9.6): a client that
+// keeps it might send the next request just when Shutdown closes it.
+func (s *server) closeWhileStopping(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if s.stopping.Load() {
+			w.Header().Set("Connection", "close")
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+const (
+	drainTime       = flowTime + 5*time.Second // for requests in flight, when the service stops
+	certificatePoll = time.Second
+)
+
+// readCertificate reads the certificate and its key, which may have been renewed. Of files that are broken or do not
+// fit together it returns the error, and the last good pair stays.
+func (s *server) readCertificate(context.Context) error {
+	pair, err := tls.LoadX509KeyPair(s.cfg.TLSCertFile, s.cfg.TLSKeyFile)
+	if err == nil {
+		s.certificate.Store(&pair)
+	}
+	return err
+}
+
+func (s *server) currentCertificate(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+	return s.certificate.Load(), nil
 }
 
 // handleTask does the work of a locked task, and returns when it must be done again. The flows have it as a
@@ -326,10 +369,14 @@ func (s *server) managementHandler() http.Handler {
 // healthcheck asks the management listener of this machine, for Docker.
 func (s *server) healthcheck() error {
 	host, port, _ := net.SplitHostPort(s.cfg.ManagementAddr) // loadConfig has tried that
-	if addr, err := netip.ParseAddr(host); host == "" || err == nil && addr.IsUnspecified() {
-		host = "localhost"
+	if addr, err := netip.ParseAddr(host); err == nil && addr.IsUnspecified() {
+		host = "" // this machine, to Dial; it may have no IPv6
 	}
-	resp, err := (&http.Client{Timeout: 3 * time.Second}).Get("http://" + net.JoinHostPort(host, port) + "/livez")
+	dial := func(ctx context.Context, network, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, network, net.JoinHostPort(host, port))
+	}
+	client := http.Client{Timeout: 3 * time.Second, Transport: &http.Transport{DialContext: dial}} // without a proxy
+	resp, err := client.Get("http://management/livez")
 	if err != nil {
 		return err
 	}

@@ -32,7 +32,10 @@ import (
 // The tests speak HTTP to the program that run starts, as a client would, with a
 // real PostgreSQL, a real Keycloak and a real SMTP server behind it.
 
-var services *stack.Stack // PostgreSQL and Keycloak, for all tests of the package
+var (
+	services   *stack.Stack // PostgreSQL and Keycloak, for all tests of the package
+	programDir string       // see program
+)
 
 func TestMain(m *testing.M) { os.Exit(testMain(m)) }
 
@@ -48,6 +51,11 @@ func testMain(m *testing.M) int {
 	}
 	start := time.Now()
 	var err error
+	if programDir, err = os.MkdirTemp("", "auth-service-test-"); err != nil {
+		log.Print(err)
+		return 1
+	}
+	defer os.RemoveAll(programDir)
 	services, err = stack.Use(ctx, stack.Options{Test: true, Keycloak: os.Getenv("KEYCLOAK_VERSION"), Progress: func(s string) {
 		fmt.Fprintf(os.Stderr, "%4.0f s  %s\n", time.Since(start).Seconds(), s)
 	}})
@@ -169,7 +177,7 @@ func build(ctx context.Context, settings map[string]string, users []body) (*env,
 		"KEYCLOAK_AUTH_CLIENT_ID": "auth-client", "KEYCLOAK_BACKEND_CLIENT_ID": "backend-admin",
 		"KEYCLOAK_BACKEND_CLIENT_SECRET": backendSecret, "SERVER_HOST": "127.0.0.1", "SERVER_PORT": "0",
 		"MANAGEMENT_ADDR": "127.0.0.1:0", "TRUSTED_PROXIES": "127.0.0.0/8", "LOG_LEVEL": "debug",
-		"JOB_INTERVAL": "1s",
+		"JOB_INTERVAL": "1s", "SHUTDOWN_DELAY": "0",
 	}
 	maps.Copy(w.vars, settings)
 	w.secrets.add(password, backendSecret)

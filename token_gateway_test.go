@@ -9,6 +9,7 @@ import (
 	"maps"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"os"
 	"os/exec"
 	"strings"
@@ -34,7 +35,8 @@ func TestNginx(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w.url, w.quick = w.startNginx(toService.addr), true
+	w.quick = true
+	w.url, _ = w.startNginx(toService.addr)
 	insufficient := problemForbidden.withChallenge("insufficient_scope")
 
 	for _, c := range []struct {
@@ -108,6 +110,23 @@ func TestNginx(t *testing.T) {
 	w.wants(w.do(admin.call("GET", "/admin/")), 200, "")
 }
 
+// Behind a proxy that rewrites Host, forms and the cookie of a browser that knows no Sec-Fetch-Site count if they
+// come from PUBLIC_URL.
+func TestRewrittenHost(t *testing.T) {
+	w := *sharedEnv(t)
+	v, _ := w.another(map[string]string{"PUBLIC_URL": "https://Accounts.Example.com:443"})
+	_, a := w.signedIn()
+	v.url, _ = v.startNginx(strings.TrimPrefix(v.url, "http://"), "proxy_set_header Host $http_host;", "") // nginx sends "auth"
+	for origin, want := range map[string]string{"https://accounts.example.com": "201 200", "https://evil.example": "403 403", "null": "403 403"} {
+		headers := map[string]string{"Origin": origin}
+		form := v.do(call{method: "POST", path: "/account/register", form: url.Values{"email": {newEmail()}}, header: headers})
+		cookie := v.do(withCookie(refreshPath, a.text("refresh_token"), headers))
+		if got := fmt.Sprint(form.Status, " ", cookie.Status); got != want {
+			t.Errorf("%s: form and cookie are answered %s, want %s", origin, got, want)
+		}
+	}
+}
+
 // visitor is who asks, and what the application has to learn of them.
 type visitor struct {
 	token    string
@@ -155,22 +174,27 @@ func echo(rw http.ResponseWriter, r *http.Request) {
 	json.NewEncoder(rw).Encode(seen)
 }
 
-// startNginx starts the example, in which only addresses and directories are replaced,
-// in front of echo and the service, and returns its address.
-func (w *env) startNginx(service string) string {
+// startNginx starts the example, in which only addresses and directories are replaced and what changes has in pairs,
+// in front of echo and the service. It returns its address, and the command that reloads it.
+func (w *env) startNginx(service string, changes ...string) (address, reload string) {
 	w.Helper()
 	application := httptest.NewServer(http.HandlerFunc(echo))
 	w.Cleanup(application.Close)
 	dir, addr := w.TempDir(), fmt.Sprintf("127.0.0.1:%d", stack.FreePort())
 	nginx, err1 := stack.FindOrInstall(w.Context(), nil, stack.Nginx)
 	example, err2 := os.ReadFile("examples/nginx/nginx.conf")
-	conf := strings.NewReplacer("listen 80;", "listen "+addr+";", "127.0.0.1:3000", service, "127.0.0.1:8080", application.Listener.Addr().String(),
-		"/var/log/nginx/", "", "http {", "http { client_body_temp_path t; proxy_temp_path t; fastcgi_temp_path t; uwsgi_temp_path t; scgi_temp_path t;")
+	conf := strings.NewReplacer(append(changes, "listen 80;", "listen "+addr+";", "127.0.0.1:3000", service, "127.0.0.1:8080", application.Listener.Addr().String(),
+		"/var/log/nginx/", "", "http {", "http { client_body_temp_path t; proxy_temp_path t; fastcgi_temp_path t; uwsgi_temp_path t; scgi_temp_path t;")...)
 	if err := errors.Join(err1, err2, os.WriteFile(dir+"/nginx.conf", []byte(conf.Replace(string(example))), 0o600)); err != nil {
 		w.Fatal(err)
 	}
 	log := new(buffer)
-	cmd := exec.Command(nginx[0], "-p", dir, "-c", "nginx.conf", "-e", "stderr", "-g", "daemon off; master_process off; pid nginx.pid;")
+	directives := "daemon off; pid nginx.pid;"
+	if os.Getuid() == 0 { // its workers may read the directory
+		directives += " user root;"
+	}
+	args := []string{"-p", dir, "-c", "nginx.conf", "-e", "stderr", "-g", directives}
+	cmd := exec.Command(nginx[0], args...)
 	cmd.Stderr = log
 	child, err := stack.Spawn(cmd, syscall.SIGTERM)
 	if err == nil {
@@ -180,5 +204,5 @@ func (w *env) startNginx(service string) string {
 	if err != nil {
 		w.Fatalf("nginx: %v\n%s", err, log)
 	}
-	return "http://" + addr
+	return "http://" + addr, fmt.Sprintf("kill -HUP %d", child.PID)
 }

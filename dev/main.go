@@ -222,6 +222,7 @@ func prepare(ctx context.Context, s *stack.Stack, o options, say func(string)) (
 		"SERVER_PORT":                    strconv.Itoa(o.port),
 		"PUBLIC_URL":                     publicURL,
 		"LOG_FORMAT":                     "text",
+		"SHUTDOWN_DELAY":                 "0",
 	}, nil
 }
 

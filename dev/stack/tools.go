@@ -34,6 +34,7 @@ var (
 		Packages: "chromium fonts-dejavu-core", Dirs: []string{"/Applications/Google Chrome.app/Contents/MacOS"}}
 	NPM   = Tool{Name: "npm", Binaries: []string{"npm"}, Packages: "npm"}
 	Nginx = Tool{Name: "nginx", Binaries: []string{"nginx"}, Packages: "nginx", Dirs: []string{"/usr/sbin"}}
+	Curl  = Tool{Name: "curl", Binaries: []string{"curl"}, Packages: "curl"}
 )
 
 // FindOrInstallChromium returns the path of a Chromium for the browser tests.
