@@ -3,8 +3,8 @@
 #
 #     nginx-upstream.sh FILE SERVICE=MANAGEMENT...
 #
-# asks /readyz at each MANAGEMENT address, writes a line "server SERVICE ..." to FILE for each that is ready, and reloads
-# nginx if they have changed; a second later again. nginx has "include FILE;" in the upstream. While no instance is
+# asks /readyz at each MANAGEMENT address, writes a line "server SERVICE ..." to FILE for each that is ready, and
+# reloads nginx if they have changed; a second later again. nginx has "include FILE;" in the upstream. While no instance is
 # ready FILE stays as it is. SHUTDOWN_DELAY must be longer than all of that takes.
 set -eu
 file=$1
