@@ -22,10 +22,10 @@ import (
 )
 
 type loginIn struct {
-	Username string `json:"username,omitempty" maxLength:"255" example:"ada"`
-	Email    string `json:"email,omitempty" maxLength:"255" example:"ada@example.com" description:"Instead of username."`
+	Username string `json:"username,omitempty" as:"login" maxLength:"255" example:"ada"`
+	Email    string `json:"email,omitempty" as:"login" maxLength:"255" example:"ada@example.com" description:"Instead of username."`
 	Password string `json:"password" required:"true" maxLength:"128" format:"password" example:"correct horse battery"`
-	OTP      string `json:"otp,omitempty" pattern:"^[0-9]{4,10}$" mismatch:"must be the digits of a one-time code" example:"492039" description:"The one-time code of an account that has one."`
+	OTP      string `json:"otp,omitempty" as:"digits" pattern:"^[0-9]{4,10}$" mismatch:"must be the digits of a one-time code" example:"492039" description:"The one-time code of an account that has one."`
 }
 
 type loginOut struct {
@@ -51,6 +51,11 @@ func (s *server) login(ctx context.Context, c caller, in loginIn) (loginOut, err
 	account, err := s.store.accountByLogin(ctx, name) // whether there is one or not: that takes as long
 	if err != nil {
 		return loginOut{}, err
+	}
+	if strings.Contains(name, "xn--") { // Keycloak may have the domain in its other spelling
+		if u, err := s.kc.userByLogin(ctx, name); err == nil {
+			name = gocloak.PString(u.Username)
+		}
 	}
 	token, err := s.checkPassword(ctx, cmp.Or(account, name), name, in) // L1
 	if err != nil {

@@ -111,7 +111,7 @@ func TestProblems(t *testing.T) {
 		`{"token":null}`:                                    `[{"field":"token","detail":"must be a string"}]`,
 		`{"token":["unknown"]}`:                             `[{"field":"token","detail":"must be a string"}]`,
 		`{"token":1e999}`:                                   `[{"field":"token","detail":"must be a string"}]`,
-		`{"token":"\u0000"}`:                                `[{"field":"token","detail":"has a character that is not allowed"}]`,
+		`{"token":"\u0000"}`:                                `[{"field":"token","detail":"has a character that is not allowed: U+0000"}]`,
 		`{"token":"unknown","a":1,"b":{"c":[]}}`:            `[{"field":"a","detail":"is not known"},{"field":"b","detail":"is not known"}]`,
 		`{"token":"t","` + strings.Repeat("x", 51) + `":1}`: `[{"field":"","detail":"has a field that is not known"}]`,
 	} {

@@ -21,6 +21,10 @@ import (
 	"time"
 	"unicode"
 	"unicode/utf8"
+
+	"golang.org/x/net/idna"
+	"golang.org/x/text/secure/precis"
+	"golang.org/x/text/unicode/norm"
 )
 
 // input is the input of an operation while it is read: its fields by name, and names that a
@@ -199,9 +203,15 @@ func (in input) check() error {
 	return nil
 }
 
-// check returns what the tags have against the value, or "".
+// check returns what the tags have against the value, or "". It gives the value its normal form first.
 func (f *inputField) check() string {
 	v := reflect.Indirect(f.value) // of nil, and of a name that is not known: no value
+	wrong := ""
+	if f.given && v.Kind() == reflect.String && f.from != "path" {
+		var normal string
+		normal, wrong = f.normal(v.String())
+		v.SetString(normal)
+	}
 	switch {
 	case v.CanInt() && f.tag.Get("maximum") != "":
 		least, most := f.number("minimum"), f.number("maximum")
@@ -212,7 +222,7 @@ func (f *inputField) check() string {
 	case v.String() == "" && f.tag.Get("required") == "true":
 		return "is required"
 	case f.given:
-		return f.checkString(v.String())
+		return f.checkString(v.String(), wrong)
 	}
 	return ""
 }
@@ -222,26 +232,153 @@ func (f *inputField) number(tag string) int {
 	return n
 }
 
-func (f *inputField) checkString(value string) string {
+func (f *inputField) checkString(value, wrong string) string {
 	least, most := f.number("minLength"), cmp.Or(f.number("maxLength"), maxBody)
 	length := utf8.RuneCountInString(value)
-	enum, pattern, format := f.tag.Get("enum"), f.tag.Get("pattern"), f.tag.Get("format")
+	enum, pattern := f.tag.Get("enum"), f.tag.Get("pattern")
+	odd := strings.IndexFunc(value, invisible)
 	switch {
 	case length < least:
 		return fmt.Sprintf("must have at least %d characters", least)
 	case length > most:
 		return fmt.Sprintf("must have at most %d characters", most)
-	case format == "email" && !validEmail(value):
-		return "is not a valid e-mail address"
-	case format != "password" && (!utf8.ValidString(value) || strings.ContainsFunc(value, invisible)):
-		return "has a character that is not allowed"
+	case wrong != "":
+		return wrong
+	case f.tag.Get("format") != "password" && odd >= 0:
+		r, _ := utf8.DecodeRuneInString(value[odd:])
+		return notAllowed(r)
 	case enum != "" && !slices.Contains(strings.Split(enum, ","), value):
 		return "must be one of " + strings.ReplaceAll(enum, ",", ", ")
-	case pattern != "" && !regexp.MustCompile(pattern).MatchString(value):
-		return cmp.Or(f.tag.Get("mismatch"), "has a character that is not allowed")
+	case pattern != "":
+		return mismatch(value, regexp.MustCompile(pattern), f.tag.Get("mismatch"))
 	}
 	return ""
 }
+
+// mismatch returns "" if a value matches a pattern. Otherwise it says what, or names the first character that is not
+// in the pattern's class.
+func mismatch(value string, pattern *regexp.Regexp, what string) string {
+	if pattern.MatchString(value) {
+		return ""
+	}
+	for _, r := range value {
+		if what == "" && !pattern.MatchString(string(r)) {
+			return notAllowed(r)
+		}
+	}
+	return cmp.Or(what, "is not allowed")
+}
+
+// notAllowed names a character that a field can't have, and nothing else of its value.
+func notAllowed(r rune) string {
+	name := string(r)
+	if r == ' ' {
+		name = "a blank"
+	} else if !unicode.IsPrint(r) || unicode.IsMark(r) {
+		name = fmt.Sprintf("U+%04X", r)
+	}
+	return "has a character that is not allowed: " + name
+}
+
+// normalForms are those of kinds of fields, by the tag as, or else format: a function returns the normal form of a
+// text, and what is wrong with it.
+var normalForms = map[string]func(text string) (normal, wrong string){
+	"email": mailAddress, "login": login, "username": username, "phone": phoneNumber,
+	"search": func(text string) (string, string) {
+		if local, domain, ok := strings.Cut(text, "@"); ok {
+			if domain, err := mailDomain(domain); err == nil {
+				return local + "@" + domain, ""
+			}
+		}
+		return text, ""
+	},
+	"digits": func(text string) (string, string) { // people type and paste them in groups
+		return notDialled.ReplaceAllString(text, ""), ""
+	},
+}
+
+// normal returns the form in which a text is stored and compared, whichever way it comes in, and what is wrong with
+// it. A password stays as it was typed.
+func (f *inputField) normal(text string) (normal, wrong string) {
+	kind := cmp.Or(f.tag.Get("as"), f.tag.Get("format"))
+	if kind == "password" {
+		return text, ""
+	}
+	text = plainText(text)
+	if form := normalForms[kind]; form != nil && text != "" {
+		return form(text)
+	}
+	return text, ""
+}
+
+// plainText is a text without blanks around it, in NFC (UAX #15): what looks the same is the same.
+func plainText(text string) string { return norm.NFC.String(strings.TrimSpace(text)) }
+
+// mailAddress returns an address as it is stored and compared, so that a mailbox has one. A mail can be sent to it if
+// it is a bare addr-spec of RFC 5322 §3.4.1 without quotes, ASCII before the @ as Keycloak wants it, and a dot in its
+// domain. Else it comes back as it is.
+func mailAddress(text string) (normal, wrong string) {
+	local, domain, _ := strings.Cut(text, "@")
+	domain, err := mailDomain(domain)
+	normal = local + "@" + domain
+	a, parseErr := mail.ParseAddress(normal)
+	foreign := strings.ContainsFunc(local, func(r rune) bool { return r > unicode.MaxASCII })
+	if err != nil || parseErr != nil || a.Address != normal || a.Name != "" || strings.ContainsAny(normal, "\" ()[]") ||
+		foreign || !utf8.ValidString(text) || len(local) > 64 || !strings.Contains(domain, ".") || strings.HasSuffix(domain, ".") {
+		return text, "is not a valid e-mail address"
+	}
+	return normal, ""
+}
+
+// mailDomain is a domain as an A-label in lower case (IDNA2008, RFC 5891 §5): full width letters are mapped, soft
+// hyphens are dropped.
+func mailDomain(text string) (string, error) { return lookup.ToASCII(text) }
+
+// lookup is idna.Lookup that knows how long a name of DNS may be.
+var lookup = idna.New(idna.MapForLookup(), idna.BidiRule(), idna.VerifyDNSLength(true))
+
+// login is what people sign in with: their address, or their username as it was registered.
+func login(text string) (normal, wrong string) {
+	if strings.Contains(text, "@") {
+		normal, _ = mailAddress(text)
+	} else if mapped, err := precis.UsernameCaseMapped.String(text); err == nil {
+		return mapped, ""
+	}
+	return cmp.Or(normal, text), ""
+}
+
+// username finds the first letter that Keycloak refuses: all must be Latin, so that none looks like another's.
+func username(text string) (normal, wrong string) {
+	if strings.Contains(text, "@") { // the own address, see ownUsername
+		return login(text)
+	}
+	for _, r := range text {
+		if !unicode.In(r, unicode.Latin, unicode.Common) {
+			return text, notAllowed(r)
+		}
+	}
+	return text, ""
+}
+
+// notDialled is what people write into a phone number to read it more easily. (0) is dialled only without the
+// country code.
+var notDialled = regexp.MustCompile(`\(0\)|[\s\p{Z}\p{Pd}()./]`)
+
+// phoneNumber is a number in the form of E.164.
+func phoneNumber(text string) (normal, wrong string) {
+	normal = notDialled.ReplaceAllString(text, "")
+	for i, r := range normal {
+		if (r < '0' || r > '9') && (r != '+' || i > 0) {
+			return normal, notAllowed(r)
+		}
+	}
+	if !dialled.MatchString(normal) {
+		wrong = "is not a valid phone number; write it with the country code, like +4930123456"
+	}
+	return normal, wrong
+}
+
+var dialled = regexp.MustCompile(`^\+[1-9][0-9]{6,14}$`)
 
 // decodeCookie gives the refresh tokens of the browser's cookies to an input that takes
 // them, and says whether it is one that does. A browser sends cookies along for whoever
@@ -337,21 +474,9 @@ func pageOf[R, T any](in pageIn, fetch func(before cursor) ([]R, error), item fu
 	return out, err
 }
 
-// invisible says what nobody types into a name: control characters, those that turn
-// the direction of writing, and the blank of no width.
+// invisible says what nobody types into a name: control characters, those that end a line or turn the
+// direction of writing, the blank of no width, and what is no UTF-8.
 func invisible(r rune) bool {
-	return unicode.IsControl(r) || unicode.Is(unicode.Bidi_Control, r) || r == '\u200b'
-}
-
-// validEmail says whether an address is one that a mail can be sent to: a bare
-// addr-spec of RFC 5322 §3.4.1 without quotes, ASCII before the @ as Keycloak wants
-// it, and a dot in its domain.
-func validEmail(email string) bool {
-	a, err := mail.ParseAddress(email)
-	if err != nil || a.Address != email || a.Name != "" || strings.ContainsAny(email, "\" ()[]") {
-		return false
-	}
-	local, domain, _ := strings.Cut(email, "@")
-	ascii := !strings.ContainsFunc(local, func(r rune) bool { return r > unicode.MaxASCII })
-	return ascii && len(local) <= 64 && strings.Contains(domain, ".") && !strings.HasSuffix(domain, ".")
+	return unicode.IsControl(r) || unicode.In(r, unicode.Bidi_Control, unicode.Zl, unicode.Zp) ||
+		r == '\u200b' || r == utf8.RuneError
 }

@@ -16,6 +16,7 @@ import (
 
 	"github.com/Nerzal/gocloak/v13"
 	"github.com/go-resty/resty/v2"
+	"golang.org/x/net/idna"
 )
 
 // The attributes of a Keycloak user that are ours. The first four become claims;
@@ -251,12 +252,16 @@ func (k *keycloak) userOfRegistration(ctx context.Context, id registrationID) (k
 	return k.findUser(ctx, url.Values{"q": {attrRegistrationID + ":" + string(id)}})
 }
 
-// userByLogin finds the user who signs in with this e-mail address or username.
+// userByLogin finds the user who signs in with this e-mail address or username. Whom others have created in Keycloak
+// may have the address with a U-label (RFC 5890 §2.3.2.1).
 func (k *keycloak) userByLogin(ctx context.Context, login string) (keycloakUser, error) {
-	if strings.Contains(login, "@") {
-		u, err := k.findUser(ctx, url.Values{"email": {login}, "exact": {"true"}})
-		if !errors.Is(err, errNotFound) {
-			return u, err
+	if local, domain, ok := strings.Cut(login, "@"); ok {
+		unicode, _ := idna.ToUnicode(domain)
+		for _, domain := range slices.Compact([]string{domain, unicode}) {
+			u, err := k.findUser(ctx, url.Values{"email": {local + "@" + domain}, "exact": {"true"}})
+			if !errors.Is(err, errNotFound) {
+				return u, err
+			}
 		}
 	}
 	return k.userByUsername(ctx, login)

@@ -31,21 +31,8 @@ func (s *server) registerForm(ctx context.Context, c caller, r *http.Request) (v
 
 // personIn reads what a form says of a person.
 func personIn(r *http.Request) templates.Person {
-	return templates.Person{Email: typed(r, "email"), Username: typed(r, "username"),
-		FirstName: typed(r, "first_name"), LastName: typed(r, "last_name"), Phone: typed(r, "phone")}
-}
-
-// typed is a field as its person meant it: without blanks around it, and numbers, which people
-// type and paste in groups, without any.
-func typed(r *http.Request, name string) string {
-	switch text := r.PostFormValue(name); name {
-	case "password":
-		return text
-	case "phone", "code":
-		return strings.Join(strings.Fields(text), "")
-	default:
-		return strings.TrimSpace(text)
-	}
+	return templates.Person{Email: r.PostFormValue("email"), Username: r.PostFormValue("username"),
+		FirstName: r.PostFormValue("first_name"), LastName: r.PostFormValue("last_name"), Phone: r.PostFormValue("phone")}
 }
 
 // submit reads a form into the input of an operation, checks it as decode does, and calls the
@@ -55,7 +42,7 @@ func submit[I, O any](ctx context.Context, c caller, r *http.Request, f func(con
 	var in I
 	form := inputOf(&in)
 	for name, field := range form.fields {
-		if text := typed(r, name); text != "" {
+		if text := r.PostFormValue(name); strings.TrimSpace(text) != "" {
 			field.given = true
 			field.setText(text)
 		}
@@ -161,7 +148,7 @@ func (s *server) resendPage(_ context.Context, _ caller, r *http.Request) (view,
 }
 
 func (s *server) resendForm(ctx context.Context, c caller, r *http.Request) (view, error) {
-	email := typed(r, "email")
+	email := r.PostFormValue("email")
 	_, err := submit(ctx, c, r, s.resend, "email")
 	if err == nil {
 		return view{Status: 200, Page: templates.Message(templates.Resent(email))}, nil

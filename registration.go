@@ -85,17 +85,17 @@ func (reg registration) user() user {
 
 // personalData is how somebody who gets an account wants to be called.
 type personalData struct {
-	Username  string `json:"username,omitempty" minLength:"3" maxLength:"100" pattern:"^[^<>&\"'\\s$%!#?§,;:*~/\\\\|^=\\[\\]{}()\\x60]+$" example:"ada" description:"If none is chosen: the e-mail address, or the user id where Keycloak does not take that as a username."`
+	Username  string `json:"username,omitempty" as:"username" minLength:"3" maxLength:"100" pattern:"^[^<>&\"'\\s$%!#?§,;:*~/\\\\|^=\\[\\]{}()\\x60]+$" example:"ada" description:"If none is chosen: the e-mail address, or the user id where Keycloak does not take that as a username."`
 	FirstName string `json:"first_name,omitempty" maxLength:"100" pattern:"^[^<>&\"$%!#?§;*~/\\\\|^=\\[\\]{}()]*$" example:"Ada"`
 	LastName  string `json:"last_name,omitempty" maxLength:"100" pattern:"^[^<>&\"$%!#?§;*~/\\\\|^=\\[\\]{}()]*$" example:"Lovelace"`
-	Phone     string `json:"phone,omitempty" pattern:"^\\+[1-9][0-9]{6,14}$" mismatch:"is not a valid phone number; write it with the country code, like +4930123456" example:"+4930123456" description:"E.164, with the country code."`
+	Phone     string `json:"phone,omitempty" as:"phone" minLength:"1" pattern:"^\\+[0-9 ()./-]+$" example:"+4930123456" description:"With the country code. Stored in the form of E.164: without blanks, brackets and the like."`
 }
 
 // profile is what is known of somebody who gets an account.
 type profile struct {
 	Email string `json:"email" required:"true" maxLength:"255" format:"email" example:"ada@example.com"`
 	personalData
-	Locale string `json:"locale,omitempty" maxLength:"20" pattern:"^[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*$" mismatch:"is not a language tag, like de or en" example:"en" description:"Language of the mails (BCP 47). Default: from Accept-Language."`
+	Locale string `json:"locale,omitempty" maxLength:"20" pattern:"^[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8})*$" mismatch:"is not a language tag, like de or en" example:"en" description:"Language of the mails (BCP 47). Default: from Accept-Language."`
 }
 
 type registerIn struct{ profile }

@@ -11,7 +11,7 @@ import (
 type verifyIn struct {
 	Token        string `json:"token,omitempty" maxLength:"100" example:"p3G6d0Qm1yq0cZ2m8Rr5s7TtUuVvWwXx" description:"From the link."`
 	Email        string `json:"email,omitempty" maxLength:"255" format:"email" example:"ada@example.com" description:"With code, instead of token."`
-	Code         string `json:"code,omitempty" pattern:"^[0-9]{6}$" mismatch:"must be six digits" example:"042917"`
+	Code         string `json:"code,omitempty" as:"digits" pattern:"^[0-9]{6}$" mismatch:"must be six digits" example:"042917"`
 	Password     string `json:"password,omitempty" maxLength:"128" format:"password" example:"correct horse battery" description:"Handed to Keycloak and kept nowhere else. Without it Keycloak mails its own link to choose one."`
 	personalData        // corrects what was typed at the registration
 }
@@ -164,7 +164,7 @@ func (s *server) makeAccount(ctx context.Context, t task, reg registration, ku k
 func (s *server) markVerified(ctx context.Context, c caller, t task, reg registration, ku keycloakUser) (
 	registration, error) {
 	reg.Username = gocloak.PString(ku.Username)
-	reg.FirstName, reg.LastName = gocloak.PString(ku.FirstName), gocloak.PString(ku.LastName)
+	reg.FirstName, reg.LastName = plainText(gocloak.PString(ku.FirstName)), plainText(gocloak.PString(ku.LastName))
 	differs := !ku.enabled() || !ku.hasClaims(reg.user())
 	err := s.store.markVerified(ctx, c, t, reg, differs, s.now())
 	if errors.Is(err, errConflict) {

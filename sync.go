@@ -97,16 +97,16 @@ func compare(local *user, remote *keycloakUser) comparison {
 	return c
 }
 
-// profileOf is u with Keycloak's e-mail address, username and names. Addresses and
-// usernames that differ in case only are the same: Keycloak has them in lower case.
+// profileOf is u with Keycloak's e-mail address, username and names, in the form in which they are stored. Addresses
+// and usernames that differ in case only are the same: Keycloak has them in lower case.
 func (ku keycloakUser) profileOf(u user) user {
-	if email := gocloak.PString(ku.Email); !strings.EqualFold(email, u.Email) {
+	if email, _ := mailAddress(gocloak.PString(ku.Email)); !strings.EqualFold(email, u.Email) {
 		u.Email = email
 	}
 	if username := gocloak.PString(ku.Username); !strings.EqualFold(username, u.Username) {
 		u.Username = username
 	}
-	u.FirstName, u.LastName = gocloak.PString(ku.FirstName), gocloak.PString(ku.LastName)
+	u.FirstName, u.LastName = plainText(gocloak.PString(ku.FirstName)), plainText(gocloak.PString(ku.LastName))
 	return u
 }
 

@@ -69,7 +69,7 @@ type usersIn struct {
 	NetworkID      string `query:"network_id" maxLength:"32"`
 	StationID      string `query:"station_id" maxLength:"32"`
 	Source         string `query:"source" enum:"web,internal" description:"web: registered themselves; internal: created by somebody."`
-	Query          string `query:"q" minLength:"3" maxLength:"100" description:"A part of the e-mail address, username or name."`
+	Query          string `query:"q" as:"search" minLength:"3" maxLength:"100" description:"A part of the e-mail address, username or name. Behind an @ it is a domain, in either spelling."`
 	IncludeDeleted bool   `query:"include_deleted"`
 }
 
@@ -110,7 +110,7 @@ type patchUserIn struct {
 	userIn
 	FirstName *string `json:"first_name,omitempty" maxLength:"100" pattern:"^[^<>&\"$%!#?§;*~/\\\\|^=\\[\\]{}()]*$" example:"Grace"`
 	LastName  *string `json:"last_name,omitempty" maxLength:"100" pattern:"^[^<>&\"$%!#?§;*~/\\\\|^=\\[\\]{}()]*$" example:"Hopper"`
-	Phone     *string `json:"phone,omitempty" pattern:"^(\\+[1-9][0-9]{6,14})?$" mismatch:"is not a valid phone number; write it with the country code, like +4930123456" example:"+4930123456"`
+	Phone     *string `json:"phone,omitempty" as:"phone" pattern:"^(\\+[0-9 ()./-]+)?$" example:"+4930123456" description:"Empty: none."`
 	Photo     *string `json:"photo,omitempty" maxLength:"2000" pattern:"^(https://[^\\s\"'<>]+)?$" mismatch:"must be an https URL" example:"https://cdn.example.com/grace.jpg"`
 	Role      *string `json:"role,omitempty" enum:"user,admin,partner,operator" example:"operator"`
 	NetworkID *string `json:"network_id,omitempty" maxLength:"32" pattern:"^([A-WYZa-z0-9_.-]|[A-Za-z0-9_.-]{2,})?$" mismatch:"must be letters, digits, and _ . - only; X alone stands for none" example:"NET-1" description:"Empty: none."`
@@ -361,6 +361,7 @@ func (s *server) endManaged(ctx context.Context, c caller, id userID, session se
 // grantAdmin makes a user who has registered an administrator: the first one, or the
 // next after all have been lost. It is the act of whoever may run the program.
 func (s *server) grantAdmin(ctx context.Context, email, actor string, out io.Writer) error {
+	email, _ = mailAddress(plainText(email))
 	u, err := s.store.userByEmail(ctx, email)
 	if errors.Is(err, errNotFound) || err == nil && !u.IsVerified {
 		return fmt.Errorf("nobody with a confirmed account has the address %s", email)

@@ -12,6 +12,7 @@ import (
 	"unicode"
 	"unicode/utf8"
 
+	"golang.org/x/net/idna"
 	"golang.org/x/text/language"
 )
 
@@ -44,6 +45,17 @@ func pageLanguage(ctx context.Context) string {
 // number is what a sentence may have in the place of a translation's %d.
 var number = regexp.MustCompile(`\d+`)
 
+// shown is an e-mail address as its person writes it: the domain as a U-label (RFC 5890 §2.3.2.1). A page shows an
+// address only to who has typed it, or has the mail that went there. Forms keep the A-label: Keycloak's sign-in page
+// wants it, and password managers take it from there.
+func shown(email string) string {
+	local, domain, _ := strings.Cut(email, "@")
+	if unicode, err := idna.Lookup.ToUnicode(domain); err == nil {
+		domain = unicode
+	}
+	return local + "@" + domain
+}
+
 // t returns the English sentence in the language of the page. A sentence without a translation stays English: better
 // a foreign sentence than none.
 func t(ctx context.Context, english string) string {
@@ -52,6 +64,9 @@ func t(ctx context.Context, english string) string {
 	}
 	if s, ok := german[english]; ok {
 		return s
+	}
+	if sentence, what, ok := strings.Cut(english, ": "); ok && german[sentence] != "" { // names a character
+		return german[sentence] + ": " + t(ctx, what)
 	}
 	n := number.FindString(english)
 	if s, ok := german[strings.Replace(english, n, "%d", 1)]; n != "" && ok {
