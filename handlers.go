@@ -179,7 +179,7 @@ func (s *server) handler() (http.Handler, error) {
 	return withRequestID(s.withClient(s.withLog(api))), nil
 }
 
-// orProblem answers what the mux does not know with a problem; the mux itself
+// orProblem answers what the mux does not know with a problem, and a browser with its page; the mux itself
 // would answer in plain text.
 func (s *server) orProblem(mux *http.ServeMux) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -190,13 +190,18 @@ func (s *server) orProblem(mux *http.ServeMux) http.Handler {
 		answer := recorder{header: http.Header{}}
 		if pattern == "" {
 			h.ServeHTTP(&answer, r)
+			w.Header().Add("Vary", "Accept")
+		}
+		write := s.writeProblem
+		if strings.Contains(r.Header.Get("Accept"), "text/html") {
+			write = s.writeProblemPage
 		}
 		switch answer.status {
 		case http.StatusMethodNotAllowed:
 			w.Header().Set("Allow", answer.header.Get("Allow"))
-			s.writeProblem(w, r, problemMethodNotAllowed)
+			write(w, r, problemMethodNotAllowed)
 		case http.StatusNotFound:
-			s.writeProblem(w, r, problemNotFound)
+			write(w, r, problemNotFound)
 		default: // also a path that the mux cleans
 			mux.ServeHTTP(w, r)
 		}
@@ -325,9 +330,9 @@ func page(f func(context.Context, caller, *http.Request) (view, error)) operatio
 			r.Body = http.MaxBytesReader(w, r.Body, maxBody)
 			var v view
 			err := r.ParseForm()
-			if err != nil {
+			if err != nil && r.Method == http.MethodPost {
 				err = bodyError(err)
-			} else {
+			} else { // of a link that was mangled, what can be read
 				v, err = f(ctx, s.caller(r), r)
 			}
 			if err != nil {

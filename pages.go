@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"net/http"
+	"net/url"
+	"regexp"
 	"strings"
 
 	"auth-service/templates"
@@ -74,10 +76,30 @@ func (s *server) mistakes(ctx context.Context, c caller, action string, err erro
 	return p.Status, wrong, nil
 }
 
+// linkToken reads the token out of a link, also out of one that a mail program has mangled: cut the line, escaped it
+// once more, or taken along what stands behind it. It has a token's length, so what follows is not its own. Of a link
+// whose token can't be read it returns something that is nobody's token.
+func linkToken(r *http.Request) string {
+	query := linkNoise.ReplaceAllStringFunc(r.URL.RawQuery, func(escaped string) string {
+		plain, _ := url.QueryUnescape(escaped)
+		return strings.TrimSpace(plain)
+	})
+	if found := tokenInLink.FindStringSubmatch(query); found != nil {
+		return found[1] + found[2]
+	}
+	return ""
+}
+
+var (
+	linkNoise = regexp.MustCompile(`\+|%[0-9A-Fa-f]{2}`)
+	// The token, also behind 3D (quoted-printable, RFC 2045 §6.7) or a bracket; else what stands there.
+	tokenInLink = regexp.MustCompile(`(?i)token=(?:(?:3D)?[^\w&;-]{0,3}([A-Z0-9_-]{32})|([^&]*))`)
+)
+
 // verifyPage is where the mail's link leads. Without a token it takes the code.
 func (s *server) verifyPage(ctx context.Context, _ caller, r *http.Request) (view, error) {
 	return s.showVerify(ctx, 200, templates.VerifyForm{
-		Token: r.FormValue("token"), Person: templates.Person{Email: r.FormValue("email")}})
+		Token: linkToken(r), Person: templates.Person{Email: r.FormValue("email")}})
 }
 
 // showVerify shows the form that confirms an address. It is filled in as the person has
@@ -158,12 +180,13 @@ func (s *server) resendForm(ctx context.Context, c caller, r *http.Request) (vie
 }
 
 func (s *server) cancelPage(ctx context.Context, _ caller, r *http.Request) (view, error) {
-	reg, err := s.pendingByToken(ctx, r.FormValue("token"))
+	token := linkToken(r)
+	reg, err := s.pendingByToken(ctx, token)
 	if err == nil && reg.State == verified {
 		err = problemAlreadyVerified
 	}
 	return view{Status: 200, Page: templates.Cancel(templates.CancelView{
-		Email: reg.Email, Token: r.FormValue("token"), Invited: reg.Source == sourceInternal})}, err
+		Email: reg.Email, Token: token, Invited: reg.Source == sourceInternal})}, err
 }
 
 func (s *server) cancelForm(ctx context.Context, c caller, r *http.Request) (view, error) {
