@@ -270,7 +270,7 @@ func TestFleetRevocations(t *testing.T) { // alone, as it takes the time
 		},
 		"logout": func(_ string, a answer) (call, []answer) { return loggingOut(a.text("refresh_token")), []answer{a} },
 		"reuse": func(_ string, a answer) (call, []answer) {
-			next := w.refreshed(a)
+			next := w.refreshed(w.refreshed(a))
 			w.graceEnds(next)
 			return refreshing(a.text("refresh_token")), []answer{a, next}
 		},

@@ -711,7 +711,7 @@ func TestBusyDatabase(t *testing.T) {
 	defer cancel()
 	_, one := st.registration(ctx, newRegistrationID())
 	many := st.hit(ctx, time.Now(), onLogin.of("ada"))
-	tx := st.purge(ctx, time.Now(), time.Now())
+	tx := st.purge(ctx, time.Now())
 	for _, err := range []error{one, many, tx} {
 		if p := asProblem(err); p.Status != 503 || p.Wait == 0 {
 			t.Errorf("%v is answered with %d", err, p.Status)

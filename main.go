@@ -280,9 +280,7 @@ const keepEnded = 30 * 24 * time.Hour // ended registrations and sessions
 
 // sweep deletes what is over, and makes the partitions of the months to come.
 func (s *server) sweep(ctx context.Context) error {
-	now := s.now()
-	answered := now.Add(-s.cfg.RefreshGrace - time.Minute) // instances' clocks differ
-	return errors.Join(s.store.purge(ctx, now, answered), s.store.makeMonths(ctx, now))
+	return errors.Join(s.store.purge(ctx, s.now()), s.store.makeMonths(ctx, s.now()))
 }
 
 // workUntilIdle does what is due now. A recurring task must not be due again before the end,

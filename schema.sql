@@ -125,16 +125,18 @@ create index if not exists sessions_of_user on sessions (user_id, (ended_at is n
 create index if not exists sessions_by_keycloak on sessions (keycloak_session_id);
 create index if not exists sessions_by_end on sessions (expires_at);
 
--- The refresh tokens of live sessions, used ones too: whoever shows one that was
--- used before its grace time ended is given the same answer, later it is theft.
+-- The refresh tokens of live sessions, used ones too. Whoever shows one that was used is given the same answer within
+-- its grace time, and an answer as long as the next token was never used; else it is theft.
 create table if not exists refresh_tokens (
     token_hash   varchar(64) primary key,              -- SHA-256 of the token, hex
     session_id   varchar(32) not null references sessions (session_id),
     used_at      timestamptz,                          -- null = not yet
-    answer       bytea                                 -- of the exchange, sealed with a key made of the token; null some time after the grace time
+    answer       bytea,                                -- of the exchange, sealed with a key made of the token; null = none, or it is over
+    answer_until timestamptz                           -- the end of the next token, or when that was used, of the grace time
 );
+alter table refresh_tokens add column if not exists answer_until timestamptz; -- version 1 had none
 create index if not exists refresh_tokens_by_session on refresh_tokens (session_id);
-create index if not exists refresh_tokens_answered on refresh_tokens (used_at) where answer is not null;
+create index if not exists refresh_tokens_by_answer on refresh_tokens (answer_until) where answer is not null;
 
 -- Access tokens that count no more although they have not expired: of a session that has
 -- ended, of a user whose role or scope is another now, or issued before the user's sessions

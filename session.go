@@ -105,8 +105,10 @@ type noContent struct{ setCookie *http.Cookie }
 func (out noContent) cookie() *http.Cookie { return out.setCookie }
 
 // refresh exchanges a refresh token for the next one: F1 our lock of the token, F2 Keycloak's tokens, F3 our row of
-// them. Whoever shows the old one within the grace time gets the same answer, so that two tabs or a lost answer end
-// no session; later it is theft (RFC 9700 §4.14.2).
+// them. Whoever shows the old one within the grace time gets the same answer, so that two tabs do no harm. Later it is
+// theft (RFC 9700 §4.14.2), unless the next one was never used: then its answer was lost, and the next one is exchanged
+// for the client. From then on that one is nobody's: whoever shows it has it from elsewhere, and ends the session. So
+// of a client and a thief who both go on, the session ends for both.
 func (s *server) refresh(ctx context.Context, c caller, in refreshIn) (refreshOut, error) {
 	var out refreshOut
 	var err error
@@ -128,17 +130,27 @@ func (s *server) refresh(ctx context.Context, c caller, in refreshIn) (refreshOu
 
 // exchange returns the answer to a refresh token, however many ask for it at once.
 func (s *server) exchange(ctx context.Context, c caller, token string) (out tokenResponse, err error) {
-	known, err := s.liveToken(ctx, token)
-	if err != nil {
-		return out, err
-	}
-	if known.UsedAt == nil {
-		t, err := s.store.lock(ctx, "token:"+digest(token), rotationLock, s.now) // F1
+	for {
+		known, err := s.liveToken(ctx, token)
 		if err != nil {
 			return out, err
 		}
-		if known, err = s.liveToken(ctx, token); err == nil && known.UsedAt == nil {
-			if out, err = s.rotate(ctx, c, t, known, token); err == nil {
+		unused := token
+		if known.UsedAt != nil {
+			if out, err = s.answered(ctx, c, known, token); err != nil ||
+				s.now().Before(known.UsedAt.Add(s.cfg.RefreshGrace)) {
+				return out, err
+			}
+			unused = out.RefreshToken
+			s.log.InfoContext(ctx, "session: answer lost, its refresh token is exchanged", "session", known.Session)
+		}
+		t, err := s.store.lock(ctx, "token:"+digest(unused), rotationLock, s.now) // F1
+		if err != nil {
+			return out, err
+		}
+		next, err := s.liveToken(ctx, unused)
+		if err == nil && next.UsedAt == nil {
+			if out, err = s.rotate(ctx, c, t, next, unused, token); err == nil {
 				return out, nil
 			}
 		}
@@ -147,7 +159,14 @@ func (s *server) exchange(ctx context.Context, c caller, token string) (out toke
 			return out, err
 		}
 	} // another has exchanged it
-	if s.now().Before(known.UsedAt.Add(s.cfg.RefreshGrace)) {
+}
+
+// answered returns the answer that a used token was given. If that is over, the token is one that was stolen, or that
+// was stolen from: the session ends.
+func (s *server) answered(
+	ctx context.Context, c caller, known refreshToken, token string,
+) (out tokenResponse, err error) {
+	if known.AnswerUntil != nil && s.now().Before(*known.AnswerUntil) {
 		plain, err := openSealed(token, known.Answer)
 		if err == nil {
 			err = json.Unmarshal(plain, &out)
@@ -165,23 +184,23 @@ func (s *server) exchange(ctx context.Context, c caller, token string) (out toke
 
 // liveToken returns what is known of a refresh token, or problemInvalidRefreshToken.
 func (s *server) liveToken(ctx context.Context, token string) (refreshToken, error) {
-	known, err := s.store.refreshToken(ctx, digest(token))
+	known, err := s.store.refreshToken(ctx, digest(token), s.now())
 	if errors.Is(err, errNotFound) {
 		err = problemInvalidRefreshToken
 	}
 	return known, err
 }
 
-// rotate asks Keycloak for the next tokens and keeps its answer for the grace time, sealed by a key that only the
-// holder of the old token can make. Dying after F2 loses an answer of Keycloak: the client's next try gets another
-// when the lock has ended, as refreshTokenMaxReuse 1 allows once. If the tokens have to be exchanged once more to say
-// what is true in PostgreSQL, dying then ends the session.
+// rotate asks Keycloak for the next tokens in exchange for an unused one, and keeps its answer, sealed by a key that
+// only the holder of the token that was shown can make. Dying after F2 loses an answer of Keycloak: the client's next
+// try gets another when the lock has ended, as refreshTokenMaxReuse 1 allows once. If the tokens have to be exchanged
+// once more to say what is true in PostgreSQL, dying then ends the session.
 func (s *server) rotate(
-	ctx context.Context, c caller, t task, known refreshToken, token string,
+	ctx context.Context, c caller, t task, known refreshToken, unused, shown string,
 ) (tokenResponse, error) {
 	ctx, cancel := context.WithTimeout(ctx, rotationTime)
 	defer cancel()
-	next, err := s.kc.refresh(ctx, token) // F2
+	next, err := s.kc.refresh(ctx, unused) // F2
 	if err == nil {
 		next, err = s.matching(ctx, next, known.user)
 	}
@@ -198,7 +217,8 @@ func (s *server) rotate(
 	answer := newTokenResponse(next, known.Session)
 	plain, err := json.Marshal(answer) // #nosec G117 -- to be sealed
 	if err == nil {
-		err = s.store.rotate(ctx, t, digest(token), answer, seal(token, plain), s.now()) // F3
+		err = s.store.rotate(ctx, t, digest(unused), answer, s.now(), // F3
+			lastAnswer{digest(shown), seal(shown, plain), s.cfg.RefreshGrace})
 	}
 	if errors.Is(err, errNotFound) { // the session has just ended
 		err = problemInvalidRefreshToken
@@ -318,7 +338,7 @@ func (s *server) logout(ctx context.Context, c caller, in refreshIn) (noContent,
 		out.setCookie = s.refreshCookie("", -1)
 	}
 	for _, token := range in.tokens() {
-		known, err := s.store.refreshToken(ctx, digest(token))
+		known, err := s.store.refreshToken(ctx, digest(token), s.now())
 		if err == nil {
 			c.Actor = string(known.user.ID)
 			err = s.endSessions(ctx, c, known.user, known.Session, "logout")

@@ -45,19 +45,20 @@ func (st *store) addSession(
 
 // refreshToken is a refresh token of a live session that somebody has shown, and whose it is.
 type refreshToken struct {
-	Session sessionID
-	UsedAt  *time.Time // nil: not yet
-	Answer  []byte     // sealed; nil before it was used and some time after the grace time
+	Session     sessionID
+	UsedAt      *time.Time // nil: not yet
+	Answer      []byte     // sealed; nil before it was used and when it is over
+	AnswerUntil *time.Time // nil: it was given none, or that is over
 	user
 }
 
 // refreshToken returns what is known of a token. errNotFound: it never belonged to a session that lives, or its user
-// is not active.
-func (st *store) refreshToken(ctx context.Context, hash string) (refreshToken, error) {
+// is not active; or it was used, and its session has ended in Keycloak since.
+func (st *store) refreshToken(ctx context.Context, hash string, now time.Time) (refreshToken, error) {
 	return one[refreshToken](ctx, st.pool, `
-		select session_id, used_at, answer, u.* from refresh_tokens t join sessions s using (session_id),
+		select session_id, used_at, answer, answer_until, u.* from refresh_tokens t join sessions s using (session_id),
 			lateral (select `+userColumns+` from users where users.user_id = s.user_id and is_active) u
-		where token_hash = $1 and ended_at is null`, hash)
+		where token_hash = $1 and ended_at is null and (used_at is null or answer_until > $2 or expires_at > $2)`, hash, now)
 }
 
 // session returns one session, ended or not, or errNotFound.
@@ -65,23 +66,36 @@ func (st *store) session(ctx context.Context, id sessionID) (session, error) {
 	return one[session](ctx, st.pool, `select `+sessionColumns+` from sessions where session_id = $1`, id)
 }
 
-// rotate records the exchange of a token for the next one (F3), and ends the lock. It returns errNotFound when the
-// session has ended, and errLocked.
-func (st *store) rotate(
-	ctx context.Context, t task, hash string, next tokenResponse, sealed []byte, now time.Time,
-) error {
+// lastAnswer is the answer that is given again to the token that was shown last, until it is used.
+type lastAnswer struct {
+	TokenHash string
+	Sealed    []byte
+	Grace     time.Duration // for which the answers before it are still given
+}
+
+// rotate records the exchange of an unused token for the next one (F3), and ends the lock. It returns errNotFound when
+// the session has ended, and errLocked.
+func (st *store) rotate(ctx context.Context, t task, hash string, next tokenResponse, now time.Time, a lastAnswer) error {
 	return st.locked(ctx, t, func(tx *txn) {
 		if tx.exec(`
 			with s as (
-				update sessions set last_used_at = $5, expires_at = $6 where session_id = $1 and ended_at is null
+				update sessions set last_used_at = $4, expires_at = $5 where session_id = $1 and ended_at is null
 				returning session_id),
 			used as (
-				update refresh_tokens set used_at = $5, answer = $4 where token_hash = $2 and used_at is null
+				update refresh_tokens set used_at = $4 where token_hash = $2 and used_at is null
 				returning session_id)
 			insert into refresh_tokens (token_hash, session_id) select $3, session_id from s join used using (session_id)`,
-			next.SessionID, hash, digest(next.RefreshToken), sealed, now, next.expiry(now)) == 0 {
+			next.SessionID, hash, digest(next.RefreshToken), now, next.expiry(now)) == 0 {
 			tx.check(errNotFound)
 		}
+		tx.exec(`
+			update refresh_tokens set
+				used_at = case when token_hash = $2 then $4 else used_at end,
+				answer = case when token_hash = $2 then $3 else answer end,
+				answer_until = case when token_hash = $2 then greatest($5, $4::timestamptz + $6::interval)
+					else least(answer_until, used_at + $6::interval) end
+			where session_id = $1 and (answer is not null or token_hash = $2)`,
+			next.SessionID, a.TokenHash, a.Sealed, now, next.expiry(now), a.Grace)
 		tx.check(finish(ctx, tx, t, never))
 	})
 }

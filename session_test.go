@@ -81,7 +81,8 @@ func (w *env) refreshed(before answer) answer {
 // graceEnds stands in for waiting until it is over for the used tokens of a session.
 func (w *env) graceEnds(a answer) {
 	w.Helper()
-	w.exec(`update refresh_tokens set used_at = used_at - interval '10 seconds' where session_id = $1`, a.text("session_id"))
+	w.exec(`update refresh_tokens set used_at = used_at - interval '10 seconds', answer_until = answer_until - interval '10 seconds'
+		where session_id = $1`, a.text("session_id"))
 }
 
 // sid is Keycloak's id of a session.
@@ -189,10 +190,10 @@ func TestRefresh(t *testing.T) {
 			t.Error(got)
 		}
 	}
-	theft(second, third)
+	theft(second, w.refreshed(third))
 	first = w.signsIn(email)
-	theft(first, w.refreshed(w.refreshed(first))) // two rotations old
-	w.refreshed(other)                            // the person's other session lives on
+	theft(first, w.refreshed(w.refreshed(w.refreshed(first)))) // three rotations old
+	w.refreshed(other)                                         // the person's other session lives on
 }
 
 // reuses is what the metric says.
@@ -225,7 +226,7 @@ func TestRefreshRefused(t *testing.T) {
 		{"access token", refreshing(first.text("access_token")), 401, "invalid-token", ""},
 		{"ID token", refreshing(first.text("id_token")), 401, "invalid-token", ""},
 		{"cut short", refreshing(token[:len(token)-1]), 401, "invalid-token", ""},
-		{"with a blank", refreshing(token + " "), 401, "invalid-token", ""},
+		{"with a blank", refreshing(token[:20] + " " + token[20:]), 401, "invalid-token", ""},
 		{"its hash", refreshing(digest(token)), 401, "invalid-token", ""},
 		{"of the session", refreshing(first.text("session_id")), 401, "invalid-token", ""},
 		{"no body and no cookie", call{method: "POST"}, 401, "invalid-token", ""},
@@ -695,7 +696,7 @@ func TestCopyOfSessions(t *testing.T) {
 			t.Errorf("%.20s… opens the answer: %v", key, err)
 		}
 	}
-	w.exec(`update refresh_tokens set used_at = used_at - interval '70 seconds' where session_id = $1`, session) // the sweep leaves a minute for clocks
+	w.exec(`update refresh_tokens set answer_until = now() - interval '61 seconds' where session_id = $1`, session) // the sweep leaves a minute for clocks
 	w.eventually("the answer is forgotten", 30*time.Second, func() bool {
 		return w.value(`select count(answer)::text from refresh_tokens where session_id = $1`, session) == "0"
 	})

@@ -21,7 +21,7 @@ import (
 var schemaSQL string
 
 // schemaVersion is the version of schema.sql. It grows with each change of that file.
-const schemaVersion = 1
+const schemaVersion = 2
 
 // What a store method may return beside its result.
 var (
@@ -237,14 +237,14 @@ func storeError(err error) error {
 // purge deletes what is over, a part of it at a time: limits, answers to refresh tokens, revocations
 // of tokens that have expired, and, 30 days after their end, sessions, and registrations that are
 // not in Keycloak any more.
-func (st *store) purge(ctx context.Context, now, answered time.Time) error {
+func (st *store) purge(ctx context.Context, now time.Time) error {
 	var failed error
 	for sql, before := range map[string]time.Time{
 		`delete from rate_limits where key = any(array(
 			select key from rate_limits where resets_at < $1 order by resets_at limit 10000 for update skip locked))`: now,
 		`update refresh_tokens set answer = null where token_hash = any(array(
-			select token_hash from refresh_tokens where answer is not null and used_at < $1
-			order by used_at limit 10000 for update skip locked))`: answered,
+			select token_hash from refresh_tokens where answer is not null and answer_until < $1
+			order by answer_until limit 10000 for update skip locked))`: now.Add(-time.Minute), // clocks differ
 		`delete from revocations where revocation_id = any(array(
 			select revocation_id from revocations where at < $1
 			order by at limit 10000 for update skip locked))`: now.Add(-tokenLife),

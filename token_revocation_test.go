@@ -106,7 +106,7 @@ func (w *env) revocationCauses(admin answer) []revocationCause {
 		{"all sessions, managed", manage("DELETE", "/{id}/sessions", nil), both, true, nil, ""},
 		{"logout", func(v revokedUser) { w.wants(w.do(loggingOut(v.first.text("refresh_token"))), 204, "") }, first, true, nil, ""},
 		{"refresh token used again", func(v revokedUser) {
-			next := w.refreshed(v.first)
+			next := w.refreshed(w.refreshed(v.first))
 			w.graceEnds(next)
 			w.wants(w.do(refreshing(v.first.text("refresh_token"))), 401, "token-reused")
 			w.revoked(next)
@@ -375,7 +375,7 @@ func TestRevocationsRead(t *testing.T) {
 			}
 		}
 	}
-	if err := s.store.purge(t.Context(), time.Now(), time.Now()); err != nil {
+	if err := s.store.purge(t.Context(), time.Now()); err != nil {
 		t.Fatal(err)
 	}
 	left := w.value(`select string_agg(keycloak_session_id, ', ' order by at) from revocations where keycloak_session_id like $1 || '%'`, mark)
