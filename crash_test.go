@@ -241,6 +241,12 @@ func endCrashes() []crash {
 func sessionCrashes() []crash {
 	account := func(w *env, email string) link { w.account(email); return link{} }
 	session := func(w *env, email string) link { return w.session(email) }
+	lostAnswer := func(w *env, email string) link {
+		l := w.session(email)
+		w.wants(w.do(refreshing(l.Token)), 200, "")
+		w.ages(answer{JSON: body{"session_id": l.Code}}, "20 minutes")
+		return l
+	}
 	signIn := func(email string, _ link) call { return signingIn(email, password) }
 	refresh := func(_ string, l link) call { return refreshing(l.Token) }
 	logout := func(_ string, l link) call { return loggingOut(l.Token) }
@@ -262,6 +268,7 @@ func sessionCrashes() []crash {
 		{window: "F1", before: session, do: refresh, at: "refresh", ends: goesOn},
 		{window: "F2", before: session, do: refresh, at: "refresh", after: true, ends: goesOn},
 		{window: "F2, at our row", before: session, do: refresh, at: "refresh", after: true, lock: "refresh_tokens", ends: goesOn},
+		{window: "F2, of an answer that was lost", before: lostAnswer, do: refresh, at: "refresh", after: true, ends: goesOn},
 		{window: "S1", before: session, do: logout, at: "end_session", ends: isOver("logout")},
 		{window: "S2", before: session, do: logout, at: "end_session", after: true, ends: isOver("logout")},
 		{window: "S1, all", before: session, do: all, at: "get_user", ends: isOver("own")},
@@ -352,8 +359,17 @@ func userCrashes(admin string) []crash {
 		w.ended("user.delete", answer{JSON: body{"session_id": l.URL, "refresh_token": l.Token}})
 		w.wants(w.do(signingIn(email, password)), 403, "account-disabled")
 	}
+	erase := manages("DELETE", "?erase=true", nil)
+	erased := func(w *env, email string, l link) {
+		w.erased(user{ID: userID(l.Code), Email: email})
+		w.register(email)
+	}
 	const overwritten = "user.overwrite"
 	return []crash{
+		{window: "X1", before: joined, do: erase, at: "delete_user", ends: erased},
+		{window: "X1, deleted before", before: removed, do: erase, at: "delete_user", ends: erased},
+		{window: "X2", before: joined, do: erase, at: "delete_user", after: true, ends: erased},
+		{window: "X2, at our row", before: joined, do: erase, at: "delete_user", after: true, lock: "users", ends: erased},
 		{window: "U1", before: joined, do: assign, at: "get_user", repairs: overwritten, ends: is("partner N2")},
 		{window: "U1, at the push", before: joined, do: assign, at: "push_user", repairs: overwritten, ends: is("partner N2")},
 		{window: "U2", before: joined, do: assign, at: "push_user", after: true, ends: is("partner N2")},

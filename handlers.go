@@ -100,7 +100,7 @@ func (s *server) apiRoutes() []route {
 			"patchUser", "Change a user", op("Users", 200, s.patchUser,
 				append(managed, problemLastAdmin, problemAddressUnproven)...)},
 		{"DELETE /api/v1/users/{user_id}", "", signedIn, onUsers,
-			"deleteUser", "Delete a user", op("Users", 204, s.deleteUser, append(managed, problemLastAdmin)...)},
+			"deleteUser", "Delete or erase a user", op("Users", 204, s.deleteUser, append(managed, problemLastAdmin)...)},
 		{"POST /api/v1/users/{user_id}/restore", "", signedIn, onUsers,
 			"restoreUser", "Restore a deleted user",
 			op("Users", 200, s.restoreUser, append(managed, problemUserExists, problemUserGone)...)},

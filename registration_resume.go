@@ -98,14 +98,17 @@ func (s *server) attach(ctx context.Context, c caller, t task, reg registration,
 	return reg, s.store.attachKeycloakUser(ctx, c, t, reg, s.now())
 }
 
-// clearWay deletes Keycloak's user of a registration that has ended, if that is what has the
-// address (E2 is still to be done). Otherwise it returns errConflict.
+// clearWay deletes Keycloak's user of a registration that has ended (E2 is still to be done), or of a user who is being
+// erased, if that is what has the address. Otherwise it returns errConflict.
 func (s *server) clearWay(ctx context.Context, email string) error {
 	ku, err := s.kc.userByLogin(ctx, email)
 	if errors.Is(err, errNotFound) { // gone at this moment
 		return nil
 	} else if err != nil {
 		return err
+	}
+	if u, err := s.store.userByKeycloakID(ctx, ku.id()); err == nil && u.erased() { // X2 is still to be done
+		return s.doNow(ctx, kcTask(ku.id()))
 	}
 	reg, err := s.store.registration(ctx, registrationID(ku.attribute(attrRegistrationID)))
 	switch {

@@ -15,12 +15,13 @@ create table if not exists schema_version (
 
 -- Everyone who may have an account: a row is written right after Keycloak has
 -- accepted the user (is_verified = false) and removed again if the registration
--- expires or is cancelled. Later it is only ever marked as deleted.
+-- expires or is cancelled. Later it is marked as deleted, or erased: then nothing is left but its ids, and the
+-- row goes when Keycloak's user is deleted.
 create table if not exists users (
     user_id       varchar(32) primary key,             -- USR-… , also a claim in every token
     keycloak_id   varchar(255) unique not null,        -- the token's sub
-    email         varchar(255) not null,               -- as typed; compared without case
-    username      varchar(100) not null,               -- as typed; compared without case
+    email         varchar(255) not null,               -- its domain as an A-label; compared without case; '' = being erased
+    username      varchar(100) not null,               -- compared without case
     first_name    varchar(100),
     last_name     varchar(100),
     phone         varchar(20),                         -- E.164

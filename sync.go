@@ -69,7 +69,7 @@ func compare(local *user, remote *keycloakUser) comparison {
 		return comparison{}
 	case local == nil:
 		return comparison{[]difference{diffUnknown}, remote.imported(), true}
-	case local.Registration != "", remote == nil && !local.IsActive:
+	case local.Registration != "", local.erased(), remote == nil && !local.IsActive:
 		return comparison{Local: *local}
 	case remote == nil:
 		gone := *local
@@ -179,6 +179,8 @@ func (s *server) reconcile(ctx context.Context, c caller, t task) error {
 		conflict := slices.Contains(in.Differences, diffConflict)
 		switch {
 		case err != nil:
+		case in.local != nil && in.local.erased():
+			return s.finishErasure(ctx, t, *in.local)
 		case in.local != nil:
 			err = s.apply(ctx, c, *in.local, in.Local)
 		case len(in.Differences) > 0 && !conflict:

@@ -58,6 +58,11 @@ func TestCompare(t *testing.T) {
 		{name: "deleted, and not in Keycloak", local: with(func(u *user) { u.IsActive = false })},
 		{name: "an open registration belongs to its task", local: with(func(u *user) { u.Registration, u.IsVerified = "REG-x", false }),
 			remote: remote(disabled)},
+		{name: "who is being erased belongs to its task", local: with(func(u *user) { u.Email, u.IsActive = "", false }), remote: remote(nil)},
+		{name: "in sync, but for the spelling", local: with(func(u *user) { u.Email, u.FirstName = "ada@xn--bcher-kva.example", "Zoë" }),
+			remote: remote(func(ku *keycloakUser) {
+				ku.Email, ku.FirstName = gocloak.StringP("ada@bücher.example"), gocloak.StringP("Zoe\u0308 ")
+			})},
 		{name: "only in Keycloak: imported without scope", remote: remote(nil), found: []difference{diffUnknown}, push: true,
 			want: with(func(u *user) {
 				u.Email, u.Role, u.NetworkID, u.StationID, u.Source = "ADA@example.test", roleUser, "", "", sourceInternal

@@ -28,6 +28,7 @@ const (
 	actAssign   action = "assign"   // role, network, station
 	actCreate   action = "create"   // an internal user
 	actDelete   action = "delete"   // and restore
+	actErase    action = "erase"    // for good
 	actSessions action = "sessions" // see and end them
 )
 
@@ -53,11 +54,11 @@ func (p principal) may(do action, u user) error {
 		return problemUserNotFound
 	case do == actRead, do == actEdit && self, do == actSessions && self:
 		return nil
-	case self && (do == actAssign || do == actDelete):
+	case self && (do == actAssign || do == actDelete || do == actErase):
 		return problemForbidden.withDetail("Nobody changes their own role or scope, or deletes themselves.")
-	case !manages:
+	case !manages, do == actErase && !admin:
 		return problemForbidden
-	case u.Registration != "" && do != actDelete: // its registration alone may change it
+	case u.Registration != "" && do != actDelete && do != actErase: // its registration alone may change it
 		return problemAccountNotVerified.withDetail("The e-mail address of this account is not confirmed yet.")
 	}
 	return nil
@@ -94,7 +95,7 @@ func (s *server) target(ctx context.Context, c caller, id userID, do action) (us
 		id = c.UserID
 	}
 	u, err := s.store.user(ctx, id)
-	if errors.Is(err, errNotFound) {
+	if errors.Is(err, errNotFound) || err == nil && u.erased() {
 		return u, problemUserNotFound.withTarget(string(id))
 	} else if err != nil {
 		return u, err
@@ -176,10 +177,19 @@ func targeted(err error, id userID) error {
 	return err
 }
 
-// deleteUser marks a user as deleted and ends its sessions; Keycloak's user is disabled, never
-// removed. Of somebody who has not confirmed yet it cancels the registration.
-func (s *server) deleteUser(ctx context.Context, c caller, in userIn) (noContent, error) {
-	u, err := s.target(ctx, c, in.ID, actDelete)
+type deleteUserIn struct {
+	userIn
+	Erase bool `query:"erase" description:"For good, of an administrator: the user is deleted in Keycloak, and all personal data with it; the address is free again."`
+}
+
+// deleteUser marks a user as deleted and ends its sessions; Keycloak's user is disabled, and removed only by eraseUser.
+// Of somebody who has not confirmed yet it cancels the registration, which leaves nothing.
+func (s *server) deleteUser(ctx context.Context, c caller, in deleteUserIn) (noContent, error) {
+	do := actDelete
+	if in.Erase {
+		do = actErase
+	}
+	u, err := s.target(ctx, c, in.ID, do)
 	if err == nil && u.Registration != "" {
 		var reg registration
 		if reg, err = s.store.registration(ctx, u.Registration); err == nil {
@@ -194,6 +204,9 @@ func (s *server) deleteUser(ctx context.Context, c caller, in userIn) (noContent
 			err = nil
 		}
 	}
+	if err == nil && in.Erase {
+		return noContent{}, s.eraseUser(ctx, c, u)
+	}
 	if err == nil {
 		_, err = s.changeUser(ctx, c, u.ID, "user.delete", func(u user) (user, error) {
 			if now := s.now(); u.IsActive {
@@ -203,6 +216,33 @@ func (s *server) deleteUser(ctx context.Context, c caller, in userIn) (noContent
 		})
 	}
 	return noContent{}, err
+}
+
+// eraseUser deletes a user, deleted before or not, and all personal data for good: X1 what PostgreSQL has of it, X2
+// Keycloak's user, X3 the row that was left of ours. The audit log keeps its ids. While Keycloak is away the user
+// can't sign in, and its task does the rest.
+func (s *server) eraseUser(ctx context.Context, c caller, u user) error {
+	err := s.store.eraseUser(ctx, c, u.ID, s.now()) // X1
+	if errors.Is(err, errNotFound) {
+		err = problemUserNotFound
+	}
+	if err != nil {
+		return targeted(err, u.ID)
+	}
+	// Dying here (X1) leaves a user in Keycloak: the task deletes it.
+	if err := s.doNow(ctx, kcTask(u.KeycloakID)); err != nil {
+		s.log.WarnContext(ctx, "user: not erased in Keycloak, will retry", "user", u.ID, "error", err)
+	}
+	return nil
+}
+
+// finishErasure deletes Keycloak's user, if it is still there (X2), and then the row of ours (X3).
+func (s *server) finishErasure(ctx context.Context, t task, u user) error {
+	if err := s.kc.deleteUser(ctx, u.KeycloakID); err != nil {
+		return err
+	}
+	// Dying here (X2) leaves a row without personal data: the task removes it.
+	return s.store.removeErased(ctx, t, u.ID)
 }
 
 // restoreUser undoes deleteUser, in Keycloak first. The person signs in anew; one whom

@@ -37,7 +37,7 @@ func readDecisions(t *testing.T) decisions {
 		}
 		d.rules[cells[0]+": "+cells[1]] = cells[2:]
 	}
-	if len(d.rules) != 6 || len(d.actions) != 6 {
+	if len(d.rules) != 6 || len(d.actions) != 7 {
 		t.Fatalf("%d rules for %v", len(d.rules), d.actions)
 	}
 	return d
@@ -145,6 +145,11 @@ func TestDecisions(t *testing.T) {
 			return []step{{"POST", usersPath, body{"email": newEmail(), "role": u.Role, "network_id": u.NetworkID, "station_id": u.StationID}, 201, "createUser"}}
 		case actDelete:
 			return []step{{"DELETE", path, nil, 204, "deleteUser"}, {"POST", path + "/restore", nil, 200, "restoreUser"}}
+		case actErase:
+			if do := table.verdict(callers[0].principal(), u, do); do == "yes" {
+				return nil // see TestErase
+			}
+			return []step{{"DELETE", path + "?erase=true", nil, 204, "deleteUser"}}
 		}
 		return []step{{"GET", path + "/sessions", nil, 200, "userSessions"},
 			{"DELETE", path + "/sessions/" + string(newSessionID()), nil, 404, "endUserSession"}, {"DELETE", path + "/sessions", nil, 204, "endUserSessions"}}

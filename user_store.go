@@ -33,6 +33,9 @@ type user struct {
 	Registration registrationID `json:"-"` // that is pending; "" also if only a new address is unconfirmed
 }
 
+// erased says that nothing is left of the user but its ids, until Keycloak's user is deleted, too.
+func (u user) erased() bool { return u.Email == "" }
+
 const userColumns = `user_id, keycloak_id, email, username, coalesce(first_name, ''), coalesce(last_name, ''),
 	coalesce(phone, ''), coalesce(photo, ''), is_verified, role, network_id, station_id, source, is_active,
 	last_login_at, created_at, updated_at, deleted_at, not_before, coalesce((select registration_id
@@ -96,7 +99,7 @@ func (st *store) users(ctx context.Context, p principal, in usersIn, before curs
 	text := strings.NewReplacer(`\`, `\\`, `%`, `\%`, `_`, `\_`).Replace(strings.ToLower(in.Query))
 	return list[user](ctx, st, `
 		select `+userColumns+` from users
-		where (created_at, user_id) < ($1, $2)
+		where (created_at, user_id) < ($1, $2) and email <> ''
 			and ($3 = '' or network_id = $3) and ($4 = '' or station_id = $4) and (not $5 or user_id = $6)
 			and ($7 = '' or network_id = $7) and ($8 = '' or station_id = $8)
 			and ($9 = '' or role = $9) and ($10 = '' or source = $10) and ($11 or is_active)
@@ -156,6 +159,41 @@ func (st *store) changeUser(ctx context.Context, c caller, id userID, action str
 		tx.audit(c, now, entry{Action: action, Target: string(id), Network: before.NetworkID, Details: changed})
 	})
 	return u, push, err
+}
+
+// eraseUser deletes all that PostgreSQL has of a user but its ids, and asks for the rest (X1). It returns
+// errNotFound, and problemLastAdmin.
+func (st *store) eraseUser(ctx context.Context, c caller, id userID, now time.Time) error {
+	return st.tx(ctx, func(tx *txn) {
+		u, err := one[user](ctx, tx, `select `+userColumns+` from users where user_id = $1 for update`, id)
+		if tx.check(err); u.isActiveAdmin() {
+			tx.check(onlyAdmin(ctx, tx, u.ID))
+		}
+		tx.audit(c, now, entry{Action: "user.erase", Target: string(u.ID), Network: u.NetworkID,
+			Details: map[string]any{"keycloak_id": u.KeycloakID}})
+		tx.endAllSessions(c, u.ID, "user.erase", now)
+		tx.exec(`delete from refresh_tokens where session_id in (select session_id from sessions where user_id = $1)`, u.ID)
+		tx.exec(`delete from sessions where user_id = $1`, u.ID)
+		tx.exec(`delete from user_registrations where user_id = $1`, u.ID)
+		tx.exec(`
+			update users set email = '', username = '', first_name = null, last_name = null, phone = null, photo = null,
+				is_active = false, deleted_at = coalesce(deleted_at, $2), updated_at = $2, updated_by = $3,
+				last_login_at = null
+			where user_id = $1`, u.ID, now, c.UserID)
+		u.IsActive = false
+		tx.revoke(u.revocation())
+		for _, l := range mailLimits(u.Email, sourceWeb, day) {
+			tx.reset(l)
+		}
+		tx.reset(mailDay(u.Email, sourceInternal))
+		tx.reset(codesTried.of(u.Email))
+		tx.check(enqueue(ctx, tx, now.Add(pushDelay), kcTask(u.KeycloakID)))
+	})
+}
+
+// removeErased removes what eraseUser has left (X3).
+func (st *store) removeErased(ctx context.Context, t task, id userID) error {
+	return st.locked(ctx, t, func(tx *txn) { tx.exec(`delete from users where user_id = $1 and email = ''`, id) })
 }
 
 // changes is what the audit log says of a change. Of personal data it says that they were
