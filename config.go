@@ -12,6 +12,7 @@ import (
 	"net/url"
 	"os"
 	"reflect"
+	"slices"
 	"strings"
 	"time"
 
@@ -83,6 +84,12 @@ type config struct {
 	ResendCooldown time.Duration `env:"RESEND_COOLDOWN" envDefault:"60s"`
 	// ResendLimit is how many mails one registration gets, the first included. Default: 5.
 	ResendLimit int `env:"RESEND_LIMIT" envDefault:"5"`
+	// Registration is open, or invited: only people who are invited get an account. What has begun already goes
+	// on. Default: open.
+	Registration string `env:"REGISTRATION" envDefault:"open"`
+	// RegistrationDomains are the mail domains whose people may register themselves, comma separated; a subdomain
+	// is another domain. Invitations go to any. Default: none, all may.
+	RegistrationDomains []string `env:"REGISTRATION_DOMAINS"`
 	// RefreshGrace is how long a rotated refresh token still gets the answer of
 	// its rotation. Default: 10s.
 	RefreshGrace time.Duration `env:"REFRESH_GRACE" envDefault:"10s"`
@@ -98,6 +105,21 @@ type config struct {
 
 // issuer is the iss of the realm's tokens, and where browsers reach the realm.
 func (cfg config) issuer() string { return cfg.KeycloakPublicURL + "/realms/" + cfg.KeycloakRealm }
+
+const invitedOnly = "invited" // Registration
+
+// mayRegister says whether somebody with an address may register without an invitation.
+func (cfg config) mayRegister(email string) error {
+	_, domain, _ := strings.Cut(email, "@")
+	switch {
+	case cfg.Registration == invitedOnly:
+		return problemRegistrationClosed
+	case len(cfg.RegistrationDomains) > 0 && !slices.Contains(cfg.RegistrationDomains, domain):
+		return problemRegistrationClosed.withDetail("People with this e-mail address don't register themselves here. " +
+			"Use another address, or ask for an invitation.")
+	}
+	return nil
+}
 
 // https says whether people reach the service by TLS, ours or a proxy's.
 func (cfg config) https() bool { return strings.HasPrefix(cfg.PublicURL, "https://") }
@@ -219,6 +241,11 @@ func (cfg *config) check(getenv func(string) string, must func(ok bool, format s
 		"RESEND_COOLDOWN": cfg.ResendCooldown, "REFRESH_GRACE": cfg.RefreshGrace, "IDLE_TIMEOUT": cfg.IdleTimeout,
 	} {
 		must(d > 0, "%s must be longer than 0", name)
+	}
+	must(cfg.Registration == "open" || cfg.Registration == invitedOnly, "REGISTRATION must be open or invited")
+	for i, domain := range cfg.RegistrationDomains {
+		cfg.RegistrationDomains[i], err = mailDomain(strings.TrimSpace(domain))
+		must(err == nil && strings.Contains(domain, "."), "REGISTRATION_DOMAINS: %q is not a mail domain", domain)
 	}
 	must(cfg.ResendLimit >= 1, "RESEND_LIMIT must be at least 1")
 	must(cfg.ShutdownDelay >= 0, "SHUTDOWN_DELAY must not be negative")

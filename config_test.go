@@ -60,6 +60,8 @@ func TestConfigValues(t *testing.T) {
 		"VERIFICATION_TTL":                    {"1h30m", "VerificationTTL", "24h0m0s", "1h30m0s"},
 		"RESEND_COOLDOWN":                     {"5s", "ResendCooldown", "1m0s", "5s"},
 		"RESEND_LIMIT":                        {"1", "ResendLimit", "5", "1"},
+		"REGISTRATION":                        {"invited", "Registration", "open", "invited"},
+		"REGISTRATION_DOMAINS":                {"Example.com, bu\u0308cher.example", "RegistrationDomains", "[]", "[example.com xn--bcher-kva.example]"},
 		"REFRESH_GRACE":                       {"1s", "RefreshGrace", "10s", "1s"},
 		"JOB_INTERVAL":                        {"0s", "JobInterval", "30s", "0s"},
 		"SYNC_MAX_SHARE":                      {"0", "SyncMaxShare", "10", "0"},
@@ -105,6 +107,9 @@ func TestConfigMistakes(t *testing.T) {
 		changes map[string]string
 		want    []string // one line each, sorted
 	}{
+		{"who may register", map[string]string{"REGISTRATION": "closed", "REGISTRATION_DOMAINS": "localhost,a@b.example,*.example.com,ok.example"},
+			[]string{"REGISTRATION must be open or invited", `REGISTRATION_DOMAINS: "*.example.com" is not a mail domain`,
+				`REGISTRATION_DOMAINS: "a@b.example" is not a mail domain`, `REGISTRATION_DOMAINS: "localhost" is not a mail domain`}},
 		{"nothing at all", map[string]string{"DATABASE_URL": "", "KEYCLOAK_URL": "", "KEYCLOAK_REALM": "", "KEYCLOAK_AUTH_CLIENT_ID": "",
 			"KEYCLOAK_BACKEND_CLIENT_ID": "", "KEYCLOAK_BACKEND_CLIENT_SECRET": ""},
 			[]string{"DATABASE_URL is required", "KEYCLOAK_AUTH_CLIENT_ID is required", "KEYCLOAK_BACKEND_CLIENT_ID is required",

@@ -59,7 +59,8 @@ func (s *server) routes() []route { return append(s.apiRoutes(), s.pageRoutes().
 func (s *server) apiRoutes() []route {
 	return []route{
 		{"POST /api/v1/register", "/register /api/v1/auth/register", public, onRegister,
-			"register", "Register", op("Registration", 201, s.register, problemUserExists, problemResendLimit)},
+			"register", "Register", op("Registration", 201, s.register, problemRegistrationClosed, problemUserExists,
+				problemResendLimit)},
 		{"POST /api/v1/register/verify", "/verify", public, onVerify,
 			"verify", "Confirm the e-mail address", op("Registration", 200, s.verify, problemUserExists, problemInvalidToken,
 				problemInvalidCode, problemVerificationExpired, problemVerificationCancelled, problemTooManyAttempts)},
@@ -134,9 +135,8 @@ func (s *server) pageRoutes() []route {
 		{"GET /auth/callback", "", public, onSignIn, "login", "", page(s.callbackPage)},
 		{"GET /account/signed-in", "", public, unlimited, "signedInPage", "", show(templates.Message(templates.SignedIn()))},
 
-		{"GET /{$}", "", public, unlimited, "home", "", show(templates.Home())},
-		{"GET /account/register", "", public, unlimited, "registerPage", "",
-			show(templates.Register(templates.RegisterForm{}))},
+		{"GET /{$}", "", public, unlimited, "home", "", show(templates.Home(s.cfg.Registration == invitedOnly))},
+		{"GET /account/register", "", public, unlimited, "registerPage", "", show(s.registerPage())},
 		{"POST /account/register", "", public, onRegister, "register", "", page(s.registerForm)},
 		{"GET /account/verify", "", public, unlimited, "verifyPage", "", page(s.verifyPage)},
 		{"POST /account/verify", "", public, onVerify, "verify", "", page(s.verifyForm)},

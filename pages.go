@@ -21,6 +21,14 @@ func show(p templ.Component) operation {
 	return page(func(context.Context, caller, *http.Request) (view, error) { return view{Status: 200, Page: p}, nil })
 }
 
+// registerPage is the form, or the sentence that only people who are invited get an account.
+func (s *server) registerPage() templ.Component {
+	if s.cfg.Registration == invitedOnly {
+		return templates.Message(templates.Refused(problemView(problemRegistrationClosed), "", ""))
+	}
+	return templates.Register(templates.RegisterForm{})
+}
+
 func (s *server) registerForm(ctx context.Context, c caller, r *http.Request) (view, error) {
 	out, err := submit(ctx, c, r, s.register)
 	if err == nil {
@@ -68,7 +76,8 @@ func (s *server) mistakes(ctx context.Context, c caller, action string, err erro
 	for _, e := range p.Errors {
 		wrong.Fields[e.Field] = e.Detail
 	}
-	if errors.Is(p, problemInvalidCode) || errors.Is(p, problemUserExists) {
+	otherMail := errors.Is(p, problemRegistrationClosed) && s.cfg.Registration != invitedOnly
+	if errors.Is(p, problemInvalidCode) || errors.Is(p, problemUserExists) || otherMail {
 		s.recordRefusal(ctx, c, action, p)
 	} else if !errors.Is(p, problemInvalidRequest) {
 		return 0, wrong, err

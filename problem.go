@@ -74,6 +74,8 @@ var (
 	problemAccountUnfit = problemAccountSetupRequired.withDetail(
 		"This account does not fit in here: another one may have its e-mail address or username. " +
 			"Please ask an administrator.")
+	problemRegistrationClosed = newProblem(403, "registration-closed", "Registration closed",
+		"Only people who are invited get an account here.")
 	problemNotFound             = newProblem(404, "not-found", "Not found", "There is nothing at this address.")
 	problemRegistrationNotFound = newProblem(404, "registration-not-found", "No registration",
 		"There is no open registration for this.")

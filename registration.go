@@ -124,6 +124,9 @@ func (out registerOut) location() string {
 func (s *server) register(ctx context.Context, c caller, in registerIn) (registerOut, error) {
 	reg, err := s.newRegistration(c, in.profile, sourceWeb)
 	if err == nil {
+		err = s.cfg.mayRegister(in.Email)
+	}
+	if err == nil {
 		err = s.store.hitAddress(ctx, in.Email, s.now())
 	}
 	if err == nil {

@@ -28,7 +28,8 @@ func Samples() []Sample {
 	}
 	taken := templates.Mistakes{Problem: "An account with this e-mail address or username exists already."}
 	samples := []Sample{
-		{"home", templates.Home()},
+		{"home", templates.Home(false)},
+		{"home-invited", templates.Home(true)},
 		{"register", templates.Register(templates.RegisterForm{})},
 		{"register-errors", templates.Register(templates.RegisterForm{
 			Person: templates.Person{Email: "ada.lovelace@", Username: "al", FirstName: "Ada", Phone: "030 123456"},
