@@ -175,36 +175,34 @@ func (s *server) accountOf(ctx context.Context, subject string) (user, error) {
 	return u, nil
 }
 
-// loginError says why Keycloak has let nobody in. An account that waits for its confirmation is disabled in Keycloak,
-// whatever the password, and only not fully set up while its mail is being sent. Keycloak's answer to a missing
-// one-time code is that to a wrong password: so somebody who sends none is asked for it, whatever the password.
+// loginError says why Keycloak has let nobody in. An account that waits for its confirmation has no password yet: to
+// Keycloak any is wrong, until 26.5 the account is disabled, and it is not fully set up while its mail is being sent.
+// Keycloak's answer to a missing one-time code is that to a wrong password: so somebody who sends none is asked for it,
+// whatever the password.
 func (s *server) loginError(ctx context.Context, name, account string, otp bool, err error) error {
 	wrong, disabled := errors.Is(err, errInvalidCredentials), errors.Is(err, errAccountDisabled)
-	switch {
-	case !wrong && !disabled && !errors.Is(err, errSetupRequired):
+	if !wrong && !disabled && !errors.Is(err, errSetupRequired) {
 		return err
-	case wrong && otp:
-		return problemInvalidCredentials.withTarget(account)
-	case wrong:
-		u, lookup := s.kc.userByLogin(ctx, name)
-		if lookup != nil && !errors.Is(lookup, errNotFound) {
-			return lookup
-		} else if gocloak.PBool(u.Totp) {
-			return problemOTPRequired.withTarget(account)
-		}
-		return problemInvalidCredentials.withTarget(account)
 	}
 	reg, lookup := s.store.registrationByLogin(ctx, name)
-	if lookup == nil {
+	switch {
+	case lookup == nil:
 		return problemAccountNotVerified.withTarget(string(reg.ID))
-	} else if !errors.Is(lookup, errNotFound) {
+	case !errors.Is(lookup, errNotFound):
 		return lookup
-	} else if disabled {
+	case disabled:
 		return problemAccountDisabled.withTarget(account)
+	case wrong && otp:
+		return problemInvalidCredentials.withTarget(account)
 	}
 	u, lookup := s.kc.userByLogin(ctx, name)
-	if lookup != nil {
+	switch {
+	case lookup != nil && !(wrong && errors.Is(lookup, errNotFound)):
 		return lookup
+	case wrong && gocloak.PBool(u.Totp):
+		return problemOTPRequired.withTarget(account)
+	case wrong:
+		return problemInvalidCredentials.withTarget(account)
 	}
 	detail := "Something has to be set up" + onSignInPage
 	if u.RequiredActions != nil {

@@ -101,8 +101,8 @@ func (d *doctor) checkRealm(ctx context.Context) {
 	defer cancel()
 	api := &adminAPI{kc: d.s.kc, admin: d.adminUser != ""}
 	if api.admin {
-		t, err := d.s.kc.admin.LoginAdmin(ctx, d.adminUser, d.adminPassword, "master")
-		if !d.check("administrator", err == nil, fmt.Sprint(keycloakError(err)), "Give a user of Keycloak's realm master, "+
+		t, err := d.s.kc.signInAdmin(ctx, d.adminUser, d.adminPassword)
+		if !d.check("administrator", err == nil, fmt.Sprint(err), "Give a user of Keycloak's realm master, "+
 			"without a second factor, and the right password.", "Keycloak: email theme", "realm") {
 			return
 		}

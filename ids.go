@@ -39,11 +39,6 @@ var (
 	registrationIDPattern = regexp.MustCompile(`^REG-[A-Za-z0-9_-]{16}$`)
 )
 
-// keycloakIDPattern is what an id of Keycloak looks like: 36 characters of a user,
-// 24 of a session. Ids go into Keycloak's URLs, so whatever does not match is
-// refused before a request is made.
-var keycloakIDPattern = regexp.MustCompile(`^[A-Za-z0-9_-]{20,64}$`)
-
 // newToken returns the secret of a verification link: 32 nanoid characters, 192 bits.
 func newToken() string { return gonanoid.Must(32) }
 

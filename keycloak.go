@@ -6,11 +6,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"mime"
 	"net/http"
 	"net/url"
 	"strings"
 	"sync/atomic"
 	"time"
+	"unicode"
 
 	"github.com/Nerzal/gocloak/v13"
 	"github.com/go-jose/go-jose/v4"
@@ -35,6 +37,8 @@ var (
 	errSetupRequired      = errors.New("keycloak: account is not fully set up")
 	errInvalidGrant       = errors.New("keycloak: invalid grant")
 	errMailNotSent        = errors.New("keycloak could not send the mail")
+	errRefused            = errors.New("keycloak refuses the request")
+	errServiceToken       = fmt.Errorf("%w: keycloak refuses the service account's token", errUnavailable)
 	errBusy               = fmt.Errorf("%w: too much is waiting", errUnavailable)
 )
 
@@ -63,7 +67,7 @@ func newKeycloak(cfg config, m *metrics) *keycloak {
 	transport := http.DefaultTransport.(*http.Transport).Clone()
 	transport.MaxIdleConnsPerHost = 64
 	scheme, _, _ := strings.Cut(cfg.issuer(), ":")
-	client := &http.Client{Transport: forwarding{transport, scheme}}
+	client := &http.Client{Transport: keycloakOnly{forwarding{transport, scheme}}}
 	k := &keycloak{cfg: cfg, client: client, metrics: m, calls: newBulkhead(24), mails: newBulkhead(8),
 		passwords: newBulkhead(16)}
 	k.admin = gocloak.NewClient(cfg.KeycloakURL)
@@ -85,6 +89,23 @@ func (f forwarding) RoundTrip(r *http.Request) (*http.Response, error) {
 		r.Header.Set("X-Forwarded-Proto", f.scheme)
 	}
 	return f.RoundTripper.RoundTrip(r)
+}
+
+// keycloakOnly makes an outage of each answer that is not Keycloak's. Keycloak answers in JSON, also to say no, or
+// without a body (201, 204). A proxy's own 404, 403 or 429, its page, and its redirect to one say nothing of a user.
+type keycloakOnly struct{ http.RoundTripper }
+
+func (k keycloakOnly) RoundTrip(r *http.Request) (*http.Response, error) {
+	resp, err := k.RoundTripper.RoundTrip(r)
+	if err != nil || resp.StatusCode == http.StatusCreated || resp.StatusCode == http.StatusNoContent {
+		return resp, err
+	}
+	kind, _, _ := mime.ParseMediaType(resp.Header.Get("Content-Type"))
+	if kind != "application/json" {
+		resp.Body.Close()
+		return nil, fmt.Errorf("%w: not an answer of Keycloak: %d %s", errUnavailable, resp.StatusCode, kind)
+	}
+	return resp, nil
 }
 
 // bulkhead bounds the calls under way. Keycloak is slow by design where passwords
@@ -155,8 +176,7 @@ func (k *keycloak) asService(ctx context.Context, operation string,
 			if err == nil {
 				err = f(ctx, token)
 			}
-			var api *gocloak.APIError
-			if again || !errors.As(err, &api) || api.Code != http.StatusUnauthorized {
+			if again || !errors.Is(err, errServiceToken) {
 				return err
 			}
 			k.service.Store(nil)
@@ -164,13 +184,28 @@ func (k *keycloak) asService(ctx context.Context, operation string,
 	})
 }
 
+// pathOf is a path in the admin API. Ids of Keycloak go into it as one segment, whatever they are: those of
+// user-storage providers are f:<component>:<any text>. "": nobody has such an id.
+func pathOf(segments ...string) string {
+	for i, s := range segments {
+		if s == "" || s == "." || s == ".." || len(s) > 255 || strings.ContainsFunc(s, unicode.IsControl) {
+			return ""
+		}
+		segments[i] = url.PathEscape(s)
+	}
+	return strings.Join(segments, "/")
+}
+
 // api asks the realm's admin API as the service account, and reads the answer into answer, if there is one.
 // gocloak's own methods would lose field errors, and know no lifespan and no language of a mail.
 func (k *keycloak) api(ctx context.Context, operation, method, path string, query url.Values, body, answer any) (
 	http.Header, error) {
 	var header http.Header
+	if path == "" {
+		return header, errNotFound
+	}
 	err := k.asService(ctx, operation, func(ctx context.Context, token string) error {
-		req := k.admin.GetRequestWithBearerAuth(ctx, token).SetQueryParamsFromValues(query).SetBody(body)
+		req := k.admin.RestyClient().R().SetContext(ctx).SetAuthToken(token).SetQueryParamsFromValues(query).SetBody(body)
 		if answer != nil {
 			req.SetResult(answer)
 		}
@@ -227,46 +262,36 @@ func (k *keycloak) realmURL(path string) string {
 	return k.cfg.KeycloakURL + "/realms/" + k.cfg.KeycloakRealm + "/" + path
 }
 
-// keycloakError translates what gocloak, oauth2 and net/http say into our errors.
-// No answer at all, and an answer that Keycloak itself calls a failure, is
-// errUnavailable.
+// keycloakError translates what oauth2 and net/http say into our errors. No answer at all, and one that only the
+// operator can do something about, is errUnavailable.
 func keycloakError(err error) error {
-	var api *gocloak.APIError
+	var request *url.Error
+	if errors.As(err, &request) { // it quotes the URL, which may hold an address
+		err = request.Err
+	}
+	for _, ours := range []error{nil, errUnavailable, errNotFound, errConflict, errRefused, errMailNotSent} {
+		if errors.Is(err, ours) {
+			return err
+		}
+	}
 	var grant *oauth2.RetrieveError
 	switch {
-	case err == nil, errors.As(err, new(rejected)), errors.Is(err, errMailNotSent), errors.Is(err, errUnavailable):
+	case errors.As(err, new(rejected)):
 		return err
-	case errors.As(err, &api):
-		switch {
-		case api.Code == 0: // no answer; the message quotes the URL, which may hold an address
-			return fmt.Errorf("%w: keycloak: %s", errUnavailable, api.Message[strings.LastIndex(api.Message, `": `)+1:])
-		case api.Code >= 500:
-			return fmt.Errorf("%w: keycloak: %s", errUnavailable, api.Message)
-		case api.Code == http.StatusNotFound:
-			return errNotFound
-		case api.Code == http.StatusConflict:
-			return errConflict
-		}
-		return fmt.Errorf("keycloak: %s", api.Message)
-	case errors.As(err, &grant):
-		// Decided by error and description: the status differs between versions.
-		switch {
-		case grant.Response.StatusCode >= 500:
-			return fmt.Errorf("%w: keycloak: %s", errUnavailable, grant.Response.Status)
-		case grant.ErrorDescription == "Account disabled":
-			return errAccountDisabled
-		case grant.ErrorDescription == "Account is not fully set up":
-			return errSetupRequired
-		case grant.ErrorDescription == "Invalid user credentials":
-			return errInvalidCredentials
-		case grant.ErrorCode == "invalid_client", grant.ErrorCode == "unauthorized_client": // the operator's to mend
-			return fmt.Errorf("%w: keycloak: %s: %s", errUnavailable, grant.ErrorCode, grant.ErrorDescription)
-		case grant.ErrorCode == "invalid_grant":
-			return fmt.Errorf("%w: %s", errInvalidGrant, grant.ErrorDescription)
-		}
-		return fmt.Errorf("keycloak: %s: %s", grant.ErrorCode, grant.ErrorDescription)
+	case !errors.As(err, &grant):
+		return fmt.Errorf("%w: keycloak: %w", errUnavailable, err)
+	// Decided by error and description: the status differs between versions.
+	case grant.ErrorDescription == "Account disabled":
+		return errAccountDisabled
+	case grant.ErrorDescription == "Account is not fully set up":
+		return errSetupRequired
+	case grant.ErrorDescription == "Invalid user credentials":
+		return errInvalidCredentials
+	case grant.ErrorCode == "invalid_grant":
+		return fmt.Errorf("%w: %s", errInvalidGrant, grant.ErrorDescription)
 	}
-	return fmt.Errorf("%w: keycloak: %w", errUnavailable, err)
+	return fmt.Errorf("%w: keycloak: %s %s: %s", errUnavailable,
+		grant.Response.Status, grant.ErrorCode, grant.ErrorDescription)
 }
 
 // oauth is the client that people sign in to.
@@ -303,6 +328,15 @@ func (k *keycloak) signIn(ctx context.Context, login, password, otp string) (*oa
 	})
 }
 
+// signInAdmin is signIn for an administrator of the realm master.
+func (k *keycloak) signInAdmin(ctx context.Context, name, password string) (*oauth2.Token, error) {
+	cli := oauth2.Config{ClientID: "admin-cli", Endpoint: oauth2.Endpoint{AuthStyle: oauth2.AuthStyleInParams,
+		TokenURL: k.cfg.KeycloakURL + "/realms/master/protocol/openid-connect/token"}}
+	return k.grant(ctx, "password_grant", k.passwords, func(ctx context.Context) (*oauth2.Token, error) {
+		return cli.PasswordCredentialsToken(ctx, name, password)
+	})
+}
+
 // refresh exchanges a refresh token for the next tokens (RFC 6749 §6). It returns
 // errInvalidGrant when the session has ended.
 func (k *keycloak) refresh(ctx context.Context, token string) (*oauth2.Token, error) {
@@ -331,7 +365,7 @@ type keycloakSession struct {
 // sessions returns the live sessions of a user; none if the user is gone.
 func (k *keycloak) sessions(ctx context.Context, user string) (live []keycloakSession, err error) {
 	var list []gocloak.UserSessionRepresentation
-	_, err = k.api(ctx, "user_sessions", "GET", "users/"+user+"/sessions", nil, nil, &list)
+	_, err = k.api(ctx, "user_sessions", "GET", pathOf("users", user, "sessions"), nil, nil, &list)
 	if errors.Is(err, errNotFound) {
 		return nil, nil
 	}
@@ -345,26 +379,35 @@ func (k *keycloak) sessions(ctx context.Context, user string) (live []keycloakSe
 
 // endSession ends a session in Keycloak.
 func (k *keycloak) endSession(ctx context.Context, sid string) error {
-	if !keycloakIDPattern.MatchString(sid) {
-		return errors.New("not a session id of Keycloak")
-	}
-	return k.end(ctx, "end_session", "DELETE", "sessions/"+sid)
+	return k.end(ctx, "end_session", "DELETE", pathOf("sessions", sid))
 }
 
 // logOut ends all sessions of a user in Keycloak, in one call.
 func (k *keycloak) logOut(ctx context.Context, id string) error {
-	return k.end(ctx, "end_sessions", "POST", "users/"+id+"/logout")
+	return k.end(ctx, "end_sessions", "POST", pathOf("users", id, "logout"))
 }
 
-// signingKeys returns the realm's keys (RFC 7517 §5).
-func (k *keycloak) signingKeys(ctx context.Context) (keys jose.JSONWebKeySet, err error) {
-	err = k.getJSON(ctx, "signing_keys", keycloakTimeout, "protocol/openid-connect/certs", &keys)
+// signingKeys returns the realm's keys that are of a known kind; others are skipped (RFC 7517 §5).
+func (k *keycloak) signingKeys(ctx context.Context) (keys []jose.JSONWebKey, err error) {
+	var set struct{ Keys []json.RawMessage }
+	err = k.getJSON(ctx, "signing_keys", keycloakTimeout, "protocol/openid-connect/certs", &set)
+	for _, raw := range set.Keys {
+		var key jose.JSONWebKey
+		if key.UnmarshalJSON(raw) == nil {
+			keys = append(keys, key)
+		}
+	}
 	return keys, err
 }
 
 // ping asks for the realm's public description.
 func (k *keycloak) ping(ctx context.Context) error {
-	return k.getJSON(ctx, "ping", 2*time.Second, "", &struct{}{})
+	var realm struct{ Realm string }
+	err := k.getJSON(ctx, "ping", 2*time.Second, "", &realm)
+	if err == nil && realm.Realm != k.cfg.KeycloakRealm {
+		err = fmt.Errorf("%w: not an answer of Keycloak: another realm", errUnavailable)
+	}
+	return err
 }
 
 // getJSON reads what the realm tells everybody.

@@ -8,8 +8,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-
-	"github.com/Nerzal/gocloak/v13"
 )
 
 // usersPage returns some users in a fixed order, with their attributes. Keycloak takes 1 to
@@ -17,24 +15,14 @@ import (
 // not too few; in pages of a thousand and more each costs more again.
 func (k *keycloak) usersPage(ctx context.Context, first, limit int) ([]keycloakUser, error) {
 	var page []keycloakUser
-	err := k.asService(ctx, "list_users", func(ctx context.Context, token string) error {
-		users, err := k.admin.GetUsers(ctx, token, k.cfg.KeycloakRealm,
-			gocloak.GetUsersParams{First: &first, Max: &limit, BriefRepresentation: gocloak.BoolP(false)})
-		page = make([]keycloakUser, len(users))
-		for i, u := range users {
-			page[i].User = *u
-		}
-		return err
-	})
+	query := url.Values{"first": {strconv.Itoa(first)}, "max": {strconv.Itoa(limit)}, "briefRepresentation": {"false"}}
+	_, err := k.api(ctx, "list_users", "GET", "users", query, nil, &page)
 	return page, err
 }
 
 // countUsers says how many users the realm has.
 func (k *keycloak) countUsers(ctx context.Context) (n int, err error) {
-	err = k.asService(ctx, "count_users", func(ctx context.Context, token string) error {
-		n, err = k.admin.GetUserCount(ctx, token, k.cfg.KeycloakRealm, gocloak.GetUsersParams{})
-		return err
-	})
+	_, err = k.api(ctx, "count_users", "GET", "users/count", nil, nil, &n)
 	return n, err
 }
 

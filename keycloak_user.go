@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"maps"
 	"net/http"
 	"net/url"
@@ -92,9 +93,10 @@ func (k *keycloak) createUser(ctx context.Context, reg registration, token strin
 	if err != nil {
 		return ku, err
 	}
-	_, id, _ := strings.Cut(header.Get("Location"), "/users/")
-	if !keycloakIDPattern.MatchString(id) {
-		return ku, errors.New("keycloak answered a creation without the new user's id")
+	_, escaped, _ := strings.Cut(header.Get("Location"), "/users/")
+	id, err := url.PathUnescape(escaped)
+	if err != nil || id == "" {
+		return ku, fmt.Errorf("%w: keycloak answered a creation without the new user's id", errUnavailable)
 	}
 	ku.ID = &id
 	return ku, nil
@@ -169,43 +171,53 @@ func (u keycloakUser) withoutState() keycloakUser {
 // update writes a user. With attributes a PUT replaces them all, and names and address, so
 // the user goes back as it came. Errors as of createUser.
 func (k *keycloak) update(ctx context.Context, operation string, ku keycloakUser) error {
-	_, err := k.api(ctx, operation, "PUT", "users/"+ku.id(), nil, ku.User, nil)
+	_, err := k.api(ctx, operation, "PUT", pathOf("users", ku.id()), nil, ku.User, nil)
 	return err
 }
 
-// responseError is gocloak's error for a response, or rejected where the body
-// names fields.
+// responseError is what an answer of the admin API means. Keycloak says what it refuses: an error that tells no more than
+// its status, or none, is somebody else's, or about the realm, and so an outage.
 func responseError(resp *resty.Response, err error) error {
-	if err != nil {
-		return &gocloak.APIError{Message: err.Error()}
+	var said objection
+	if err != nil || resp.IsError() && json.Unmarshal(resp.Body(), &said) != nil {
+		return cmp.Or(err, errUnavailable)
 	}
-	if !resp.IsError() {
+	text := cmp.Or(said.Error, said.Message)
+	specific := text != "" && !strings.HasSuffix(text, http.StatusText(resp.StatusCode())) && !strings.HasPrefix(text, "Realm")
+	fields := said.fields()
+	switch status := resp.StatusCode(); {
+	case status == http.StatusOK && resp.Request.Result != nil, status == http.StatusCreated,
+		status == http.StatusNoContent && resp.Request.Result == nil:
 		return nil
+	case status == http.StatusUnauthorized:
+		return errServiceToken
+	case status == http.StatusBadRequest && len(fields) > 0:
+		return rejected{fields}
+	case status == http.StatusBadRequest && specific:
+		return errRefused
+	case status == http.StatusNotFound && specific:
+		return errNotFound
+	case status == http.StatusConflict && specific:
+		return errConflict
 	}
-	if resp.StatusCode() == http.StatusBadRequest {
-		if fields := rejectedFields(resp.Body()); len(fields) > 0 {
-			return rejected{fields}
-		}
-	}
-	return &gocloak.APIError{Code: resp.StatusCode(), Message: resp.Status()} // the body may quote what was sent
+	return fmt.Errorf("%w: keycloak: %s", errUnavailable, resp.Status()) // the body may quote what was sent
 }
 
-// rejectedFields reads Keycloak's three shapes of a 400: one field, several
-// fields, and the password policy, which names its first broken rule only.
-func rejectedFields(body []byte) []fieldError {
-	type violation struct {
-		Field   string `json:"field"`
-		Message string `json:"errorMessage"`
-	}
-	var answer struct {
-		violation
-		Errors      []violation `json:"errors"`
-		Error       string      `json:"error"`
-		Description string      `json:"error_description"`
-	}
-	if json.Unmarshal(body, &answer) != nil {
-		return nil
-	}
+// objection is Keycloak's: a word or a sentence, one field, several fields, or the first broken rule of the password policy.
+type objection struct {
+	violation
+	Errors      []violation `json:"errors"`
+	Error       string      `json:"error"`
+	Description string      `json:"error_description"`
+}
+
+type violation struct {
+	Field   string `json:"field"`
+	Message string `json:"errorMessage"`
+}
+
+// fields are the fields that Keycloak objects to.
+func (answer objection) fields() []fieldError {
 	if strings.HasPrefix(answer.Error, "invalidPassword") {
 		// "Invalid password: minimum length 8." is the policy's text and holds nothing that was sent.
 		rule := strings.TrimSuffix(strings.TrimPrefix(answer.Description, "Invalid password: "), ".")
@@ -239,10 +251,10 @@ func rejectedFields(body []byte) []fieldError {
 
 // user returns a user by its id, or errNotFound.
 func (k *keycloak) user(ctx context.Context, id string) (user keycloakUser, err error) {
-	if !keycloakIDPattern.MatchString(id) {
-		return user, errNotFound
+	_, err = k.api(ctx, "get_user", "GET", pathOf("users", id), nil, nil, &user.User)
+	if err == nil && user.id() != id {
+		err = fmt.Errorf("%w: not an answer of Keycloak: another user", errUnavailable)
 	}
-	_, err = k.api(ctx, "get_user", "GET", "users/"+id, nil, nil, &user.User)
 	return user, err
 }
 
@@ -323,7 +335,7 @@ func (k *keycloak) activate(ctx context.Context, ku keycloakUser, reg registrati
 
 // deleteUser deletes a user (E2); one that is gone already is fine.
 func (k *keycloak) deleteUser(ctx context.Context, id string) error {
-	return k.end(ctx, "delete_user", "DELETE", "users/"+id)
+	return k.end(ctx, "delete_user", "DELETE", pathOf("users", id))
 }
 
 // What a mail asks a person to do on Keycloak's page.
@@ -337,7 +349,7 @@ var (
 // before it answers; errMailNotSent means that this failed.
 func (k *keycloak) sendMail(ctx context.Context, id, language string, lifespan time.Duration, actions []string) error {
 	return k.asService(ctx, "send_mail", func(ctx context.Context, token string) error {
-		req := k.admin.GetRequestWithBearerAuth(ctx, token).
+		req := k.admin.RestyClient().R().SetContext(ctx).SetAuthToken(token).
 			SetHeader("Accept-Language", language).
 			SetQueryParam("lifespan", strconv.Itoa(int(lifespan.Seconds())))
 		path := "send-verify-email"
@@ -347,8 +359,10 @@ func (k *keycloak) sendMail(ctx context.Context, id, language string, lifespan t
 				SetQueryParam("client_id", k.cfg.AuthClientID).
 				SetQueryParam("redirect_uri", k.cfg.PublicURL+"/account/ready")
 		}
-		resp, err := req.Put(k.cfg.KeycloakURL + "/admin/realms/" + k.cfg.KeycloakRealm + "/users/" + id + "/" + path)
-		if err == nil && resp.StatusCode() == http.StatusInternalServerError {
+		resp, err := req.Put(k.cfg.KeycloakURL + "/admin/realms/" + k.cfg.KeycloakRealm + "/" + pathOf("users", id, path))
+		var said objection
+		if err == nil && resp.StatusCode() == http.StatusInternalServerError && json.Unmarshal(resp.Body(), &said) == nil &&
+			said.Message != "" {
 			return errMailNotSent
 		}
 		return responseError(resp, err)

@@ -72,6 +72,11 @@ func testMain(m *testing.M) int {
 	return code
 }
 
+// olderKeycloak says whether the tests run against 26.4 or 26.5.
+func olderKeycloak() bool {
+	return regexp.MustCompile(`^26\.[45]\.`).MatchString(os.Getenv("KEYCLOAK_VERSION"))
+}
+
 const backendSecret = "test-backend-secret"
 
 // password is what every test user chooses; check looks for it in logs and audit.

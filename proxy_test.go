@@ -33,7 +33,8 @@ func (f fault) String() string { return [...]string{"", "lost", "applied", "fail
 // connections like a server that is stopped. Patterns are regular expressions for
 // a call's name and request, "send_mail PUT /admin/realms/…": see callName.
 type keycloakProxy struct {
-	forwards atomic.Bool // hand on who the client is: Keycloak wants TLS of addresses that are not private
+	instead  atomic.Pointer[proxyAnswer] // what it answers to all calls itself; nil: it asks Keycloak
+	forwards atomic.Bool                 // hand on who the client is: Keycloak wants TLS of addresses that are not private
 	mu       sync.Mutex
 	addr     string
 	server   *http.Server
@@ -198,6 +199,10 @@ func (g *keycloakProxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	if !g.wait(r.Context(), call, false) || r.Context().Err() != nil || g.fault(call) == lost {
 		panic(http.ErrAbortHandler)
+	}
+	if own := g.instead.Load(); own != nil {
+		own.ServeHTTP(w, r)
+		return
 	}
 	if g.fault(call) == failing {
 		w.Header().Set("Content-Type", "application/json")

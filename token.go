@@ -84,7 +84,7 @@ func (c tokenClaims) match(u user) bool {
 type verifier struct {
 	issuer string
 	client string
-	fetch  func(context.Context) (jose.JSONWebKeySet, error)
+	fetch  func(context.Context) ([]jose.JSONWebKey, error)
 	now    func() time.Time
 
 	revoked  revocations
@@ -152,7 +152,7 @@ func (v *verifier) refreshKeys(ctx context.Context) {
 	after.absent, _ = lru.New[string, bool](keysAbsent) // fails only for a size below 1
 	fetched, err := v.fetch(ctx)
 	byID := map[string]jose.JSONWebKey{}
-	for _, key := range fetched.Keys {
+	for _, key := range fetched {
 		if key.Use != "enc" && key.IsPublic() && key.KeyID != "" { // never a symmetric one
 			byID[key.KeyID] = key
 		}

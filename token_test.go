@@ -724,8 +724,8 @@ func FuzzToken(f *testing.F) {
 	}
 	head := body{"alg": "RS256", "kid": "known"}
 	claims := body{"iss": s.verifier.issuer, "typ": "Bearer", "azp": s.verifier.client, "sub": "s", "user_id": "u", "roles": []string{"user"}, "iat": time.Now().Unix(), "exp": time.Now().Unix() + 3600}
-	s.verifier.fetch = func(context.Context) (jose.JSONWebKeySet, error) {
-		return jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: &key.PublicKey, KeyID: "known", Algorithm: "RS256"}}}, nil
+	s.verifier.fetch = func(context.Context) ([]jose.JSONWebKey, error) {
+		return []jose.JSONWebKey{{Key: &key.PublicKey, KeyID: "known", Algorithm: "RS256"}}, nil
 	}
 	s.verifier.refreshKeys(f.Context())
 	s.verifier.revoked.add(time.Now())
