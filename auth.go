@@ -95,18 +95,21 @@ func (s *server) openSession(
 	ctx context.Context, c caller, token *oauth2.Token, nonce string,
 ) (out loginOut, err error) {
 	claims, err := readClaims(token.AccessToken)
-	if err == nil && (claims.SessionID == "" || token.RefreshToken == "") {
-		err = errors.New("keycloak: tokens without sid or without a refresh token; see the client's settings")
-	}
-	if err != nil {
-		return out, err
-	}
+	sid, _ := token.Extra("session_state").(string) // also where the claims can't be read
 	// Dying here (L1) leaves a session in Keycloak that nobody has the tokens of; it dies of idleness.
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, s.kc.endSession(ctx, claims.SessionID))
+			err = errors.Join(err, s.kc.endSession(ctx, cmp.Or(claims.SessionID, sid)))
 		}
 	}()
+	switch {
+	case err != nil:
+		return out, err
+	case claims.SessionID == "" || token.RefreshToken == "":
+		return out, problemTokenClaims.withCause(errors.New("keycloak: tokens without sid or without a refresh token"))
+	case newTokenResponse(token, "").RefreshExpiresIn == 0: // no list of Keycloak has it, so "sign out" would miss it
+		return out, problemSessionEndless
+	}
 	if nonce != "" {
 		if err := s.verifier.idToken(ctx, token, nonce); errors.Is(err, errUnavailable) {
 			return out, err
@@ -139,7 +142,14 @@ func (s *server) matching(ctx context.Context, token *oauth2.Token, u user) (*oa
 	if err := s.doNow(ctx, kcTask(u.KeycloakID)); err != nil && !errors.Is(err, errConflict) {
 		return token, err
 	}
-	return s.kc.refresh(ctx, token.RefreshToken)
+	if token, err = s.kc.refresh(ctx, token.RefreshToken); err != nil {
+		return token, err
+	}
+	claims, err = readClaims(token.AccessToken)
+	if err == nil && (claims.UserID == "" || len(claims.Roles) == 0 || claims.NetworkID == "" || claims.StationID == "") {
+		err = problemTokenClaims.withCause(errors.New("keycloak: tokens without user_id, roles, network_id or station_id"))
+	}
+	return token, err
 }
 
 // accountOf returns the account that Keycloak has just let in, if it is one in PostgreSQL, too. Somebody whom only

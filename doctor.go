@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/base64"
 	"encoding/json"
@@ -9,9 +10,11 @@ import (
 	"fmt"
 	"io"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 
+	"github.com/go-jose/go-jose/v4"
 	"github.com/jackc/pgx/v5/pgconn"
 )
 
@@ -212,7 +215,7 @@ func (d *doctor) checkKeycloak(ctx context.Context) {
 	err := d.s.kc.getJSON(ctx, "discovery", keycloakTimeout, ".well-known/openid-configuration", &discovery)
 	if !d.check("Keycloak: reachable", err == nil, fmt.Sprint(err),
 		"Check KEYCLOAK_URL, KEYCLOAK_REALM and the network.", "Keycloak: issuer", "Keycloak: email theme", "realm",
-		"Keycloak: auth client", "Keycloak: service account", "Keycloak: clock") {
+		"Keycloak: auth client", "Keycloak: service account", "Keycloak: clock", "Keycloak: signing key") {
 		return
 	}
 	issuer := d.s.cfg.issuer()
@@ -226,14 +229,22 @@ func (d *doctor) checkKeycloak(ctx context.Context) {
 	token, err := d.s.kc.serviceToken(ctx) // after checkRealm: -fix may have created the account
 	if d.check("Keycloak: service account", err == nil, fmt.Sprint(err), "Check KEYCLOAK_BACKEND_CLIENT_ID and "+
 		"KEYCLOAK_BACKEND_CLIENT_SECRET. The realm, that client and its \"Service account roles\" must be enabled.",
-		"Keycloak: clock") {
-		d.checkClock("Keycloak: clock", time.Unix(readServiceToken(token).IssuedAt, 0)) // Keycloak sends no Date
+		"Keycloak: clock", "Keycloak: signing key") {
+		t := readServiceToken(token)
+		d.checkClock("Keycloak: clock", time.Unix(t.IssuedAt, 0)) // Keycloak sends no Date
+		keys, err := d.s.kc.signingKeys(ctx)
+		known := slices.ContainsFunc(keys, func(key jose.JSONWebKey) bool { return key.KeyID == t.Key })
+		d.check("Keycloak: signing key", known, fmt.Sprint(cmp.Or(err, errKeyKind)),
+			"Give a key for RS256, ES256, PS256, or EdDSA with Ed25519, the highest priority of its algorithm.")
 	}
 }
+
+var errKeyKind = errors.New("tokens are signed with a kind of key that is not known here, such as Ed448")
 
 // serviceToken is what the doctor reads in the service account's token.
 type serviceToken struct {
 	Algorithm string                              `json:"alg"`
+	Key       string                              `json:"kid"`
 	IssuedAt  int64                               `json:"iat"`
 	Access    map[string]struct{ Roles []string } `json:"resource_access"`
 }

@@ -29,7 +29,7 @@ var leeways = []struct{ leaves, values *regexp.Regexp }{
 	// (that it is, is required). The sign-in of the service account checks its secret.
 	{all(`displayName|rememberMe|resetPasswordAllowed|supportedLocales|defaultLocale|eventsListeners`), all(`.*`)},
 	{all(`ssoSession.*|actionToken.*|failureFactor|.*Seconds|quickLoginCheckMilliSeconds`), all(`.*`)},
-	{all(`.*\]\.(name|description|displayName|secret|webOrigins|optionalClientScopes|.*length\.min)`), all(`.*`)},
+	{all(`.*\]\.(name|description|displayName|secret|webOrigins|.*length\.min)`), all(`.*`)},
 	{all(`.*\]\.attributes\.(post\.logout|oauth2\.device|oidc\.ciba)\..*`), all(`.*`)},
 	{all(`.*\]\.config\.(id|userinfo|introspection)\.token\.claim`), all(`.*`)},
 	// Bounds: stricter is fine. Sync needs events of a day, 86,400 s, and 0 is for ever. A column holds a
@@ -47,6 +47,8 @@ func all(pattern string) *regexp.Regexp { return regexp.MustCompile(`^(?s:` + pa
 
 // unsaid are leaves that realm.json leaves out, because Keycloak's default is right. They must have no value.
 var unsaid = []string{"access.token.lifespan", "access.token.signed.response.alg", "multivalued", "required"}
+
+const offlineScope = "offline_access"
 
 // operators is in the place of a value that only the operator knows; there must be one.
 const operators = "set by the operator"
@@ -138,6 +140,7 @@ func (d *doctor) compareRealm(ctx context.Context, api *adminAPI) {
 	if !api.admin {
 		maps.DeleteFunc(must, func(key string, _ any) bool { return live[key] == nil })
 	}
+	d.checkMappers(live)
 	var found, left []finding
 	should := merge("realm", live, must, &found).(map[string]any)
 	if left = found; d.fix && !d.dryRun {
@@ -162,6 +165,35 @@ func (d *doctor) compareRealm(ctx context.Context, api *adminAPI) {
 	if len(left) == 0 && api.admin {
 		d.check("realm", true, "", "")
 	}
+}
+
+// checkMappers looks for what realm.json can't say: mappers that must not be there.
+func (d *doctor) checkMappers(live map[string]any) {
+	i := indexOf(live["clients"], map[string]any{"clientId": d.s.cfg.AuthClientID})
+	if i < 0 {
+		return
+	}
+	client := objects(live["clients"])[i]
+	mappers, scopes := objects(client["protocolMappers"]), including(client["defaultClientScopes"], nil)
+	for _, scope := range objects(live["clientScopes"]) {
+		if slices.Contains(scopes, scope["name"]) {
+			mappers = append(mappers, objects(scope["protocolMappers"])...)
+		}
+	}
+	subject, groups := "", ""
+	for _, m := range mappers {
+		config, _ := m["config"].(map[string]any)
+		switch kind := m["protocolMapper"]; {
+		case kind == "oidc-sha256-pairwise-sub-mapper", config["claim.name"] == "sub":
+			subject = nameOf(m)
+		case kind == "oidc-group-membership-mapper" && config["access.token.claim"] == "true":
+			groups = nameOf(m)
+		}
+	}
+	d.check("Keycloak: subject", subject == "", "the mapper "+subject+" makes sub another one than the user's id",
+		"Remove it from the client that people sign in to, and from its default client scopes.")
+	d.warn("Keycloak: token size", groups == "", "the mapper "+groups+" lists all groups of a user in each access token; "+
+		"this service accepts 32 KiB, proxies mostly 8", "Take its claim out of the access token.")
 }
 
 // merge returns what is with each leaf as it must be, and adds a finding for each that differs. What
@@ -237,8 +269,13 @@ func allow(leaf string, is, must any) any {
 	switch {
 	case leaf == "enabledEventTypes", strings.HasSuffix(leaf, ".redirectUris"):
 		return including(is, wanted)
-	case strings.HasSuffix(leaf, ".defaultClientScopes"):
-		return including(is, []any{"basic"}) // it has the claim sub
+	case strings.HasSuffix(leaf, "ClientScopes"):
+		kept, _ := is.([]any) // sessions without an end are in no list
+		kept = slices.DeleteFunc(slices.Clone(kept), func(scope any) bool { return scope == offlineScope })
+		if strings.HasSuffix(leaf, ".defaultClientScopes") {
+			kept = including(kept, []any{"basic"}) // it has the claim sub
+		}
+		return kept
 	case strings.Contains(leaf, "].permissions.") && slices.Contains(wanted, any("user")):
 		return including(is, []any{"admin"}) // what users may do themselves is a matter of taste
 	case leaf == "passwordPolicy":
@@ -403,8 +440,8 @@ func (a adminAPI) writeRealm(ctx context.Context, live, should map[string]any) e
 	return a.err
 }
 
-// writeClient sends all of a client: Keycloak resets some of what is left out. Default scopes are
-// added one by one.
+// writeClient sends all of a client: Keycloak resets some of what is left out. Scopes are added and
+// removed one by one.
 func (a *adminAPI) writeClient(ctx context.Context, client map[string]any, scopes []map[string]any) {
 	if client["id"] == nil {
 		a.call(ctx, "POST", "/clients", client, nil)
@@ -414,8 +451,12 @@ func (a *adminAPI) writeClient(ctx context.Context, client map[string]any, scope
 	a.call(ctx, "PUT", path, client, nil)
 	defaults, _ := client["defaultClientScopes"].([]any)
 	for _, scope := range scopes {
-		if slices.Contains(defaults, scope["name"]) {
-			a.call(ctx, "PUT", path+"/default-client-scopes/"+text(scope["id"]), nil, nil)
+		switch id := text(scope["id"]); {
+		case slices.Contains(defaults, scope["name"]):
+			a.call(ctx, "PUT", path+"/default-client-scopes/"+id, nil, nil)
+		case scope["name"] == offlineScope:
+			a.call(ctx, "DELETE", path+"/default-client-scopes/"+id, nil, nil)
+			a.call(ctx, "DELETE", path+"/optional-client-scopes/"+id, nil, nil)
 		}
 	}
 }

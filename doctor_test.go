@@ -226,7 +226,7 @@ func TestDoctorFaults(t *testing.T) {
 	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0s"})
 	admin := asAdmin(t, services.AdminUser, services.AdminPassword)
 	ofPostgreSQL := []string{"PostgreSQL: version", "PostgreSQL: clock", "PostgreSQL: schema", "PostgreSQL: privileges", "PostgreSQL: audit log"}
-	ofKeycloak := []string{"Keycloak: issuer", "Keycloak: email theme", "realm", "Keycloak: auth client", "Keycloak: service account", "Keycloak: clock"}
+	ofKeycloak := []string{"Keycloak: issuer", "Keycloak: email theme", "realm", "Keycloak: auth client", "Keycloak: service account", "Keycloak: clock", "Keycloak: signing key"}
 	account := "realm.users[service-account-nobody]"
 	database := func(change func(*url.URL)) map[string]string {
 		u, err := url.Parse(w.vars["DATABASE_URL"])
@@ -255,11 +255,11 @@ func TestDoctorFaults(t *testing.T) {
 		{"Keycloak is down", map[string]string{"KEYCLOAK_URL": "http://127.0.0.1:1"}, admin, []string{"Keycloak: reachable"}, ofKeycloak},
 		{"wrong realm", map[string]string{"KEYCLOAK_REALM": "nowhere"}, admin, []string{"Keycloak: reachable"}, ofKeycloak},
 		{"wrong secret", map[string]string{"KEYCLOAK_BACKEND_CLIENT_SECRET": "s3cret"}, nil,
-			[]string{"Keycloak: service account"}, []string{"Keycloak: email theme", "realm", "Keycloak: clock"}},
+			[]string{"Keycloak: service account"}, []string{"Keycloak: email theme", "realm", "Keycloak: clock", "Keycloak: signing key"}},
 		{"wrong secret, as an administrator", map[string]string{"KEYCLOAK_BACKEND_CLIENT_SECRET": "s3cret"}, admin,
-			[]string{"Keycloak: service account"}, []string{"Keycloak: clock"}},
+			[]string{"Keycloak: service account"}, []string{"Keycloak: clock", "Keycloak: signing key"}},
 		{"wrong backend client", map[string]string{"KEYCLOAK_BACKEND_CLIENT_ID": "nobody"}, admin,
-			[]string{"realm.clients[nobody]", account, "Keycloak: service account"}, []string{"Keycloak: clock"}},
+			[]string{"realm.clients[nobody]", account, "Keycloak: service account"}, []string{"Keycloak: clock", "Keycloak: signing key"}},
 		{"wrong client", map[string]string{"KEYCLOAK_AUTH_CLIENT_ID": "nobody"}, admin, []string{"realm.clients[nobody]", "Keycloak: auth client"}, nil},
 		{"wrong issuer", map[string]string{"KEYCLOAK_PUBLIC_URL": "https://id.example"}, admin, []string{"Keycloak: issuer"}, nil},
 		{"another PUBLIC_URL", map[string]string{"PUBLIC_URL": "https://people.example"}, admin,

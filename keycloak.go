@@ -377,9 +377,16 @@ func (k *keycloak) sessions(ctx context.Context, user string) (live []keycloakSe
 	return live, err
 }
 
-// endSession ends a session in Keycloak.
-func (k *keycloak) endSession(ctx context.Context, sid string) error {
-	return k.end(ctx, "end_session", "DELETE", pathOf("sessions", sid))
+// endSession ends a session in Keycloak, also an offline one; what is gone already is fine.
+func (k *keycloak) endSession(ctx context.Context, sid string) (err error) {
+	for _, offline := range []string{"false", "true"} {
+		query := url.Values{"isOffline": {offline}}
+		_, err = k.api(ctx, "end_session", "DELETE", pathOf("sessions", sid), query, nil, nil)
+		if !errors.Is(err, errNotFound) {
+			return err
+		}
+	}
+	return nil
 }
 
 // logOut ends all sessions of a user in Keycloak, in one call.

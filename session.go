@@ -272,8 +272,8 @@ func (s *server) endBefore(ctx context.Context, u user) error {
 	if err != nil {
 		return err
 	}
-	if len(old) > 0 && len(old) == len(live) {
-		err, old = s.kc.logOut(ctx, u.KeycloakID), nil // one call
+	if len(old) == len(live) {
+		err, old = s.kc.logOut(ctx, u.KeycloakID), nil // one call, and offline sessions, which no list has
 	}
 	for _, id := range old {
 		err = cmp.Or(err, s.kc.endSession(ctx, id))

@@ -25,7 +25,7 @@ import (
 
 // Limits of token verification, and cache lifetimes.
 const (
-	maxToken       = 8 << 10          // bytes
+	maxToken       = 32 << 10         // bytes; the server reads no longer header
 	tokenLeeway    = 30 * time.Second // between Keycloak's clock and ours, for exp, nbf and iat
 	verifiedTokens = 10_000           // remembered, with their claims: about 5 MB
 	verifiedFor    = 60 * time.Second
@@ -316,20 +316,23 @@ func (v *verifier) idToken(ctx context.Context, token *oauth2.Token, nonce strin
 	return nil
 }
 
-// readClaims reads a token that has just come from Keycloak's token endpoint itself; no signature is needed to know
-// its origin (OpenID Connect Core §3.1.3.7).
+// readClaims reads an access token that has just come from Keycloak's token endpoint itself; no signature is needed to know
+// its origin (OpenID Connect Core §3.1.3.7). It returns the problem of one that would not be accepted here.
 func readClaims(token string) (c tokenClaims, err error) {
+	if len(token) > maxToken {
+		return c, problemTokenLong
+	}
 	signed, err := jose.ParseSignedCompact(token, tokenAlgorithms)
 	if err == nil {
 		c, err = claimsOf(signed)
 	}
-	if err == nil && c.Subject == "" {
-		err = errors.New("sub is missing")
+	switch {
+	case err != nil:
+		return c, problemTokenAlgorithm.withCause(fmt.Errorf("keycloak's access token: %w", err))
+	case c.Subject == "":
+		return c, problemTokenClaims.withCause(errors.New("keycloak's access token: sub is missing"))
 	}
-	if err != nil {
-		err = fmt.Errorf("keycloak's access token: %w", err)
-	}
-	return c, err
+	return c, nil
 }
 
 // claimsOf reads what a token says, true or not.
