@@ -175,17 +175,17 @@ func (k *keycloak) update(ctx context.Context, operation string, ku keycloakUser
 	return err
 }
 
-// responseError is what an answer of the admin API means. Keycloak says what it refuses: an error that tells no more than
-// its status, or none, is somebody else's, or about the realm, and so an outage.
+// responseError is what an answer of the admin API means. Keycloak says what it refuses: an error that tells no more
+// than its status, or none, is somebody else's, or about the realm, and so an outage.
 func responseError(resp *resty.Response, err error) error {
 	var said objection
 	if err != nil || resp.IsError() && json.Unmarshal(resp.Body(), &said) != nil {
 		return cmp.Or(err, errUnavailable)
 	}
 	text := cmp.Or(said.Error, said.Message)
-	specific := text != "" && !strings.HasSuffix(text, http.StatusText(resp.StatusCode())) && !strings.HasPrefix(text, "Realm")
-	fields := said.fields()
-	switch status := resp.StatusCode(); {
+	status, fields := resp.StatusCode(), said.fields()
+	specific := text != "" && !strings.HasSuffix(text, http.StatusText(status)) && !strings.HasPrefix(text, "Realm")
+	switch {
 	case status == http.StatusOK && resp.Request.Result != nil, status == http.StatusCreated,
 		status == http.StatusNoContent && resp.Request.Result == nil:
 		return nil
@@ -203,7 +203,8 @@ func responseError(resp *resty.Response, err error) error {
 	return fmt.Errorf("%w: keycloak: %s", errUnavailable, resp.Status()) // the body may quote what was sent
 }
 
-// objection is Keycloak's: a word or a sentence, one field, several fields, or the first broken rule of the password policy.
+// objection is Keycloak's: a word or a sentence, one field, several fields, or the first broken rule of the password
+// policy.
 type objection struct {
 	violation
 	Errors      []violation `json:"errors"`

@@ -103,7 +103,7 @@ func TestTokensThatDoNotFit(t *testing.T) {
 	}{
 		{"lightweight", attribute("client.use.lightweight.access.token.enabled", "true"), "lack claims", p + "attributes.client.use.lightweight.access.token.enabled"},
 		{"no refresh tokens", attribute("use.refresh.tokens", "false"), "lack claims", p + "attributes.use.refresh.tokens"},
-		{"an algorithm", attribute("access.token.signed.response.alg", "RS384"), "algorithm", p + "attributes.access.token.signed.response.alg"},
+		{"an algorithm", attribute("access.token.signed.response.alg", "HS512"), "algorithm", p + "attributes.access.token.signed.response.alg"},
 		{"offline", func() { w.keycloakAdmin("PUT", client+"/default-client-scopes/"+offline, nil, nil) }, "without an end", p + "defaultClientScopes"},
 	} {
 		w.Run(c.name, func() {

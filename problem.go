@@ -118,17 +118,19 @@ var (
 
 // What is wrong with the tokens that the realm issues: only its administrator can do something about it.
 var (
-	problemTokenAlgorithm = problemUnavailable.retryAfter(time.Minute).withDetail("The sign-in server's access tokens have " +
-		"a form or a signature algorithm that is not accepted here. Please tell an administrator, " +
-		"who can run auth-service doctor.")
-	problemTokenClaims = problemUnavailable.retryAfter(time.Minute).withDetail("The sign-in server's access tokens lack " +
-		"claims that are needed here, as lightweight ones do. Please tell an administrator, " +
-		"who can run auth-service doctor.")
-	problemTokenLong = problemUnavailable.retryAfter(time.Minute).withDetail("The access token of this account is longer " +
-		"than is accepted here: it lists too many groups or roles. Please tell an administrator.")
-	problemSessionEndless = problemUnavailable.retryAfter(time.Minute).withDetail("The sign-in server gives sessions " +
-		"without an end (offline_access). Please tell an administrator, who can run auth-service doctor.")
+	problemTokenAlgorithm = unusable("The sign-in server's access tokens have a form or a signature algorithm " +
+		"that is not accepted here. Please tell an administrator, who can run auth-service doctor.")
+	problemTokenClaims = unusable("The sign-in server's access tokens lack claims that are needed here, as " +
+		"lightweight ones do. Please tell an administrator, who can run auth-service doctor.")
+	problemTokenLong = unusable("The access token of this account is longer than is accepted here: it lists too " +
+		"many groups or roles. Please tell an administrator.")
+	problemSessionEndless = unusable("The sign-in server gives sessions without an end (offline_access). " +
+		"Please tell an administrator, who can run auth-service doctor.")
 )
+
+func unusable(detail string) problem {
+	return problemUnavailable.withDetail(detail).retryAfter(time.Minute)
+}
 
 func (p problem) Error() string {
 	if p.err != nil {

@@ -316,8 +316,8 @@ func (v *verifier) idToken(ctx context.Context, token *oauth2.Token, nonce strin
 	return nil
 }
 
-// readClaims reads an access token that has just come from Keycloak's token endpoint itself; no signature is needed to know
-// its origin (OpenID Connect Core §3.1.3.7). It returns the problem of one that would not be accepted here.
+// readClaims reads an access token that has just come from Keycloak's token endpoint itself; no signature is needed to
+// know its origin (OpenID Connect Core §3.1.3.7). It returns the problem of one that would not be accepted here.
 func readClaims(token string) (c tokenClaims, err error) {
 	if len(token) > maxToken {
 		return c, problemTokenLong
