@@ -48,7 +48,7 @@ func (s *server) login(ctx context.Context, c caller, in loginIn) (loginOut, err
 		return loginOut{}, invalid(fieldError{"username", "is required, or else email"})
 	}
 	name := cmp.Or(in.Username, in.Email)
-	account, err := s.store.accountByLogin(ctx, name) // whether there is one or not: that takes as long
+	account, err := s.store.accountByLogin(ctx, name, network(clientOf(ctx)), s.now())
 	if err != nil {
 		return loginOut{}, err
 	}
@@ -57,9 +57,9 @@ func (s *server) login(ctx context.Context, c caller, in loginIn) (loginOut, err
 			name = gocloak.PString(u.Username)
 		}
 	}
-	token, err := s.checkPassword(ctx, cmp.Or(account, name), name, in) // L1
+	token, err := s.checkPassword(ctx, account, name, in) // L1
 	if err != nil {
-		return loginOut{}, s.loginError(ctx, name, account, in.OTP != "", err)
+		return loginOut{}, s.loginError(ctx, name, account.ID, in.OTP != "", err)
 	}
 	return s.openSession(ctx, c, token, "") // L2
 }
@@ -68,25 +68,55 @@ func (s *server) login(ctx context.Context, c caller, in loginIn) (loginOut, err
 const checkLock = 10 * time.Second
 
 // checkPassword has Keycloak check a password (L1). The checks of one account are lined up: however many guess at
-// the same time, each failure is counted before the next password is compared. Failures count, not attempts, and
-// those of one client address do not keep the owner out who comes from another.
-func (s *server) checkPassword(ctx context.Context, account, name string, in loginIn) (*oauth2.Token, error) {
-	t, err := s.store.lock(ctx, "login:"+digest(strings.ToLower(account)), checkLock, s.now)
+// the same time, each failure is counted before the next password is compared. Failures count, not attempts. Those of
+// others do not keep the owner out: neither their limits nor Keycloak's lock count for a client that the account has
+// signed in from before.
+func (s *server) checkPassword(ctx context.Context, account loginAccount, name string, in loginIn) (*oauth2.Token, error) {
+	client, key := network(clientOf(ctx)), cmp.Or(account.ID, name)
+	leave := s.checking.enter(client)
+	if leave == nil {
+		return nil, errBusy
+	}
+	defer leave()
+	t, err := s.store.lock(ctx, "login:"+digest(strings.ToLower(key)), checkLock, s.now)
 	if err != nil {
 		return nil, err
 	}
 	defer s.release(ctx, t, never, nil)
-	failures := []rateLimit{failuresOfOne.of(account, network(clientOf(ctx))), failuresOfAll.of(account)}
+	failures := []rateLimit{failuresOfOne.of(key, client), failuresOfAll.of(key)}
+	if account.Known {
+		failures = failures[:1]
+	}
 	if err := s.store.peek(ctx, s.now(), failures...); err != nil {
 		return nil, err
 	}
 	token, err := s.kc.signIn(ctx, name, in.Password, in.OTP)
+	if errors.Is(err, errInvalidCredentials) && account.Known {
+		token, err = s.unlocked(ctx, account, name, in, err)
+	}
 	if errors.Is(err, errInvalidCredentials) {
 		if failed := s.store.hit(ctx, s.now(), failures...); failed != nil {
 			return nil, failed
 		}
 	}
 	return token, err
+}
+
+// unlocked checks a password again if Keycloak's guard has locked the account. Keycloak's answer is the same then.
+func (s *server) unlocked(
+	ctx context.Context, account loginAccount, name string, in loginIn, wrong error,
+) (*oauth2.Token, error) {
+	locked, err := s.kc.locked(ctx, account.KeycloakID)
+	if err == nil && !locked {
+		return nil, wrong
+	}
+	if err == nil {
+		err = s.kc.unlock(ctx, account.KeycloakID)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return s.kc.signIn(ctx, name, in.Password, in.OTP)
 }
 
 // openSession stores the session of fresh tokens (L2) and makes the answer. Without its row a session is ended again
@@ -278,7 +308,7 @@ func (s *server) mailReset(ctx context.Context, u keycloakUser) error {
 	} else if err != nil {
 		return err
 	}
-	err := s.kc.sendMail(ctx, u.id(), u.attribute(attrLocale), resetLifespan, choosePassword)
+	err := s.kc.sendMail(ctx, u.id(), u.locale(), resetLifespan, choosePassword)
 	if err != nil {
 		err = errors.Join(err, refund(ctx, s.store.pool, claim...))
 	}

@@ -144,6 +144,7 @@ func (s *server) pageRoutes() []route {
 		{"POST /account/resend", "", public, onResend, "resend", "", page(s.resendForm)},
 		{"GET /account/cancel", "", public, unlimited, "cancelPage", "", page(s.cancelPage)},
 		{"POST /account/cancel", "", public, onVerify, "cancel", "", page(s.cancelForm)},
+		{"GET /account/address", "", public, unlimited, "addressPage", "", page(s.addressPage)},
 		{"GET /account/ready", "", public, unlimited, "readyPage", "", show(templates.Message(templates.PasswordSet()))},
 		{"GET /problems/{slug}", "", public, unlimited, "problemPage", "", page(s.problemPage)},
 		{"GET /static/style.css", "", public, unlimited, "style", "", plain(styleSheet)},
@@ -261,6 +262,9 @@ func op[I, O any](tag string, status int, f func(context.Context, caller, I) (O,
 			var in I
 			var out O
 			err := s.decode(w, r, &in)
+			if err == nil && rt.Access == signedIn { // the body may have come slowly: the token must be good by now
+				_, err = s.bearer(r)
+			}
 			if err == nil {
 				out, err = f(ctx, s.caller(r), in)
 			}

@@ -387,7 +387,7 @@ func (s *server) decodeCookie(r *http.Request, in any) (bool, error) {
 	target, takes := in.(interface{ setCookies(tokens []string) })
 	var tokens []string
 	for _, cookie := range r.CookiesNamed(s.refreshCookie("", 0).Name) {
-		if cookie.Value != "" {
+		if cookie.Value != "" && len(tokens) < cookiesTried {
 			tokens = append(tokens, cookie.Value)
 		}
 	}

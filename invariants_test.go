@@ -94,7 +94,7 @@ func (w *env) violations() (wrong []string) {
 				there && (ku.Enabled != r.IsActive || !ku.EmailVerified || ku.ID != r.KeycloakID):
 				report("%s is verified, but not in both stores: %+v %+v", r.RegistrationID, r, ku)
 			}
-			for _, name := range []string{attrToken, attrCode, attrURL} {
+			for _, name := range []string{attrToken, attrCode} {
 				if len(ku.Attributes[name]) > 0 {
 					report("%s is verified and Keycloak still has %s", r.RegistrationID, name)
 				}

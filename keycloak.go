@@ -28,6 +28,8 @@ const (
 	keycloakTimeout = 4 * time.Second
 	mailTimeout     = 15 * time.Second
 	listTimeout     = 30 * time.Second
+
+	passwordChecks = 16 // at a time, and half as many of one client
 )
 
 // What Keycloak may answer beside errNotFound, errConflict and errUnavailable.
@@ -69,7 +71,7 @@ func newKeycloak(cfg config, m *metrics) *keycloak {
 	scheme, _, _ := strings.Cut(cfg.issuer(), ":")
 	client := &http.Client{Transport: keycloakOnly{forwarding{transport, scheme}}}
 	k := &keycloak{cfg: cfg, client: client, metrics: m, calls: newBulkhead(24), mails: newBulkhead(8),
-		passwords: newBulkhead(16)}
+		passwords: newBulkhead(passwordChecks)}
 	k.admin = gocloak.NewClient(cfg.KeycloakURL)
 	k.admin.SetRestyClient(resty.NewWithClient(client)) // its own has no limits, and a cookie jar for all users
 	return k
@@ -392,6 +394,22 @@ func (k *keycloak) endSession(ctx context.Context, sid string) (err error) {
 // logOut ends all sessions of a user in Keycloak, in one call.
 func (k *keycloak) logOut(ctx context.Context, id string) error {
 	return k.end(ctx, "end_sessions", "POST", pathOf("users", id, "logout"))
+}
+
+// endOffline revokes the offline tokens of a user (OpenID Connect Core §11), which outlive its sessions. Keycloak shows
+// them as grants of consent.
+func (k *keycloak) endOffline(ctx context.Context, id string) error {
+	var grants []struct {
+		ClientID string `json:"clientId"`
+		Offline  []any  `json:"additionalGrants"`
+	}
+	_, err := k.api(ctx, "user_consents", "GET", pathOf("users", id, "consents"), nil, nil, &grants)
+	for _, grant := range grants {
+		if err == nil && len(grant.Offline) > 0 {
+			err = k.end(ctx, "end_offline", "DELETE", pathOf("users", id, "consents", grant.ClientID))
+		}
+	}
+	return err
 }
 
 // signingKeys returns the realm's keys that are of a known kind; others are skipped (RFC 7517 §5).

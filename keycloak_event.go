@@ -73,7 +73,7 @@ const credentialChange = "credential.change" // #nosec G101 -- a name
 
 // audited returns the audit entry of an event, and who has done it; false: it is not worth one.
 // user is the user's id in PostgreSQL, "" if it has none. ours says that this service has made
-// the session, and has audited it. So it has if it was refused a password grant.
+// the session, and has audited it, or has audited a refusal from that address at that time.
 func (e keycloakEvent) audited(user string, ours bool) (caller, entry, bool) {
 	c := caller{Actor: cmp.Or(user, anonymous), Address: e.Address}
 	a := entry{Action: "keycloak.login", Target: user,
@@ -86,7 +86,7 @@ func (e keycloakEvent) audited(user string, ours bool) (caller, entry, bool) {
 		return c, a, !ours
 	case "LOGIN_ERROR":
 		c.Actor, a.Outcome, a.Reason = anonymous, "refused", problemInvalidCredentials.slug()
-		return c, a, e.Details.Grant != "password"
+		return c, a, !ours || e.Details.Grant != "password"
 	case "":
 		c.Actor, a.Action = "keycloak:admin", credentialChange
 		return c, a, strings.HasSuffix(e.Resource, "/reset-password") || strings.Contains(e.Resource, "/credentials")

@@ -15,6 +15,8 @@ import (
 	"strings"
 	"time"
 
+	"auth-service/templates"
+
 	"github.com/Nerzal/gocloak/v13"
 	"github.com/go-resty/resty/v2"
 	"golang.org/x/net/idna"
@@ -108,6 +110,9 @@ func attributesOf(u user) map[string][]string {
 		attrNetworkID: {cmp.Or(u.NetworkID, noScope)}, attrStationID: {cmp.Or(u.StationID, noScope)}}
 }
 
+// locale is the language of mails to the user. People may set it to anything in Keycloak.
+func (ku keycloakUser) locale() string { return templates.Language("", ku.attribute(attrLocale)) }
+
 // claims are the attributes that become claims, for the audit log: what can't be one of ours
 // may be personal.
 func (ku keycloakUser) claims() map[string][]string {
@@ -155,6 +160,18 @@ func (k *keycloak) push(ctx context.Context, ku keycloakUser, u user, edit func(
 		edit(&ku)
 	}
 	return k.update(ctx, "push_user", ku)
+}
+
+// rename makes a user's address its username, or its id where another has that. Errors as of createUser.
+func (k *keycloak) rename(ctx context.Context, ku keycloakUser, id userID) error {
+	ku = ku.withoutState()
+	ku.Username = gocloak.StringP(defaultUsername(gocloak.PString(ku.Email), id))
+	err := k.update(ctx, "rename_user", ku)
+	if errors.Is(err, errConflict) {
+		ku.Username = gocloak.StringP(string(id))
+		err = k.update(ctx, "rename_user", ku)
+	}
+	return err
 }
 
 // withoutState is the user with a copy of its attributes and without what a PUT need not say:
@@ -322,7 +339,7 @@ func (k *keycloak) activate(ctx context.Context, ku keycloakUser, reg registrati
 	keycloakUser, error) {
 	ku, on := ku.withoutState(), true
 	ku.describe(reg)
-	for _, name := range []string{attrURL, attrToken, attrCode, attrKind} {
+	for _, name := range []string{attrToken, attrCode, attrKind} { // attrURL is for the mail of a new address, too
 		delete(*ku.Attributes, name)
 	}
 	ku.Username, ku.RequiredActions, ku.Enabled, ku.EmailVerified = &reg.Username, &[]string{}, &on, &on
@@ -337,6 +354,18 @@ func (k *keycloak) activate(ctx context.Context, ku keycloakUser, reg registrati
 // deleteUser deletes a user (E2); one that is gone already is fine.
 func (k *keycloak) deleteUser(ctx context.Context, id string) error {
 	return k.end(ctx, "delete_user", "DELETE", pathOf("users", id))
+}
+
+// locked says whether Keycloak's guard against guessing has locked a user for the moment.
+func (k *keycloak) locked(ctx context.Context, id string) (bool, error) {
+	var guard struct{ Disabled bool }
+	_, err := k.api(ctx, "user_locked", "GET", pathOf("attack-detection", "brute-force", "users", id), nil, nil, &guard)
+	return guard.Disabled, err
+}
+
+// unlock clears the guard's count of a user.
+func (k *keycloak) unlock(ctx context.Context, id string) error {
+	return k.end(ctx, "unlock_user", "DELETE", pathOf("attack-detection", "brute-force", "users", id))
 }
 
 // What a mail asks a person to do on Keycloak's page.

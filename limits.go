@@ -78,10 +78,13 @@ func (l limit) within(window time.Duration) limit {
 	return l
 }
 
-// mailbox is what mails to an address are counted for: user+tag@host reaches the same one as user@host.
+// mailbox is what mails to an address are counted for: all user+tag@host reach the same one. It is counted apart from
+// user@host, whose owner is not to be kept out by strangers who invent tags.
 func mailbox(email string) string {
 	local, domain, _ := strings.Cut(email, "@")
-	local, _, _ = strings.Cut(local, "+")
+	if plain, _, tagged := strings.Cut(local, "+"); tagged {
+		local = plain + "+"
+	}
 	return local + "@" + domain
 }
 

@@ -107,6 +107,7 @@ type server struct {
 	openAPIDocument []byte
 	handle          func(context.Context, task) (time.Time, error) // does the work of a task: handleTask
 	wake            chan struct{}                                  // a worker may find something due
+	checking        waiters                                        // passwords that are being checked
 	dropWarned      minutely                                       // about refusals that are not audited
 	busyWarned      minutely                                       // about requests refused because too much waits
 	stopping        atomic.Bool                                    // told by /readyz, so that the load balancer looks away
@@ -144,7 +145,8 @@ func newServer(ctx context.Context, cfg config, log *slog.Logger) (*server, erro
 	m := newMetrics(st, now)
 	kc := newKeycloak(cfg, m)
 	s := &server{cfg: cfg, log: log, store: st, kc: kc, verifier: newVerifier(cfg, kc, now), origins: origins,
-		metrics: m, now: now, wake: make(chan struct{}, 1)}
+		metrics: m, now: now, wake: make(chan struct{}, 1),
+		checking: waiters{most: 2 * passwordChecks, each: passwordChecks / 2, of: map[string]int{}}}
 	s.handle = s.handleTask
 	return s, nil
 }

@@ -183,11 +183,13 @@ func (cfg config) lifetime(source string) time.Duration {
 // ownUsername returns a wished username as it is compared (RFC 8265 §3.3), so that none looks like another's. It
 // refuses another's address and user ids: people sign in with the former, and the latter are the defaults.
 func ownUsername(username, email string) (string, error) {
-	if username == "" || strings.EqualFold(username, email) {
-		return username, nil
+	if username == "" {
+		return "", nil
 	}
 	mapped, err := precis.UsernameCaseMapped.String(username)
 	switch {
+	case err == nil && mapped == strings.ToLower(email):
+		return email, nil
 	case err != nil:
 		return "", invalid(fieldError{"username", "has a character that is not allowed"})
 	case strings.Contains(mapped, "@"):

@@ -15,6 +15,7 @@ import (
 
 // How a refresh token is exchanged.
 const (
+	cookiesTried = 4                // of the same name: each is looked up
 	rotationTime = 6 * time.Second  // the most that an exchange may take, Keycloak's part included
 	rotationLock = 10 * time.Second // longer: a holder who is slower has given up before another begins
 )
@@ -279,6 +280,9 @@ func (s *server) endBefore(ctx context.Context, u user) error {
 		err = cmp.Or(err, s.kc.endSession(ctx, id))
 	}
 	if err == nil {
+		err = s.kc.endOffline(ctx, u.KeycloakID)
+	}
+	if err == nil {
 		err = s.store.clearNotBefore(ctx, u)
 	}
 	return err
@@ -290,9 +294,9 @@ func noticeTask(keycloakID string) string { return "notice:" + keycloakID }
 // notify mails a user that a credential or its address was changed, in Keycloak's mail, which asks for nothing. Whoever
 // has chosen a new password is not kept out by failures with the former one.
 func (s *server) notify(ctx context.Context, u keycloakUser) error {
-	err := s.kc.end(ctx, "unlock_user", "DELETE", pathOf("attack-detection", "brute-force", "users", u.id()))
+	err := s.kc.unlock(ctx, u.id())
 	if err == nil {
-		err = s.kc.sendMail(ctx, u.id(), u.attribute(attrLocale), resetLifespan, securityNotice)
+		err = s.kc.sendMail(ctx, u.id(), u.locale(), resetLifespan, securityNotice)
 	}
 	return err
 }

@@ -160,6 +160,16 @@ func (s *server) inspect(ctx context.Context, keycloakID string) (in inspection,
 	return in, err
 }
 
+// formerAddress says whether the username is the address that the user had until now. Its next owner would be taken
+// for this user.
+func (in inspection) formerAddress() bool {
+	if in.local == nil || in.remote == nil || in.local.Registration != "" {
+		return false
+	}
+	username, email := gocloak.PString(in.remote.Username), gocloak.PString(in.remote.Email)
+	return email != "" && strings.EqualFold(username, in.local.Email) && !strings.EqualFold(username, email)
+}
+
 // orNone returns nil for what was not found.
 func orNone[T any](v T, err error) (*T, error) {
 	if errors.Is(err, errNotFound) {
@@ -181,6 +191,10 @@ func (s *server) reconcile(ctx context.Context, c caller, t task) error {
 		case err != nil:
 		case in.local != nil && in.local.erased():
 			return s.finishErasure(ctx, t, *in.local)
+		case in.formerAddress():
+			if err = s.kc.rename(ctx, *in.remote, in.local.ID); err == nil {
+				continue
+			}
 		case in.local != nil:
 			err = s.apply(ctx, c, *in.local, in.Local)
 		case len(in.Differences) > 0 && !conflict:
@@ -310,7 +324,7 @@ func (s *server) readEvents(ctx context.Context, t task) (time.Time, error) {
 		next.At[source] = min(next.At[source], start.UnixMilli()) // one in the future would lose all until then
 		for _, e := range found {
 			switch {
-			case e.own, e.Type == "LOGIN" && e.At > start.Add(-eventsSettle).UnixMilli(): // the latter comes again
+			case e.own, strings.HasPrefix(e.Type, "LOGIN") && e.At > start.Add(-eventsSettle).UnixMilli(): // the latter comes again
 				continue
 			case !known[e.ID]:
 				known[e.ID] = true

@@ -45,7 +45,7 @@ func (r *rules) confirmed(email string, enabled bool) {
 	r.Helper()
 	id := r.keycloakID(email)
 	ku := r.fromKeycloak(id)
-	for _, name := range []string{attrURL, attrToken, attrCode} {
+	for _, name := range []string{attrToken, attrCode} {
 		delete(ku["attributes"].(body), name)
 	}
 	maps.Copy(ku, body{"emailVerified": true, "enabled": enabled, "requiredActions": []string{},

@@ -116,24 +116,28 @@ func (st *store) syncCursor(ctx context.Context, now time.Time) (c syncCursor, e
 func (st *store) takeEvents(ctx context.Context, t task, next syncCursor, events []keycloakEvent, now time.Time) error {
 	return st.locked(ctx, t, func(tx *txn) {
 		tx.exec(`update sync_cursor set admin_at = $1, user_at = $2, event_ids = $3`, next.At[0], next.At[1], next.IDs)
-		changed, users, sessions := []string{}, []string{}, []string{}
+		changed, users, sessions, addresses, at := []string{}, []string{}, []string{}, []string{}, []time.Time{}
 		for _, e := range events {
 			users, sessions = append(users, e.UserID), append(sessions, e.SessionID)
+			addresses, at = append(addresses, e.Address), append(at, time.UnixMilli(e.At))
 			if e.changesUser() {
 				changed = append(changed, kcTask(e.UserID))
 			}
 		}
 		rows, _ := tx.Query(ctx, `
 			select coalesce(u.user_id, ''), exists (select from sessions s where s.keycloak_session_id = e.session_id)
-			from unnest($1::text[], $2::text[]) with ordinality e (keycloak_id, session_id, n)
-			left join users u on u.keycloak_id = e.keycloak_id order by n`, users, sessions)
+				or exists (select from audit_log a where a.at between e.at - $5::interval and e.at + $5::interval
+					and a.action = 'login' and a.outcome = 'refused' and (a.target = u.user_id or a.ip_address = e.address))
+			from unnest($1::text[], $2::text[], $3::text[], $4::timestamptz[])
+				with ordinality e (keycloak_id, session_id, address, at, n)
+			left join users u on u.keycloak_id = e.keycloak_id order by n`, users, sessions, addresses, at, tokenLeeway)
 		known, err := pgx.CollectRows(rows, pgx.RowToStructByPos[struct {
-			User       string
-			OurSession bool
+			User string
+			Ours bool
 		}])
 		tx.check(err)
 		for i, of := range known {
-			c, entry, worth := events[i].audited(of.User, of.OurSession)
+			c, entry, worth := events[i].audited(of.User, of.Ours)
 			if worth && entry.Outcome == "refused" { // a flood of them at Keycloak is not one here
 				ofOne, _ := refusalLimits(c, entry)
 				err := hit(ctx, tx, ofOne, now)

@@ -114,7 +114,7 @@ type verifiedToken struct {
 func newVerifier(cfg config, kc *keycloak, now func() time.Time) *verifier {
 	v := &verifier{issuer: cfg.issuer(), client: cfg.AuthClientID, fetch: kc.signingKeys, now: now,
 		revoked: revocations{of: map[string]received{}, next: make(chan struct{})},
-		waiting: waiters{of: map[string]int{}}}
+		waiting: waiters{most: keyWaiters, each: keyWaitersEach, of: map[string]int{}}}
 	v.keys.Store(&keySet{})
 	return v
 }
@@ -206,16 +206,17 @@ func (v *verifier) key(ctx context.Context, id string) (jose.JSONWebKey, *keySet
 
 // waiters counts those who wait, so that one client address can't take all places.
 type waiters struct {
-	mu  sync.Mutex
-	all int
-	of  map[string]int // by network
+	most, each int // places, and of one client
+	mu         sync.Mutex
+	all        int
+	of         map[string]int // by network
 }
 
 // enter returns how to leave again, or nil if there is no place.
 func (w *waiters) enter(client string) (leave func()) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.all >= keyWaiters || w.of[client] >= keyWaitersEach {
+	if w.all >= w.most || w.of[client] >= w.each {
 		return nil
 	}
 	w.all++

@@ -64,6 +64,11 @@ func (p principal) may(do action, u user) error {
 	return nil
 }
 
+// principal is the user as an access token that was issued now would say.
+func (u user) principal() principal {
+	return principal{UserID: u.ID, Subject: u.KeycloakID, Roles: []string{u.Role}, NetworkID: u.NetworkID, StationID: u.StationID}
+}
+
 type usersIn struct {
 	pageIn
 	Role           string `query:"role" enum:"user,admin,partner,operator" description:"Only users with this role."`

@@ -58,13 +58,21 @@ func (st *store) userByKeycloakID(ctx context.Context, id string) (user, error) 
 	return one[user](ctx, st.pool, `select `+userColumns+` from users where keycloak_id = $1`, id)
 }
 
-// accountByLogin returns the id of the live user that an e-mail address or a username
-// belongs to, or "".
-func (st *store) accountByLogin(ctx context.Context, login string) (string, error) {
-	id, err := one[struct{ ID string }](ctx, st.pool, `
-		select coalesce(min(user_id), '') from users
-		where deleted_at is null and (lower(email) = lower($1) or lower(username) = lower($1))`, login)
-	return id.ID, err
+// loginAccount is the live user whom a sign-in is about, if there is one.
+type loginAccount struct {
+	ID, KeycloakID string
+	Known          bool // the account has signed in from the client's network lately
+}
+
+// accountByLogin finds the live user that an e-mail address or a username belongs to. It takes as long if there is none.
+func (st *store) accountByLogin(ctx context.Context, login, client string, now time.Time) (loginAccount, error) {
+	return one[loginAccount](ctx, st.pool, `
+		select coalesce(min(user_id), ''), coalesce(min(keycloak_id), ''), exists (select from sessions s
+			where s.user_id = min(users.user_id) and s.created_at > $3
+				and case when s.origin = 'service' and ip_address like '%_._%' or ip_address like '%:%'
+					then ip_address::inet <<= $2::inet end)
+		from users where deleted_at is null and (lower(email) = lower($1) or lower(username) = lower($1))`,
+		login, client, now.Add(-keepEnded))
 }
 
 // requestReset asks the queue to mail a link to choose a password to the account of an address, if there is one that

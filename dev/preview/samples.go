@@ -72,6 +72,7 @@ func Samples() []Sample {
 		{"verified", templates.Message(templates.Verified(email, false))},
 		{"verified-already", templates.Message(templates.Verified(email, true))},
 		{"password-set", templates.Message(templates.PasswordSet())},
+		{"new-address", templates.Message(templates.NewAddress("http://localhost:5080/realms/myrealm/login-actions/action-token?key=x"))},
 		{"signed-in", templates.Message(templates.SignedIn())},
 	}
 	return append(samples, refusals(id)...)
