@@ -168,7 +168,7 @@ func (d *database) flood(refusals ...refusal) {
 			for r := range work {
 				p := problemInvalidCredentials.withTarget(r.target)
 				if r.reason != "" {
-					p = problem{Type: "/problems/" + r.reason, Status: 401}.withTarget(r.target)
+					p = problem{Type: problemType("/problems/" + r.reason), Status: 401}.withTarget(r.target)
 				}
 				d.recordRefusal(d.Context(), caller{Actor: r.actor, Address: r.address, UserAgent: "flood"}, "login", p)
 			}

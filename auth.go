@@ -28,6 +28,8 @@ type loginIn struct {
 	OTP      string `json:"otp,omitempty" as:"digits" pattern:"^[0-9]{4,10}$" mismatch:"must be the digits of a one-time code" example:"492039" description:"The one-time code of an account that has one."`
 }
 
+func (loginIn) either() [][]string { return [][]string{{"username"}, {"email"}} }
+
 type loginOut struct {
 	tokenResponse
 	User loginUser `json:"user"`

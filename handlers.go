@@ -125,7 +125,7 @@ func (s *server) apiRoutes() []route {
 		{"GET /health", "", public, unlimited,
 			"health", "Health of the service and its two stores", op("Service", 200, s.checkHealth)},
 		{"GET /api-docs/openapi.json", "", public, unlimited, "openapi", "", plain(s.openAPI)},
-		{"GET /swagger-ui", "/swagger-ui/", public, unlimited, "swaggerUI", "", plain(swaggerUI())},
+		{"GET /swagger-ui", "/swagger-ui/", public, unlimited, "swaggerUI", "", plain(swaggerUI(s.cfg))},
 	}
 }
 
@@ -155,7 +155,7 @@ func (s *server) pageRoutes() []route {
 func (s *server) handler() (http.Handler, error) {
 	mux := http.NewServeMux()
 	routes := s.routes()
-	doc, err := document(routes)
+	doc, err := document(s.cfg, routes)
 	if err != nil {
 		return nil, err
 	}

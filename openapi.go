@@ -4,16 +4,20 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	_ "embed"
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net/http"
 	"reflect"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
+	jsonpatch "github.com/evanphx/json-patch/v5"
 	"github.com/swaggest/jsonschema-go"
 	"github.com/swaggest/openapi-go"
 	"github.com/swaggest/openapi-go/openapi31"
@@ -22,21 +26,36 @@ import (
 	"github.com/swaggest/swgui/v5emb"
 )
 
+// openAPIProse is what the routes and their types do not say: descriptions, headers, links. It is a
+// JSON Merge Patch (RFC 7396) of the document.
+//
+//go:embed openapi_prose.json
+var openAPIProse []byte
+
 // document makes the OpenAPI 3.1 document of the routes, once, at the start.
-func document(routes []route) ([]byte, error) {
+func document(cfg config, routes []route) ([]byte, error) {
 	reflector := openapi31.NewReflector()
-	reflector.Spec.Info.WithTitle("Registration and tokens in front of Keycloak").WithVersion("1").
-		WithDescription("People register, confirm their e-mail address and sign in; gateways ask whether a token may pass; " +
-			"administrators manage users. Errors are application/problem+json (RFC 9457).")
-	reflector.Spec.SetHTTPBearerTokenSecurity("bearerAuth", "JWT", "An access token of the realm.")
-	reflector.DefaultOptions = append(reflector.DefaultOptions,
-		jsonschema.InterceptProp(required), jsonschema.InterceptSchema(strict),
-		jsonschema.InterceptDefName(func(t reflect.Type, _ string) string {
-			name := t.Name()
-			if list, of, generic := strings.Cut(strings.TrimSuffix(name, "]"), "["); generic {
-				name = of[strings.LastIndex(of, ".")+1:] + list // listOut[auth-service.session]
+	spec := reflector.Spec
+	spec.Info.WithVersion(version()).WithContact(*(&openapi31.Contact{}).WithURL(cfg.PublicURL))
+	spec.WithServers(*(&openapi31.Server{}).WithURL(cfg.PublicURL))
+	spec.SetHTTPBearerTokenSecurity("bearerAuth", "JWT", "An access token of the realm.")
+	spec.ComponentsEns().WithSchemasItem("Role", map[string]any{"type": "string", "enum": roles})
+	security := []map[string][]string{{"bearerAuth": {}}}
+	if cfg.AuthClientSecret == "" { // else nobody but this service may redeem a code
+		security = append(security, map[string][]string{"keycloak": {"openid"}})
+		oidc := cfg.issuer() + "/protocol/openid-connect/"
+		flow := openapi31.OauthFlowsDefsAuthorizationCode{AuthorizationURL: oidc + "auth", TokenURL: oidc + "token",
+			Scopes: map[string]string{"openid": "Sign in"}}
+		spec.ComponentsEns().WithSecuritySchemesItem("keycloak", openapi31.SecuritySchemeOrReference{
+			SecurityScheme: (&openapi31.SecurityScheme{}).WithOauth2(openapi31.SecuritySchemeOauth2{
+				Flows: openapi31.OauthFlows{AuthorizationCode: &flow}}).WithDescription("Signs in at Keycloak, with PKCE.")})
+	}
+	reflector.DefaultOptions = append(reflector.DefaultOptions, jsonschema.InterceptDefName(schemaName),
+		jsonschema.InterceptProp(describeField), jsonschema.InterceptSchema(describeInput),
+		jsonschema.InterceptNullability(func(p jsonschema.InterceptNullabilityParams) {
+			if kind := p.Type.Kind(); p.NullAdded && (kind == reflect.Slice || kind == reflect.Map) {
+				p.Schema.RemoveType(jsonschema.Null) // an empty one is written
 			}
-			return strings.ToUpper(name[:1]) + name[1:]
 		}))
 	docs := collector.NewCollector(reflector)
 	for _, rt := range routes {
@@ -44,39 +63,113 @@ func document(routes []route) ([]byte, error) {
 			continue
 		}
 		method, path, _ := strings.Cut(rt.Pattern, " ")
-		if err := docs.CollectOperation(method, path, rt.describe); err != nil {
+		err := docs.CollectOperation(method, path, rt.describe)
+		if err == nil {
+			err = spec.SetupOperation(method, path, func(op *openapi31.Operation) error {
+				rt.finish(op, spec.Components, security)
+				return nil
+			})
+		}
+		if err != nil {
 			return nil, err
 		}
 	}
-	return json.MarshalIndent(reflector.Spec, "", "  ")
+	plain, err := json.Marshal(spec)
+	if err == nil {
+		plain, err = jsonpatch.MergePatch(plain, openAPIProse)
+	}
+	var doc bytes.Buffer
+	if err == nil {
+		err = json.Indent(&doc, plain, "", "  ")
+	}
+	return doc.Bytes(), err
 }
 
-// required lists what is always there: what encoding/json does not omit.
-func required(p jsonschema.InterceptPropParams) error {
-	if name, options, _ := strings.Cut(p.Field.Tag.Get("json"), ","); p.Processed && name != "" && options == "" &&
-		!slices.Contains(p.ParentSchema.Required, p.Name) {
+// schemaName is the name of a Go type in the document: registerIn is RegisterRequest, listOut[user] UserPage.
+func schemaName(t reflect.Type, _ string) string {
+	name := t.Name()
+	if _, of, generic := strings.Cut(strings.TrimSuffix(name, "]"), "["); generic {
+		name = of[strings.LastIndex(of, ".")+1:] + "Page"
+	}
+	for suffix, plain := range map[string]string{"In": "Request", "Out": "Response"} {
+		if short, ok := strings.CutSuffix(name, suffix); ok {
+			name = short + plain
+		}
+	}
+	return strings.ToUpper(name[:1]) + name[1:]
+}
+
+// describeField lists what is always there, as encoding/json does not omit it, what may not be empty, and roles.
+func describeField(p jsonschema.InterceptPropParams) error {
+	name, options, _ := strings.Cut(p.Field.Tag.Get("json"), ",")
+	if !p.Processed || name == "" {
+		return nil
+	}
+	if options == "" && !slices.Contains(p.ParentSchema.Required, p.Name) {
 		p.ParentSchema.Required = append(p.ParentSchema.Required, p.Name)
+	}
+	if p.Name == "role" {
+		p.PropertySchema.WithRef("#/components/schemas/Role").Type, p.PropertySchema.Enum = nil, nil
+	}
+	if s := p.PropertySchema; p.Field.Tag.Get("required") == "true" && s.HasType(jsonschema.String) && s.MinLength == 0 {
+		s.WithMinLength(1)
 	}
 	return nil
 }
 
-// strict says of inputs what readJSON does: an unknown member is an error.
-func strict(p jsonschema.InterceptSchemaParams) (bool, error) {
-	if p.Processed && strings.HasSuffix(p.Value.Type().Name(), "In") {
-		p.Schema.WithAdditionalProperties(*(&jsonschema.SchemaOrBool{}).WithTypeBoolean(false))
+// describeInput says of inputs what readJSON does, an unknown member is an error, and which fields may stand
+// for others.
+func describeInput(p jsonschema.InterceptSchemaParams) (bool, error) {
+	if !p.Processed || !strings.HasSuffix(p.Value.Type().Name(), "In") {
+		return false, nil
+	}
+	p.Schema.WithAdditionalProperties(*(&jsonschema.SchemaOrBool{}).WithTypeBoolean(false))
+	if in, ok := p.Value.Interface().(interface{ either() [][]string }); ok {
+		for _, fields := range in.either() {
+			p.Schema.AnyOf = append(p.Schema.AnyOf, (&jsonschema.Schema{}).WithRequired(fields...).ToSchemaOrBool())
+		}
 	}
 	return false, nil
 }
 
-// describe tells the document about a route: input, answer, and each problem that
-// it may answer, by status.
+// Enum lists the types that a problem may have.
+func (problemType) Enum() (types []any) {
+	for _, slug := range slices.Sorted(maps.Keys(problems)) {
+		types = append(types, problems[slug].Type)
+	}
+	return types
+}
+
+// problemsByStatus are the problems that the route may answer.
+func (rt route) problemsByStatus() map[int][]problem {
+	all := append([]problem{problemInternal, problemUnavailable}, rt.problems...)
+	if rt.Limit.N > 0 {
+		all = append(all, problemTooManyRequests)
+	}
+	if rt.needsToken() {
+		all = append(all, problemUnauthorized)
+	}
+	takes := inputOf(reflect.New(reflect.TypeOf(rt.in)).Interface()).takes
+	if takes["json"] || takes["query"] {
+		all = append(all, problemInvalidRequest)
+	}
+	if takes["json"] {
+		all = append(all, problemPayloadTooLarge, problemUnsupportedMediaType)
+	}
+	byStatus := map[int][]problem{}
+	for _, p := range all {
+		byStatus[p.Status] = append(byStatus[p.Status], p)
+	}
+	return byStatus
+}
+
+func (rt route) needsToken() bool { return rt.Access == signedIn || rt.Name == "validate" }
+
+// describe tells the document about a route: input, answer, and each problem by status.
 func (rt route) describe(oc openapi.OperationContext) error {
 	oc.SetID(rt.Name)
 	oc.SetTags(rt.Tag)
 	oc.SetSummary(rt.Summary)
-	if rt.Aliases != "" {
-		oc.SetDescription("Also at " + strings.Join(strings.Fields(rt.Aliases), " and ") + ".")
-	}
 	oc.AddReqStructure(rt.in, openapi.WithCustomize(func(cor openapi.ContentOrReference) {
 		if body, ok := cor.(*openapi31.RequestBodyOrReference); ok && body.RequestBody != nil {
 			_, optional := rt.in.(refreshIn) // the cookie instead
@@ -89,29 +182,63 @@ func (rt route) describe(oc openapi.OperationContext) error {
 	oc.AddRespStructure(rt.out, openapi.WithHTTPStatus(rt.status))
 	if rt.Name == "health" {
 		oc.AddRespStructure(rt.out, openapi.WithHTTPStatus(http.StatusServiceUnavailable))
-		return nil
 	}
-	problems := append([]problem{problemInvalidRequest, problemInternal}, rt.problems...)
-	if problems = append(problems, problemUnavailable); rt.Limit.N > 0 {
-		problems = append(problems, problemTooManyRequests)
-	}
-	if rt.Access == signedIn || rt.Name == "validate" {
-		oc.AddSecurity("bearerAuth")
-		problems = append(problems, problemUnauthorized)
-	}
-	if oc.Method() == "post" || oc.Method() == "patch" {
-		problems = append(problems, problemPayloadTooLarge, problemUnsupportedMediaType)
-	}
-	byStatus := map[int][]string{}
-	for _, p := range problems {
-		byStatus[p.Status] = append(byStatus[p.Status], p.slug())
-	}
-	for status, slugs := range byStatus {
-		oc.AddRespStructure(problem{}, openapi.WithHTTPStatus(status),
-			openapi.WithContentType("application/problem+json"),
+	oc.AddRespStructure(problem{}, openapi.WithContentType(problemContent),
+		func(cu *openapi.ContentUnit) { cu.IsDefault, cu.Description = true, "Any other problem." })
+	for status, some := range rt.problemsByStatus() {
+		if rt.Name == "health" && status == http.StatusServiceUnavailable {
+			continue
+		}
+		var slugs []string
+		for _, p := range some {
+			slugs = append(slugs, p.slug())
+		}
+		oc.AddRespStructure(problem{}, openapi.WithContentType(problemContent), openapi.WithHTTPStatus(status),
 			func(cu *openapi.ContentUnit) { cu.Description = strings.Join(slugs, ", ") })
 	}
 	return nil
+}
+
+const problemContent = "application/problem+json"
+
+// finish gives an operation what openapi.OperationContext does not know: the headers of its answers, an example of
+// each problem, and which tokens it takes, if any.
+func (rt route) finish(op *openapi31.Operation, shared *openapi31.Components, security []map[string][]string) {
+	op.MapOfAnything = nil // x-forbid-unknown-…, which no tool knows
+	if op.Security = security; !rt.needsToken() {
+		op.Security = []map[string][]string{{}}
+	}
+	problems := rt.problemsByStatus()
+	for status, answer := range op.Responses.MapOfResponseOrReferenceValues {
+		names := []string{"X-Request-Id"}
+		switch _, located := rt.out.(interface{ location() string }); {
+		case status == "401":
+			names = append(names, "WWW-Authenticate")
+		case status == "429", status == "503" && rt.Name != "health":
+			names = append(names, "Retry-After")
+		case status < "300" && located:
+			names = append(names, "Location")
+		}
+		for _, name := range names {
+			answer.Response.WithHeadersItem(name, openapi31.HeaderOrReference{
+				Reference: &openapi31.Reference{Ref: "#/components/headers/" + name}})
+		}
+		content, ok := answer.Response.Content[problemContent]
+		if !ok {
+			continue
+		}
+		n, _ := strconv.Atoi(status)
+		for _, p := range problems[n] {
+			p.RequestID = "V1StGXR8_Z5jdHi6B-myT"
+			if p.slug() == problemInvalidRequest.slug() {
+				p.Errors = []fieldError{{"email", "is required"}}
+			}
+			shared.WithExamplesItem(p.slug(), openapi31.ExampleOrReference{Example: (&openapi31.Example{}).WithValue(p)})
+			content.WithExamplesItem(p.slug(), openapi31.ExampleOrReference{
+				Reference: &openapi31.Reference{Ref: "#/components/examples/" + p.slug()}})
+		}
+		answer.Response.Content[problemContent] = content
+	}
 }
 
 // openAPI serves the document.
@@ -123,26 +250,33 @@ func (s *server) openAPI(w http.ResponseWriter, r *http.Request) {
 	http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(s.openAPIDocument))
 }
 
-// swaggerUI serves Swagger UI under a policy that allows its two inline elements
-// by their hashes and nothing else inline.
-func swaggerUI() http.HandlerFunc {
-	ui := v5emb.NewHandlerWithConfig(swgui.Config{
-		Title: "API", SwaggerJSON: "/api-docs/openapi.json", BasePath: "/swagger-ui/"})
-	index := recorder{header: http.Header{}}
-	request, err := http.NewRequestWithContext(context.Background(), "GET", "/swagger-ui/", nil)
-	if err != nil {
-		panic(err)
+// swaggerUI serves Swagger UI under a policy that allows its inline elements by their hashes and nothing else
+// inline. Its button "Authorize" signs in at Keycloak (RFC 7636).
+func swaggerUI(cfg config) http.HandlerFunc {
+	const path = "/swagger-ui/"
+	ui := v5emb.NewHandlerWithConfig(swgui.Config{Title: "API", SwaggerJSON: "/api-docs/openapi.json", BasePath: path,
+		SettingsUI: map[string]string{
+			"oauth2RedirectUrl": `window.location.origin + "` + path + `oauth2-redirect.html"`,
+			"onComplete": fmt.Sprintf(`function() { ui.initOAuth({clientId: %q, scopes: "openid",
+				usePkceWithAuthorizationCodeGrant: true}) }`, cfg.AuthClientID)}})
+	pages := recorder{header: http.Header{}}
+	for _, name := range []string{"", "oauth2-redirect.html"} {
+		request, err := http.NewRequestWithContext(context.Background(), "GET", path+name, nil)
+		if err != nil {
+			panic(err)
+		}
+		ui.ServeHTTP(&pages, request)
 	}
-	ui.ServeHTTP(&index, request)
 	hashes := func(element string) (all string) {
-		for _, m := range regexp.MustCompile(`(?s)<`+element+`>(.*?)</`+element+`>`).FindAllSubmatch(index.Bytes(), -1) {
+		for _, m := range regexp.MustCompile(`(?s)<`+element+`>(.*?)</`+element+`>`).FindAllSubmatch(pages.Bytes(), -1) {
 			sum := sha256.Sum256(m[1])
 			all += " 'sha256-" + base64.StdEncoding.EncodeToString(sum[:]) + "'"
 		}
 		return all
 	}
 	policy := fmt.Sprintf("default-src 'none'; script-src 'self'%s; style-src 'self'%s; img-src 'self' data:; "+
-		"connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'", hashes("script"), hashes("style"))
+		"connect-src 'self' %s; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+		hashes("script"), hashes("style"), origin(cfg.KeycloakPublicURL))
 	return func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Security-Policy", policy)
 		ui.ServeHTTP(w, r)

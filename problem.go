@@ -14,7 +14,7 @@ import (
 // problem is an error with a public half, the members of RFC 9457 §3.1, and a
 // private one. Anything else that an operation returns is a 500.
 type problem struct {
-	Type      string       `json:"type" required:"true" example:"/problems/invalid-request" description:"Resolves to a page that explains it."`
+	Type      problemType  `json:"type" required:"true" example:"/problems/invalid-request" description:"Resolves to a page that explains it."`
 	Title     string       `json:"title" required:"true" example:"Invalid request"`
 	Status    int          `json:"status" required:"true" example:"400"`
 	Detail    string       `json:"detail" required:"true" example:"Some fields are wrong."`
@@ -29,6 +29,9 @@ type problem struct {
 	err       error         // the cause, for the log
 }
 
+// problemType is the address of the page that explains a problem, /problems/{slug}.
+type problemType string
+
 // fieldError says what is wrong with a field; it never quotes the value.
 type fieldError struct {
 	Field  string `json:"field" required:"true" example:"email"`
@@ -39,7 +42,7 @@ type fieldError struct {
 var problems = map[string]problem{}
 
 func newProblem(status int, slug, title, detail string) problem {
-	p := problem{Type: "/problems/" + slug, Title: title, Status: status, Detail: detail}
+	p := problem{Type: problemType("/problems/" + slug), Title: title, Status: status, Detail: detail}
 	if _, has := problems[slug]; !has {
 		problems[slug] = p
 	}
@@ -147,7 +150,7 @@ func (p problem) Is(target error) bool {
 	return ok && t.Type == p.Type
 }
 
-func (p problem) slug() string { return strings.TrimPrefix(p.Type, "/problems/") }
+func (p problem) slug() string { return strings.TrimPrefix(string(p.Type), "/problems/") }
 
 // What may be said of the case: its cause, for the log; the id of whom it concerns, for the audit
 // log; the error in the challenge (RFC 6750 §3.1); another detail; how long to wait.
@@ -223,5 +226,5 @@ func (s *server) writeProblem(w http.ResponseWriter, r *http.Request, err error)
 	p := s.report(r, err)
 	setProblemHeaders(w.Header(), p)
 	body, _ := json.Marshal(p) // strings and a number
-	respond(w, p.Status, "application/problem+json", body)
+	respond(w, p.Status, problemContent, body)
 }

@@ -295,6 +295,8 @@ type resendIn struct {
 	Email          string         `json:"email,omitempty" maxLength:"255" format:"email" example:"ada@example.com" description:"Instead of registration_id."`
 }
 
+func (resendIn) either() [][]string { return [][]string{{"registration_id"}, {"email"}} }
+
 type resendOut struct {
 	RegistrationID    registrationID `json:"registration_id,omitempty" example:"REG-V1StGXR8_Z5jdHi6"`
 	Status            string         `json:"status" enum:"pending_verification,accepted" description:"accepted: the answer to an e-mail address, whatever is known of it."`

@@ -20,6 +20,8 @@ type verifyIn struct {
 	personalData        // corrects what was typed at the registration
 }
 
+func (verifyIn) either() [][]string { return [][]string{{"token"}, {"email", "code"}} }
+
 type verifyOut struct {
 	RegistrationID    registrationID `json:"registration_id" example:"REG-V1StGXR8_Z5jdHi6"`
 	UserID            userID         `json:"user_id" example:"USR-V1StGXR8_Z5jdHi6"`
