@@ -91,7 +91,7 @@ func schemaName(t reflect.Type, _ string) string {
 	if _, of, generic := strings.Cut(strings.TrimSuffix(name, "]"), "["); generic {
 		name = of[strings.LastIndex(of, ".")+1:] + "Page"
 	}
-	for suffix, plain := range map[string]string{"In": "Request", "Out": "Response"} {
+	for suffix, plain := range map[string]string{"In": "Request", "Out": "Result"} {
 		if short, ok := strings.CutSuffix(name, suffix); ok {
 			name = short + plain
 		}
