@@ -73,7 +73,9 @@ const checkLock = 10 * time.Second
 // the same time, each failure is counted before the next password is compared. Failures count, not attempts. Those of
 // others do not keep the owner out: neither their limits nor Keycloak's lock count for a client that the account has
 // signed in from before.
-func (s *server) checkPassword(ctx context.Context, account loginAccount, name string, in loginIn) (*oauth2.Token, error) {
+func (s *server) checkPassword(
+	ctx context.Context, account loginAccount, name string, in loginIn,
+) (*oauth2.Token, error) {
 	client, key := network(clientOf(ctx)), cmp.Or(account.ID, name)
 	leave := s.checking.enter(client)
 	if leave == nil {
@@ -94,7 +96,13 @@ func (s *server) checkPassword(ctx context.Context, account loginAccount, name s
 	}
 	token, err := s.kc.signIn(ctx, name, in.Password, in.OTP)
 	if errors.Is(err, errInvalidCredentials) && account.Known {
-		token, err = s.unlocked(ctx, account, name, in, err)
+		var locked bool // by Keycloak's guard, whose answer is the same
+		if locked, err = s.kc.unlock(ctx, account.KeycloakID); err != nil {
+			return nil, err
+		}
+		if err = errInvalidCredentials; locked {
+			token, err = s.kc.signIn(ctx, name, in.Password, in.OTP)
+		}
 	}
 	if errors.Is(err, errInvalidCredentials) {
 		if failed := s.store.hit(ctx, s.now(), failures...); failed != nil {
@@ -102,23 +110,6 @@ func (s *server) checkPassword(ctx context.Context, account loginAccount, name s
 		}
 	}
 	return token, err
-}
-
-// unlocked checks a password again if Keycloak's guard has locked the account. Keycloak's answer is the same then.
-func (s *server) unlocked(
-	ctx context.Context, account loginAccount, name string, in loginIn, wrong error,
-) (*oauth2.Token, error) {
-	locked, err := s.kc.locked(ctx, account.KeycloakID)
-	if err == nil && !locked {
-		return nil, wrong
-	}
-	if err == nil {
-		err = s.kc.unlock(ctx, account.KeycloakID)
-	}
-	if err != nil {
-		return nil, err
-	}
-	return s.kc.signIn(ctx, name, in.Password, in.OTP)
 }
 
 // openSession stores the session of fresh tokens (L2) and makes the answer. Without its row a session is ended again

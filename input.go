@@ -324,7 +324,8 @@ func mailAddress(text string) (normal, wrong string) {
 	a, parseErr := mail.ParseAddress(normal)
 	foreign := strings.ContainsFunc(local, func(r rune) bool { return r > unicode.MaxASCII })
 	if err != nil || parseErr != nil || a.Address != normal || a.Name != "" || strings.ContainsAny(normal, "\" ()[]") ||
-		foreign || !utf8.ValidString(text) || len(local) > 64 || !strings.Contains(domain, ".") || strings.HasSuffix(domain, ".") {
+		foreign || !utf8.ValidString(text) || len(local) > 64 ||
+		!strings.Contains(domain, ".") || strings.HasSuffix(domain, ".") {
 		return text, "is not a valid e-mail address"
 	}
 	return normal, ""

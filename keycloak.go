@@ -396,7 +396,7 @@ func (k *keycloak) logOut(ctx context.Context, id string) error {
 	return k.end(ctx, "end_sessions", "POST", pathOf("users", id, "logout"))
 }
 
-// endOffline revokes the offline tokens of a user (OpenID Connect Core §11), which outlive its sessions. Keycloak shows
+// endOffline revokes the offline tokens of a user (OpenID Connect Core §11): they outlive its sessions. Keycloak shows
 // them as grants of consent.
 func (k *keycloak) endOffline(ctx context.Context, id string) error {
 	var grants []struct {

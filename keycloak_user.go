@@ -356,16 +356,14 @@ func (k *keycloak) deleteUser(ctx context.Context, id string) error {
 	return k.end(ctx, "delete_user", "DELETE", pathOf("users", id))
 }
 
-// locked says whether Keycloak's guard against guessing has locked a user for the moment.
-func (k *keycloak) locked(ctx context.Context, id string) (bool, error) {
+// unlock ends the lock that Keycloak's guard against guessing has put on a user, if there is one, and says so.
+func (k *keycloak) unlock(ctx context.Context, id string) (locked bool, err error) {
 	var guard struct{ Disabled bool }
-	_, err := k.api(ctx, "user_locked", "GET", pathOf("attack-detection", "brute-force", "users", id), nil, nil, &guard)
+	path := pathOf("attack-detection", "brute-force", "users", id)
+	if _, err = k.api(ctx, "user_locked", "GET", path, nil, nil, &guard); err == nil {
+		err = k.end(ctx, "unlock_user", "DELETE", path)
+	}
 	return guard.Disabled, err
-}
-
-// unlock clears the guard's count of a user.
-func (k *keycloak) unlock(ctx context.Context, id string) error {
-	return k.end(ctx, "unlock_user", "DELETE", pathOf("attack-detection", "brute-force", "users", id))
 }
 
 // What a mail asks a person to do on Keycloak's page.

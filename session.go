@@ -294,7 +294,7 @@ func noticeTask(keycloakID string) string { return "notice:" + keycloakID }
 // notify mails a user that a credential or its address was changed, in Keycloak's mail, which asks for nothing. Whoever
 // has chosen a new password is not kept out by failures with the former one.
 func (s *server) notify(ctx context.Context, u keycloakUser) error {
-	err := s.kc.unlock(ctx, u.id())
+	_, err := s.kc.unlock(ctx, u.id())
 	if err == nil {
 		err = s.kc.sendMail(ctx, u.id(), u.locale(), resetLifespan, securityNotice)
 	}

@@ -325,7 +325,7 @@ func readClaims(token string) (c tokenClaims, err error) {
 	}
 	signed, err := jose.ParseSignedCompact(token, tokenAlgorithms)
 	if err == nil {
-		c, err = claimsOf(signed)
+		err = json.Unmarshal(signed.UnsafePayloadWithoutVerification(), &c)
 	}
 	switch {
 	case err != nil:
@@ -336,20 +336,11 @@ func readClaims(token string) (c tokenClaims, err error) {
 	return c, nil
 }
 
-// claimsOf reads what a token says, true or not.
-func claimsOf(signed *jose.JSONWebSignature) (c tokenClaims, err error) {
-	if json.Unmarshal(signed.UnsafePayloadWithoutVerification(), &c) != nil {
-		err = errors.New("its claims can't be read")
-	}
-	return c, err
-}
-
 // checkClaims reads the claims and looks at everything but the signature (RFC 9068 §4, OpenID Connect Core §2).
 func (v *verifier) checkClaims(signed *jose.JSONWebSignature, now time.Time) (c tokenClaims, err error) {
-	c, err = claimsOf(signed)
 	switch {
-	case err != nil:
-		return c, err
+	case json.Unmarshal(signed.UnsafePayloadWithoutVerification(), &c) != nil:
+		return c, errors.New("its claims can't be read")
 	case c.Issuer != v.issuer:
 		return c, errors.New("its issuer is another realm")
 	case c.Type != "Bearer":
