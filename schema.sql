@@ -55,15 +55,18 @@ create index if not exists users_by_time on users (created_at, user_id);
 create index if not exists users_in_network on users (network_id, created_at, user_id);
 create index if not exists users_in_station on users (network_id, station_id, created_at, user_id);
 -- The search for a text works without its index, it only reads more. So it does where
--- PostgreSQL does not have the extension, has it in a schema that is not in the search_path,
--- or does not let this role create it.
-do $$ begin
+-- PostgreSQL does not have the extension or does not let this role create or use it.
+do $$ declare
+    trgm text; -- its schema, which need not be in the search_path
+begin
     create extension if not exists pg_trgm;
-    create index if not exists users_by_text on users using gin
-        (lower(email || ' ' || username || ' ' || coalesce(first_name, '') || ' ' || coalesce(last_name, '')) gin_trgm_ops);
+    select nspname into trgm from pg_extension join pg_namespace n on n.oid = extnamespace where extname = 'pg_trgm';
+    execute format($index$create index if not exists users_by_text on users using gin (lower(email || ' ' || username
+        || ' ' || coalesce(first_name, '') || ' ' || coalesce(last_name, '')) %I.gin_trgm_ops)$index$, trgm);
     alter index users_by_text set (gin_pending_list_limit = 64); -- kB of what is not sorted in yet: each search reads all of it
-exception when insufficient_privilege or undefined_file or feature_not_supported or undefined_object then
-    raise warning 'the search for users has no index: %', sqlerrm;
+exception when others then -- each provider refuses an extension in its own way
+    raise warning 'the search for users works without its index: %. As a superuser: create extension pg_trgm. '
+        'Then: auth-service migrate', sqlerrm;
 end $$;
 
 -- One person's attempt to open an account. It only moves forward:

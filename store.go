@@ -21,7 +21,7 @@ import (
 var schemaSQL string
 
 // schemaVersion is the version of schema.sql. It grows with each change of that file.
-const schemaVersion = 2
+const schemaVersion = 3
 
 // What a store method may return beside its result.
 var (
