@@ -23,8 +23,8 @@ import (
 // config is what the environment says. Every variable NAME that holds a secret
 // may be given as NAME_FILE instead, the path of a file with the value.
 type config struct {
-	// DatabaseURL is PostgreSQL's connection string; several hosts and
-	// target_session_attrs=read-write follow a failover. Required.
+	// DatabaseURL is PostgreSQL's connection string; of several hosts the one that
+	// takes writes is used. Required.
 	DatabaseURL secret `env:"DATABASE_URL,required"`
 
 	// KeycloakURL is where this service reaches Keycloak, without /realms. Required.

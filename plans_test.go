@@ -410,6 +410,7 @@ func (w *env) doEverything(instances []string) readers {
 	w.url = instances[slices.Index(planKinds, "force_custom_plan")]
 	reading.lists(w)
 	w.url = instances[0]
+	w.wants(w.get("/health"), 200, "")
 
 	w.doTasks(signIns["user"].text("session_id"), email)
 	w.operates("doctor")

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"slices"
 	"strings"
 	"time"
 
@@ -40,7 +41,8 @@ type store struct {
 }
 
 // openStore prepares the pool and does not connect: the service starts while
-// PostgreSQL is down.
+// PostgreSQL is down. A server that takes no writes is none to it: of several hosts
+// it takes the one that does, and closes connections that turn out not to.
 func openStore(ctx context.Context, url secret, log *slog.Logger) (*store, error) {
 	cfg, err := pgxpool.ParseConfig(string(url))
 	if err != nil {
@@ -52,9 +54,17 @@ func openStore(ctx context.Context, url secret, log *slog.Logger) (*store, error
 	if cfg.ConnConfig.ConnectTimeout == 0 || cfg.ConnConfig.ConnectTimeout > 10*time.Second {
 		cfg.ConnConfig.ConnectTimeout = 3 * time.Second
 	}
-	cfg.ConnConfig.RuntimeParams["application_name"] = "auth-service"
-	cfg.ConnConfig.RuntimeParams["statement_timeout"] = "5000"
+	if cfg.ConnConfig.DefaultQueryExecMode != pgx.QueryExecModeCacheStatement { // a pooler is in between
+		cfg.ConnConfig.DefaultQueryExecMode = pgx.QueryExecModeCacheDescribe // prepares nothing, and knows all types
+	}
+	cfg.ConnConfig.RuntimeParams["application_name"] = "auth-service" // these two PgBouncer knows, and refuses others
 	cfg.ConnConfig.RuntimeParams["timezone"] = "UTC"
+	cfg.ConnConfig.ValidateConnect = pgconn.ValidateConnectTargetSessionAttrsReadWrite
+	keep := cfg.ConnConfig.OnPgError
+	cfg.ConnConfig.OnPgError = func(conn *pgconn.PgConn, err *pgconn.PgError) bool {
+		return err.Code != "25006" && keep(conn, err) // read_only_sql_transaction
+	}
+	cfg.ConnConfig.Tracer = statementTimeout(5 * time.Second)
 	cfg.AfterConnect = func(_ context.Context, conn *pgx.Conn) error {
 		conn.TypeMap().RegisterType(&pgtype.Type{Name: "timestamptz", OID: pgtype.TimestamptzOID,
 			Codec: &pgtype.TimestamptzCodec{ScanLocation: time.UTC}}) // the driver's own choice is this machine's zone
@@ -72,6 +82,24 @@ func openStore(ctx context.Context, url secret, log *slog.Logger) (*store, error
 	return &store{pool, log}, nil
 }
 
+// statementTimeout bounds each statement, the wait for a commit included. When it is over, the driver closes
+// the connection and asks the server to cancel. It is no setting of the server's, because a pooler lets none through.
+type statementTimeout time.Duration
+
+type cancelKey struct{}
+
+// TraceQueryStart returns the context that the driver uses for the statement.
+func (d statementTimeout) TraceQueryStart(ctx context.Context, _ *pgx.Conn, _ pgx.TraceQueryStartData) context.Context {
+	ctx, cancel := context.WithTimeout(ctx, time.Duration(d))
+	return context.WithValue(ctx, cancelKey{}, cancel)
+}
+
+func (statementTimeout) TraceQueryEnd(ctx context.Context, _ *pgx.Conn, _ pgx.TraceQueryEndData) {
+	if cancel, ok := ctx.Value(cancelKey{}).(context.CancelFunc); ok {
+		cancel()
+	}
+}
+
 // migrate brings the schema to this version, once however many instances start
 // at the same time. A schema that is current costs one query and takes no lock,
 // unless it is to be applied again, for a role that has come since. A newer one is left alone.
@@ -85,10 +113,10 @@ func (st *store) migrate(ctx context.Context, again bool) error {
 	if err == nil && (have < schemaVersion || again && have == schemaVersion) {
 		err = pgx.BeginFunc(ctx, st.pool, func(tx pgx.Tx) error {
 			if _, err := tx.Exec(ctx, `select set_config('lock_timeout', '3s', true), set_config('statement_timeout', '0', true),
-				pg_advisory_xact_lock(7203)`); err != nil { // rows may have to be copied
+				pg_advisory_xact_lock(7203)`); err != nil { // the role may have a statement_timeout
 				return err
 			}
-			if _, err := tx.Exec(ctx, schemaSQL); err != nil {
+			if _, err := tx.Conn().PgConn().Exec(ctx, schemaSQL).ReadAll(); err != nil { // past statementTimeout
 				return err
 			}
 			_, err := tx.Exec(ctx, `
@@ -99,7 +127,7 @@ func (st *store) migrate(ctx context.Context, again bool) error {
 	}
 	if errors.As(err, &pg) && pg.Code == "42501" { // insufficient_privilege
 		return fmt.Errorf("the schema is not this version's, or not for this role; "+
-			"run \"auth-service migrate\" as the owner of the tables: %s", pg.Message)
+			"run \"auth-service migrate\" as the owner of the tables, who may create in the schema: %s", pg.Message)
 	}
 	return storeError(err)
 }
@@ -116,7 +144,11 @@ func (st *store) makeMonths(ctx context.Context, now time.Time) error {
 	return storeError(err)
 }
 
-func (st *store) ping(ctx context.Context) error { return storeError(st.pool.Ping(ctx)) }
+// ping asks PostgreSQL whether it takes writes.
+func (st *store) ping(ctx context.Context) error {
+	_, err := st.pool.Exec(ctx, `delete from tasks where false`) // writes nothing, and a read-only server refuses it
+	return storeError(err)
+}
 
 // querier is what a pool and a transaction have in common.
 type querier interface {
@@ -190,17 +222,22 @@ func (st *store) locked(ctx context.Context, t task, f func(tx *txn)) error {
 	})
 }
 
-// pageTimeout bounds a list: with a filter that few rows pass it may read many.
-const pageTimeout = 5 * time.Second
-
 // list reads a page of a list. Its statement has all filters, also those that are not used.
 // So PostgreSQL must plan each call for its values: it does so for an unnamed statement.
 func list[T any](ctx context.Context, st *store, sql string, args ...any) ([]T, error) {
-	ctx, cancel := context.WithTimeout(ctx, pageTimeout)
-	defer cancel()
 	rows, _ := st.pool.Query(ctx, sql, append([]any{pgx.QueryExecModeCacheDescribe}, args...)...)
 	page, err := pgx.CollectRows(rows, pgx.RowToStructByPos[T])
 	return page, storeError(err)
+}
+
+// outages are the SQLSTATEs, or classes of them, of a server that can't do now what it does at other times.
+var outages = []string{
+	"08", "40", "57", // connection; deadlock; shutdown, timeout
+	"53", "58", // disk full, out of memory, too many clients; the disk fails
+	"25006", "0A000", // read-only; a standby has no unlogged tables, and a statement was prepared before a migration
+	"26000", "42P05", // a prepared statement that is another connection's: see docs/operating.md, PgBouncer
+	"42P01", "42703", "42883", // no such table, column, function: migrate has not come through yet
+	"55P03", // somebody holds the lock for longer than a lock_timeout
 }
 
 // storeError translates the driver's errors into ours. Unknown to the driver
@@ -217,15 +254,13 @@ func storeError(err error) error {
 			return errRace
 		}
 		return fmt.Errorf("%w: %s", errConflict, pg.ConstraintName)
-	case errors.As(err, &pg):
-		switch pg.Code[:2] {
-		case "08", "40", "53", "57": // connection, deadlock, resources (too many clients), operator (shutdown, timeout)
-			return fmt.Errorf("%w: postgresql: %s", errUnavailable, pg.Message)
+	case errors.As(err, &pg) && !errors.As(err, new(*pgconn.ConnectError)):
+		err = fmt.Errorf("postgresql: %s (%s)", pg.Message, strings.TrimSpace(pg.Code+" "+pg.ConstraintName))
+		passes := func(code string) bool { return strings.HasPrefix(pg.Code, code) }
+		if pg.Severity == "FATAL" || slices.ContainsFunc(outages, passes) {
+			err = fmt.Errorf("%w: %w", errUnavailable, err)
 		}
-		if pg.Code == "42P01" { // undefined_table: migrate has not come through yet
-			return fmt.Errorf("%w: postgresql: the schema is not there yet", errUnavailable)
-		}
-		return fmt.Errorf("postgresql: %s (%s %s)", pg.Message, pg.Code, pg.ConstraintName)
+		return err
 	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled), // while waiting for a connection
 		pgconn.SafeToRetry(err), errors.As(err, new(*pgconn.ConnectError)), errors.As(err, new(net.Error)), // reset, timeout
 		strings.Contains(err.Error(), "conn closed"), strings.Contains(err.Error(), "unexpected EOF"):

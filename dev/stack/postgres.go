@@ -30,7 +30,7 @@ func (s *Stack) newPostgres(ctx context.Context, initdb string, port int) (*Serv
 	if err != nil {
 		return nil, err
 	}
-	owner, err := unprivileged()
+	owner, err := Unprivileged()
 	if err != nil {
 		return nil, err
 	}
@@ -92,9 +92,9 @@ func (s *Stack) startPostgres(ctx context.Context, binary string, args []string,
 	}
 }
 
-// unprivileged is who runs PostgreSQL, which refuses to run as root; nil means
+// Unprivileged is who runs PostgreSQL, which refuses to run as root; nil means
 // ourselves.
-func unprivileged() (*syscall.Credential, error) {
+func Unprivileged() (*syscall.Credential, error) {
 	if os.Getuid() != 0 {
 		return nil, nil
 	}

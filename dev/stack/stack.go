@@ -264,7 +264,7 @@ func (s *Stack) Stop() {
 
 // reset removes the servers' data and the mails; the unpacked Keycloak stays.
 func (s *Stack) reset() error {
-	owner, err := unprivileged()
+	owner, err := Unprivileged()
 	if err != nil {
 		return err
 	}

@@ -32,9 +32,11 @@ var (
 	Maven    = Tool{Name: "Maven", Binaries: []string{"mvn"}, Packages: "maven", Dirs: []string{"$MAVEN_HOME/bin"}}
 	Chromium = Tool{Name: "Chromium", Binaries: []string{"chromium", "chromium-browser", "google-chrome"},
 		Packages: "chromium fonts-dejavu-core", Dirs: []string{"/Applications/Google Chrome.app/Contents/MacOS"}}
-	NPM   = Tool{Name: "npm", Binaries: []string{"npm"}, Packages: "npm"}
-	Nginx = Tool{Name: "nginx", Binaries: []string{"nginx"}, Packages: "nginx", Dirs: []string{"/usr/sbin"}}
-	Curl  = Tool{Name: "curl", Binaries: []string{"curl"}, Packages: "curl"}
+	NPM       = Tool{Name: "npm", Binaries: []string{"npm"}, Packages: "npm"}
+	Nginx     = Tool{Name: "nginx", Binaries: []string{"nginx"}, Packages: "nginx", Dirs: []string{"/usr/sbin"}}
+	PgBouncer = Tool{Name: "PgBouncer", Binaries: []string{"pgbouncer"}, Packages: "pgbouncer",
+		Dirs: []string{"/usr/sbin"}}
+	Curl = Tool{Name: "curl", Binaries: []string{"curl"}, Packages: "curl"}
 )
 
 // FindOrInstallChromium returns the path of a Chromium for the browser tests.
