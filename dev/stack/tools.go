@@ -36,7 +36,9 @@ var (
 	Nginx     = Tool{Name: "nginx", Binaries: []string{"nginx"}, Packages: "nginx", Dirs: []string{"/usr/sbin"}}
 	PgBouncer = Tool{Name: "PgBouncer", Binaries: []string{"pgbouncer"}, Packages: "pgbouncer",
 		Dirs: []string{"/usr/sbin"}}
-	Curl = Tool{Name: "curl", Binaries: []string{"curl"}, Packages: "curl"}
+	Curl       = Tool{Name: "curl", Binaries: []string{"curl"}, Packages: "curl"}
+	Prometheus = Tool{Name: "Prometheus", Binaries: []string{"prometheus"}, Packages: "prometheus"}
+	Promtool   = Tool{Name: "promtool", Binaries: []string{"promtool"}, Packages: "prometheus"}
 )
 
 // FindOrInstallChromium returns the path of a Chromium for the browser tests.
