@@ -220,7 +220,7 @@ func TestGuessesHoldUpNobody(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	kc, release := newKeycloak(cfg, newMetrics(nil, time.Now)), make(chan struct{})
+	kc, release := newKeycloak(cfg, newMetrics()), make(chan struct{})
 	var guesses sync.WaitGroup
 	for range cap(kc.passwords.admitted) {
 		guesses.Go(func() { kc.passwords.do(t.Context(), func() error { <-release; return nil }) })

@@ -42,7 +42,7 @@ func (tx *txn) audit(c caller, now time.Time, e entry) {
 		return
 	}
 	row := auditEntry{newAuditID(), now, c.Actor, e.Action, e.Target, cmp.Or(e.Outcome, "ok"), e.Reason, e.Network,
-		c.Address, c.UserAgent, cmp.Or(c.RequestID, requestID(tx.ctx)), e.Details} // a task may be done in a request
+		c.Address, c.UserAgent, cmp.Or(c.RequestID, requestOf(tx.ctx).ID), e.Details} // a task may be done in a request
 	if row.Details == nil {
 		row.Details = map[string]any{}
 	}

@@ -63,7 +63,7 @@ func loggedEntries(t testing.TB, log string) map[string]body {
 		if err := json.Unmarshal([]byte(line), &e); err != nil || e["level"] != "INFO" || e["msg"] != "audit: entry written" {
 			t.Fatalf("%v: %s", err, line)
 		}
-		for _, name := range []string{"time", "level", "msg", "audit"} {
+		for _, name := range []string{"time", "level", "msg", "audit", "service.version"} {
 			delete(e, name)
 		}
 		if e["request_id"] == nil {
@@ -133,7 +133,7 @@ func TestAuditIsLoggedAfterCommit(t *testing.T) {
 // droppedRefusals is what the metric says, of all actions.
 func droppedRefusals(t testing.TB, metrics string) (n int) {
 	t.Helper()
-	for _, m := range regexp.MustCompile(`(?m)^audit_refusals_dropped_total\{action="\w+"\} (\d+)$`).FindAllStringSubmatch(metrics, -1) {
+	for _, m := range regexp.MustCompile(`(?m)^auth_audit_refusals_dropped_total\{action="\w+"\} (\d+)$`).FindAllStringSubmatch(metrics, -1) {
 		k, err := strconv.Atoi(m[1])
 		if err != nil {
 			t.Fatal(err)

@@ -45,7 +45,8 @@ type loginUser struct {
 }
 
 // login signs a person in: L1 Keycloak's tokens, L2 our session. No tokens are handed out without their row.
-func (s *server) login(ctx context.Context, c caller, in loginIn) (loginOut, error) {
+func (s *server) login(ctx context.Context, c caller, in loginIn) (out loginOut, err error) {
+	defer func() { s.metrics.signIns.WithLabelValues("password", cmp.Or(asProblem(err).slug(), "ok")).Inc() }()
 	if (in.Username == "") == (in.Email == "") {
 		return loginOut{}, invalid(fieldError{"username", "is required, or else email"})
 	}
@@ -411,6 +412,7 @@ func (s *server) callbackPage(ctx context.Context, c caller, r *http.Request) (v
 	if err == nil {
 		out, err = s.finishSignIn(ctx, c, r, flow)
 	}
+	s.metrics.signIns.WithLabelValues("code", cmp.Or(asProblem(err).slug(), "ok")).Inc()
 	if err != nil {
 		p := asProblem(err)
 		if p.Status < http.StatusTooManyRequests {

@@ -442,7 +442,7 @@ func TestIDToken(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	kc := newKeycloak(cfg, newMetrics(nil, time.Now))
+	kc := newKeycloak(cfg, newMetrics())
 	verifierAt := func(cfg config, later time.Duration) *verifier {
 		v := newVerifier(cfg, kc, func() time.Time { return time.Now().Add(later) })
 		v.refreshKeys(t.Context())

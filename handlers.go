@@ -167,17 +167,21 @@ func (s *server) handler() (http.Handler, error) {
 			h = s.authenticated(rt, h)
 		}
 		h = s.limited(rt, h)
-		mux.Handle(rt.Pattern, h)
+		patterns := []string{rt.Pattern}
 		for alias := range strings.FieldsSeq(rt.Aliases) {
-			mux.Handle(method+" "+alias, h)
+			patterns = append(patterns, method+" "+alias)
 		}
+		for _, pattern := range patterns {
+			mux.Handle(pattern, h)
+		}
+		s.metrics.addRoute(rt.Name, patterns...)
 	}
 	corsMiddleware, err := newCORS(s.cfg.CORSOrigins)
 	if err != nil {
 		return nil, err
 	}
 	api := withSecurityHeaders(s.cfg.https(), corsMiddleware.Wrap(s.orProblem(mux)))
-	return withRequestID(s.withClient(s.withLog(api))), nil
+	return s.withRequest(s.withLog(api)), nil
 }
 
 // orProblem answers what the mux does not know with a problem, and a browser with its page; the mux itself
@@ -227,7 +231,7 @@ func (s *server) limited(rt route, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		ctx, cancel := context.WithTimeout(r.Context(), 4*time.Second) // a PostgreSQL that hangs is like one that is away
 		defer cancel()
-		if err := s.store.hit(ctx, s.now(), rt.Limit.of(network(s.clientAddress(r)))); err != nil {
+		if err := s.store.hit(ctx, s.now(), rt.Limit.of(network(clientOf(ctx)))); err != nil {
 			s.refuse(w, r, rt, err)
 			return
 		}

@@ -218,6 +218,7 @@ func TestCORS(t *testing.T) {
 	}{
 		{"preflight", v, "https://app.example", ask("POST", "authorization,content-type"), true},
 		{"preflight of the other", v, "https://admin.example", ask("DELETE", "authorization"), true},
+		{"preflight of a frontend that traces", v, "https://app.example", ask("POST", "baggage,sentry-trace,traceparent,tracestate,x-request-id"), true},
 		{"preflight of a stranger", v, "https://evil.example", ask("POST", "content-type"), false},
 		{"preflight of a subdomain", v, "https://x.app.example", ask("POST", "content-type"), false},
 		{"preflight without TLS", v, "http://app.example", ask("POST", "content-type"), false},
@@ -465,14 +466,14 @@ func TestManagement(t *testing.T) {
 		}
 	}
 	metrics := string(w.management404("/metrics").Body)
-	for _, want := range []string{`http_request_duration_seconds_count{method="POST",route="POST /api/v1/register",status="2xx"}`,
-		`http_request_duration_seconds_count{method="",route="none",status="4xx"}`, `keycloak_call_duration_seconds_count{operation="create_user",outcome="ok"}`,
-		`problems_total{type="not-found"}`, "panics_total 0", `tasks_total{kind="sweep",outcome="ok"}`, "task_oldest_due_seconds ", `verification_mails_total{outcome="sent"}`,
-		"database_connections_in_use", "process_resident_memory_bytes"} {
+	for _, want := range []string{`auth_http_request_duration_seconds_count{method="POST",route="/api/v1/register",status="2xx"}`,
+		`auth_http_request_duration_seconds_count{method="GET",route="none",status="4xx"}`, `auth_keycloak_call_duration_seconds_count{operation="create_user",outcome="ok"}`,
+		`auth_tasks_total{kind="sweep",outcome="ok"}`, "auth_task_oldest_due_seconds ", `auth_tasks_due{kind="REG"}`, "process_resident_memory_bytes"} {
 		if !strings.Contains(metrics, "\n"+want) {
 			t.Errorf("/metrics lacks %s", want)
 		}
 	}
+	promtool(t, metrics, "check", "metrics")
 	peers := map[string]int{"127.0.0.1:1": 200, "[::1]:1": 200, "[::ffff:127.0.0.1]:1": 200, "192.0.2.1:1": 404, "[2001:db8::1]:1": 404, "": 404}
 	for peer, status := range peers { // profiles are for this machine only
 		answer, r := httptest.NewRecorder(), httptest.NewRequest("GET", "/debug/pprof/cmdline", nil)
@@ -495,7 +496,7 @@ func TestPanics(t *testing.T) {
 	serve := func(h http.HandlerFunc) (rec *httptest.ResponseRecorder, panicked any) {
 		defer func() { panicked = recover() }()
 		rec = httptest.NewRecorder()
-		withRequestID(s.withLog(h)).ServeHTTP(rec, httptest.NewRequest("GET", "/x?token=s3cret", nil))
+		s.withRequest(s.withLog(h)).ServeHTTP(rec, httptest.NewRequest("GET", "/x?token=s3cret", nil))
 		return rec, nil
 	}
 	rec, p := serve(func(http.ResponseWriter, *http.Request) { panic("boom") })

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"mime"
 	"net/http"
 	"net/url"
@@ -31,6 +32,12 @@ const (
 
 	passwordChecks = 16 // at a time, and half as many of one client
 )
+
+// keycloakOperations are what calls are measured as.
+var keycloakOperations = []string{"activate_user", "code_grant", "count_users", "create_user", "delete_user",
+	"disable_user", "discovery", "end_offline", "end_session", "end_sessions", "find_user", "get_user",
+	"list_events", "list_users", "password_grant", "ping", "prepare_mail", "push_user", "refresh_grant",
+	"rename_user", "send_mail", "signing_keys", "unlock_user", "user_consents", "user_locked", "user_sessions"}
 
 // What Keycloak may answer beside errNotFound, errConflict and errUnavailable.
 var (
@@ -79,16 +86,18 @@ func newKeycloak(cfg config, m *metrics) *keycloak {
 
 // forwarding tells Keycloak the client's address, for its events and its guard against guessing. Keycloak believes it
 // if it trusts this service as a proxy. Then it must be told the scheme, too: it refuses people who come without TLS.
+// The trace context goes on as it came: the service makes no spans.
 type forwarding struct {
 	http.RoundTripper
 	scheme string
 }
 
 func (f forwarding) RoundTrip(r *http.Request) (*http.Response, error) {
-	if client := clientOf(r.Context()); client.IsValid() {
+	if q := requestOf(r.Context()); q.Client.IsValid() {
 		r = r.Clone(r.Context())
-		r.Header.Set("X-Forwarded-For", client.String())
+		r.Header.Set("X-Forwarded-For", q.Client.String())
 		r.Header.Set("X-Forwarded-Proto", f.scheme)
+		maps.Copy(r.Header, q.Trace)
 	}
 	return f.RoundTripper.RoundTrip(r)
 }

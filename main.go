@@ -142,12 +142,14 @@ func newServer(ctx context.Context, cfg config, log *slog.Logger) (*server, erro
 		}
 	}
 	now := func() time.Time { return time.Now().Truncate(time.Microsecond) } // as exact as PostgreSQL keeps it
-	m := newMetrics(st, now)
+	m := newMetrics()
+	st.registrations = m.registrations
 	kc := newKeycloak(cfg, m)
 	s := &server{cfg: cfg, log: log, store: st, kc: kc, verifier: newVerifier(cfg, kc, now), origins: origins,
 		metrics: m, now: now, wake: make(chan struct{}, 1),
 		checking: waiters{most: 2 * passwordChecks, each: passwordChecks / 2, of: map[string]int{}}}
 	s.handle = s.handleTask
+	m.watch(s)
 	return s, nil
 }
 
@@ -196,8 +198,7 @@ func (s *server) serve(ctx context.Context) error {
 	failed := make(chan error, 2)
 	go func() { failed <- mgmt.Serve(management) }()
 	go func() { failed <- serve(public) }()
-	s.log.Info("listening", "address", public.Addr().String(), "management", management.Addr().String(),
-		"version", version())
+	s.log.Info("listening", "address", public.Addr().String(), "management", management.Addr().String())
 
 	select {
 	case err = <-failed:

@@ -6,7 +6,6 @@ import (
 	"io"
 	"log/slog"
 	"maps"
-	"math"
 	"net/http"
 	"net/netip"
 	"regexp"
@@ -19,9 +18,6 @@ import (
 	"auth-service/templates"
 
 	"github.com/jub0bs/cors"
-	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/collectors"
-	"github.com/prometheus/client_golang/prometheus/promauto"
 
 	gonanoid "github.com/matoous/go-nanoid/v2"
 )
@@ -41,103 +37,68 @@ const anonymous = "anonymous"
 // system is the caller of a worker.
 func system(name string) caller { return caller{Actor: "system:" + name} }
 
-// metrics are what Prometheus sees. Labels are bounded: route pattern, method,
-// status class, operation; never a path, a user or an error's text.
-type metrics struct {
-	registry *prometheus.Registry
-	requests *prometheus.HistogramVec
-	keycloak *prometheus.HistogramVec
-	problems *prometheus.CounterVec
-	panics   prometheus.Counter
-	tasks    *prometheus.CounterVec
-	mails    *prometheus.CounterVec
-	reuse    prometheus.Counter
-	synced   *prometheus.CounterVec
-	dropped  *prometheus.CounterVec
+// request is what is known of the request that a context belongs to. A worker's context has none.
+type request struct {
+	ID     string
+	Client netip.Addr  // its address
+	Trace  http.Header // traceparent and tracestate as they came; nil: none, or not well-formed
 }
 
-func newMetrics(st *store, now func() time.Time) *metrics {
-	reg := prometheus.NewRegistry()
-	reg.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
-	f := promauto.With(reg)
-	seconds := func(name, help string, labels ...string) *prometheus.HistogramVec {
-		return f.NewHistogramVec(prometheus.HistogramOpts{Name: name, Help: help,
-			Buckets: []float64{.002, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10}}, labels)
-	}
-	counter := func(name, help string, labels ...string) *prometheus.CounterVec {
-		return f.NewCounterVec(prometheus.CounterOpts{Name: name, Help: help}, labels)
-	}
-	f.NewGaugeFunc(prometheus.GaugeOpts{Name: "database_connections_in_use", Help: "Of the pool."},
-		func() float64 { return float64(st.pool.Stat().AcquiredConns()) })
-	f.NewGaugeFunc(prometheus.GaugeOpts{Name: "task_oldest_due_seconds",
-		Help: "How long the oldest task that is due has waited; NaN: PostgreSQL does not say."}, func() float64 {
-		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
-		defer cancel()
-		age, err := st.oldestTask(ctx, now())
-		if err != nil {
-			return math.NaN()
-		}
-		return age.Seconds()
-	})
-	return &metrics{
-		registry: reg,
-		requests: seconds("http_request_duration_seconds", "Time to answer a request.", "route", "method", "status"),
-		keycloak: seconds("keycloak_call_duration_seconds", "Time of calls to Keycloak.", "operation", "outcome"),
-		problems: counter("problems_total", "Errors answered to clients, by problem type.", "type"),
-		panics:   counter("panics_total", "Handlers that panicked.").WithLabelValues(),
-		tasks:    counter("tasks_total", "Tasks of the queue that were done or have failed.", "kind", "outcome"),
-		mails:    counter("verification_mails_total", "Verification mails handed to Keycloak.", "outcome"),
-		reuse:    counter("refresh_token_reuse_total", "Sessions ended because of an old token.").WithLabelValues(),
-		synced:   counter("sync_differences_total", "Differences that full passes found.", "class", "outcome"),
-		dropped:  counter("audit_refusals_dropped_total", "Refusals that were too many to be audited.", "action"),
-	}
+type requestKey struct{}
+
+// requestOf returns the request of a context; the zero one is a worker's.
+func requestOf(ctx context.Context) request {
+	q, _ := ctx.Value(requestKey{}).(request)
+	return q
 }
 
-type (
-	requestIDKey struct{}
-	clientKey    struct{} // of the client's address
-)
+func clientOf(ctx context.Context) netip.Addr { return requestOf(ctx).Client }
 
 // requestIDPattern is what a request id from outside must look like to be kept:
 // it ends up in logs and in the audit log.
 var requestIDPattern = regexp.MustCompile(`^[A-Za-z0-9._-]{8,64}$`)
 
-// withRequestID gives every request and response an X-Request-Id.
-func withRequestID(next http.Handler) http.Handler {
+// traceparentPattern is version 00 of W3C Trace Context §3.2: the ids of the trace and of the caller's span.
+var traceparentPattern = regexp.MustCompile(`^00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}$`)
+
+// traceOf returns the trace context of a request. One that is not well-formed counts for nothing, nor does an id that
+// is all zeros. A tracestate of more than 512 characters need not go on (§3.3.1.5).
+func traceOf(h http.Header) http.Header {
+	parent := h["Traceparent"]
+	if len(parent) != 1 || !traceparentPattern.MatchString(parent[0]) ||
+		strings.Trim(parent[0][3:35], "0") == "" || strings.Trim(parent[0][36:52], "0") == "" {
+		return nil
+	}
+	trace := http.Header{"Traceparent": parent}
+	if state := strings.Join(h["Tracestate"], ","); state != "" && len(state) <= 512 {
+		trace.Set("Tracestate", state)
+	}
+	return trace
+}
+
+// withRequest finds out once what belongs to a request: its id, which the answer has, too, its client, and its trace.
+func (s *server) withRequest(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		id := r.Header.Get("X-Request-Id")
 		if !requestIDPattern.MatchString(id) {
 			id = gonanoid.Must()
 		}
 		w.Header().Set("X-Request-Id", id)
-		next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), requestIDKey{}, id)))
+		q := request{id, s.clientAddress(r), traceOf(r.Header)}
+		next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), requestKey{}, q)))
 	})
 }
 
-// withClient tells Keycloak's events and its guard, and those who wait for a key, whose request it is.
-func (s *server) withClient(next http.Handler) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), clientKey{}, s.clientAddress(r))))
-	})
-}
-
-// clientOf is the address of the client whose request a context is of; invalid: it is a worker's.
-func clientOf(ctx context.Context) netip.Addr {
-	addr, _ := ctx.Value(clientKey{}).(netip.Addr)
-	return addr
-}
-
-func requestID(ctx context.Context) string {
-	id, _ := ctx.Value(requestIDKey{}).(string)
-	return id
-}
-
-// logHandler puts the request id into every line that is logged with a request's context.
+// logHandler puts the ids of the request and of its trace into every line that is logged with a request's context.
 type logHandler struct{ slog.Handler }
 
 func (h logHandler) Handle(ctx context.Context, rec slog.Record) error {
-	if id := requestID(ctx); id != "" {
-		rec.AddAttrs(slog.String("request_id", id))
+	q := requestOf(ctx)
+	if q.ID != "" {
+		rec.AddAttrs(slog.String("request_id", q.ID))
+	}
+	if parent := q.Trace.Get("Traceparent"); parent != "" {
+		rec.AddAttrs(slog.String("trace_id", parent[3:35]), slog.String("span_id", parent[36:52])) // of the caller
 	}
 	return h.Handler.Handle(ctx, rec)
 }
@@ -148,10 +109,11 @@ func (h logHandler) WithAttrs(attrs []slog.Attr) slog.Handler {
 
 func newLogger(w io.Writer, cfg config) *slog.Logger {
 	options := &slog.HandlerOptions{Level: cfg.logLevel}
+	var h slog.Handler = slog.NewJSONHandler(w, options)
 	if cfg.LogFormat == "text" {
-		return slog.New(logHandler{slog.NewTextHandler(w, options)})
+		h = slog.NewTextHandler(w, options)
 	}
-	return slog.New(logHandler{slog.NewJSONHandler(w, options)})
+	return slog.New(logHandler{h}).With("service.version", version())
 }
 
 // statusWriter remembers the status that was answered.
@@ -172,6 +134,21 @@ func (w *statusWriter) Write(b []byte) (int, error) {
 
 func (w *statusWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
+// routeOf is the route of a request without its method, as OpenTelemetry has http.route. Unknown paths are the client's
+// choice: they are no label.
+func routeOf(r *http.Request) string {
+	return cmp.Or(r.Pattern[strings.Index(r.Pattern, " ")+1:], "none")
+}
+
+// methodOf is the method of a request, as OpenTelemetry has http.request.method: one that a client makes up is _OTHER.
+func methodOf(r *http.Request) string {
+	switch r.Method {
+	case "GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE":
+		return r.Method
+	}
+	return "_OTHER"
+}
+
 // withLog logs and measures every request by its route pattern: the URL may hold
 // a token. A panic becomes a 500 like any other unexpected error.
 func (s *server) withLog(next http.Handler) http.Handler {
@@ -184,28 +161,27 @@ func (s *server) withLog(next http.Handler) http.Handler {
 					panic(p)
 				}
 				s.metrics.panics.Inc()
-				s.log.ErrorContext(r.Context(), "panic", "route", r.Pattern, "panic", p, "stack", string(debug.Stack()))
+				s.log.ErrorContext(r.Context(), "panic", "http.route", routeOf(r), "http.request.method", methodOf(r),
+					"panic", p, "stack", string(debug.Stack()))
 				if sw.status == 0 {
 					s.writeProblem(sw, r, problemInternal)
 				}
 			}
-			route := cmp.Or(r.Pattern, "none") // unknown paths and methods are the client's choice: not a label
-			method, _, ok := strings.Cut(route, " ")
-			if !ok {
-				method = "" // of a route for all methods
-			}
 			sw.status = cmp.Or(sw.status, http.StatusOK) // nothing written: net/http does
-			took := time.Since(start)
-			s.metrics.requests.WithLabelValues(route, method, strconv.Itoa(sw.status/100)+"xx").Observe(took.Seconds())
-			level := slog.LevelInfo
-			if strings.Contains(route, validatePath) || strings.HasPrefix(route, envoyPath) {
+			route, method, class := routeOf(r), methodOf(r), strconv.Itoa(sw.status/100)+"xx"
+			took, level := time.Since(start), slog.LevelInfo
+			if route == validatePath || route == envoyPath+"{path...}" {
+				s.metrics.validations.WithLabelValues(class).Observe(took.Seconds())
 				level = slog.LevelDebug // one for each request of an application: that one's log has it
+			} else {
+				s.metrics.requests.WithLabelValues(route, method, class).Observe(took.Seconds())
 			}
 			if !s.log.Enabled(r.Context(), level) {
 				return
 			}
-			s.log.Log(r.Context(), level, "request", "route", route, "method", method, "status", sw.status,
-				"ms", took.Milliseconds(), "client", s.clientAddress(r).String())
+			s.log.Log(r.Context(), level, "request", "http.route", route, "http.request.method", method,
+				"http.response.status_code", sw.status, "http.server.request.duration", took.Seconds(),
+				"client.address", clientOf(r.Context()).String())
 		}()
 		next.ServeHTTP(sw, r)
 	})
@@ -237,10 +213,11 @@ func newCORS(origins []string) (*cors.Middleware, error) {
 		return new(cors.Middleware), nil // passes everything on, allows nothing
 	}
 	return cors.NewMiddleware(cors.Config{
-		Origins:         origins,
-		Credentialed:    true,
-		Methods:         []string{"GET", "POST", "PATCH", "DELETE"},
-		RequestHeaders:  []string{"Authorization", "Content-Type", "X-Request-Id"},
+		Origins:      origins,
+		Credentialed: true,
+		Methods:      []string{"GET", "POST", "PATCH", "DELETE"},
+		RequestHeaders: []string{"Authorization", "Baggage", "Content-Type", "Sentry-Trace", "Traceparent", "Tracestate",
+			"X-Request-Id"},
 		ResponseHeaders: []string{"Location", "Retry-After", "WWW-Authenticate", "X-Request-Id"},
 		MaxAgeInSeconds: 600,
 	})
@@ -288,12 +265,13 @@ func (s *server) caller(r *http.Request) caller {
 	agent := r.UserAgent()
 	agent = strings.ToValidUTF8(agent[:min(len(agent), 300)], "")
 	p, _ := r.Context().Value(principalKey{}).(principal)
+	q := requestOf(r.Context())
 	return caller{
 		principal: p,
 		Actor:     cmp.Or(string(p.UserID), anonymous),
-		Address:   s.clientAddress(r).String(),
+		Address:   q.Client.String(),
 		UserAgent: strings.ReplaceAll(agent, "\x00", ""), // PostgreSQL has no NUL in text
-		RequestID: requestID(r.Context()),
+		RequestID: q.ID,
 		Language:  r.Header.Get("Accept-Language"),
 	}
 }

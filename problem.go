@@ -169,11 +169,11 @@ func invalid(fields ...fieldError) problem {
 }
 
 // asProblem is what the client is told about err: its problem, 503 for a store
-// that is away, else 500.
+// that is away, else 500; nil is the zero problem.
 func asProblem(err error) problem {
 	var p problem
 	switch {
-	case errors.As(err, &p):
+	case err == nil, errors.As(err, &p):
 	case errors.Is(err, errBusy), errors.Is(err, errLocked):
 		p = problemUnavailable.retryAfter(2 * time.Second).withCause(err)
 	case errors.Is(err, errUnavailable):
@@ -195,12 +195,14 @@ func (s *server) report(r *http.Request, err error) problem {
 	switch {
 	case errors.Is(err, errBusy): // a flood is one line a minute
 		if s.busyWarned.again(s.now()) {
-			s.log.WarnContext(r.Context(), "request refused, too much is waiting", "route", r.Pattern, "error", err)
+			s.log.WarnContext(r.Context(), "request refused, too much is waiting", "http.route", routeOf(r),
+				"http.request.method", methodOf(r), "error", err)
 		}
 	case p.Status >= 500:
-		s.log.ErrorContext(r.Context(), "request failed", "route", r.Pattern, "problem", p.slug(), "error", err)
+		s.log.ErrorContext(r.Context(), "request failed", "http.route", routeOf(r),
+			"http.request.method", methodOf(r), "problem", p.slug(), "error", err)
 	}
-	p.RequestID = requestID(r.Context())
+	p.RequestID = requestOf(r.Context()).ID
 	return p
 }
 

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/jackc/pgx/v5"
 	gonanoid "github.com/matoous/go-nanoid/v2"
 )
 
@@ -194,6 +195,9 @@ func (t task) kind() string {
 	return t.ID[:strings.IndexAny(t.ID, ":-")]
 }
 
+// taskKinds are all kinds.
+var taskKinds = []string{"REG", "SES", "kc", "notice", "reset", "events", "sync", "sweep", "token", "login"}
+
 // doNow does the work of a task in the request that needs its outcome, whether it is due or not.
 func (s *server) doNow(ctx context.Context, id string) error {
 	t, err := s.store.lock(ctx, id, lockTime, s.now)
@@ -264,10 +268,20 @@ func (s *server) workOnce(ctx context.Context) (bool, error) {
 	return true, nil
 }
 
-// oldestTask returns how long the oldest task that is due has waited, for the metric.
-func (st *store) oldestTask(ctx context.Context, now time.Time) (age time.Duration, err error) {
-	due := now
-	err = st.pool.QueryRow(ctx, `
-		select least($1::timestamptz, min(coalesce(locked_until, due_at))) from tasks`, now).Scan(&due)
-	return now.Sub(due), storeError(err)
+// tasksDue counts by kind the tasks that are due, the oldest 1,000, and returns since when the oldest one is.
+func (st *store) tasksDue(ctx context.Context, now time.Time) (due map[string]int, oldest time.Time, err error) {
+	due, oldest = map[string]int{}, now
+	rows, _ := st.pool.Query(ctx, `
+		select task_id, coalesce(locked_until, due_at) from tasks where coalesce(locked_until, due_at) <= $1
+		order by coalesce(locked_until, due_at) limit 1000`, now)
+	var t task
+	var since time.Time
+	_, err = pgx.ForEachRow(rows, []any{&t.ID, &since}, func() error {
+		due[t.kind()]++
+		if since.Before(oldest) {
+			oldest = since
+		}
+		return nil
+	})
+	return due, oldest, storeError(err)
 }

@@ -183,7 +183,7 @@ func TestRefresh(t *testing.T) {
 		w.wants(a, 401, "token-reused")
 		w.ended("token-reused", newest, old)
 		if n := w.reuses() - counted; n != 1 || !strings.HasPrefix(a.Header.Get("WWW-Authenticate"), "Bearer") {
-			t.Errorf("refresh_token_reuse_total: %d more; %v", n, a.Header)
+			t.Errorf("auth_refresh_token_reuse_total: %d more; %v", n, a.Header)
 		}
 		if got := w.value(`select string_agg(concat_ws(' ', actor, action, outcome, reason, target), ', ' order by at, audit_id) from audit_log where request_id = $1`,
 			a.text("request_id")); got != "anonymous session.end ok token-reused "+user+", anonymous refresh refused token-reused "+user {
@@ -200,7 +200,7 @@ func TestRefresh(t *testing.T) {
 func (w *env) reuses() (n int) {
 	w.Helper()
 	text := string(w.management404("/metrics").Body)
-	if _, err := fmt.Sscan(regexp.MustCompile(`(?m)^refresh_token_reuse_total (\d+)$`).FindStringSubmatch(text)[1], &n); err != nil {
+	if _, err := fmt.Sscan(regexp.MustCompile(`(?m)^auth_refresh_token_reuse_total (\d+)$`).FindStringSubmatch(text)[1], &n); err != nil {
 		w.Fatal(err)
 	}
 	return n

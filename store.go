@@ -16,6 +16,7 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgtype"
 	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/prometheus/client_golang/prometheus"
 )
 
 //go:embed schema.sql
@@ -36,8 +37,9 @@ var (
 // store is PostgreSQL. One method is one statement or one transaction. Times
 // come from the caller, so that a test can move them.
 type store struct {
-	pool *pgxpool.Pool
-	log  *slog.Logger // has the audit entries, too
+	pool          *pgxpool.Pool
+	log           *slog.Logger           // has the audit entries, too
+	registrations *prometheus.CounterVec // those about registrations are counted, too
 }
 
 // openStore prepares the pool and does not connect: the service starts while
@@ -79,7 +81,7 @@ func openStore(ctx context.Context, url secret, log *slog.Logger) (*store, error
 	if err != nil {
 		return nil, err
 	}
-	return &store{pool, log}, nil
+	return &store{pool: pool, log: log}, nil
 }
 
 // statementTimeout bounds each statement, the wait for a commit included. When it is over, the driver closes
@@ -208,6 +210,9 @@ func (st *store) tx(ctx context.Context, f func(tx *txn)) error {
 		st.log.InfoContext(ctx, "audit: entry written", "audit", true, "audit_id", string(e.ID), "actor", e.Actor,
 			"action", e.Action, "target", e.Target, "outcome", e.Outcome, "reason", e.Reason,
 			"network_id", e.NetworkID, "ip_address", e.Address, "details", e.Details)
+		if step, ok := strings.CutPrefix(e.Action, "registration."); ok && e.Outcome == "ok" {
+			st.registrations.WithLabelValues(step).Inc()
+		}
 	}
 	return nil
 }

@@ -286,8 +286,9 @@ func (p *pass) end(ctx context.Context, err error) error {
 	found, repaired, _ := run.counts()
 	p.log.InfoContext(ctx, "sync: full pass done", "sync", run.ID, "status", run.Status, "checked", run.Checked,
 		"found", found, "remaining", found-repaired)
-	for d, class := range run.Differences {
-		if !run.DryRun {
+	if !run.DryRun {
+		p.metrics.passes.WithLabelValues(run.Status).Inc()
+		for d, class := range run.Differences {
 			p.metrics.synced.WithLabelValues(string(d), "repaired").Add(float64(class.Repaired))
 			p.metrics.synced.WithLabelValues(string(d), "remaining").Add(float64(class.Found - class.Repaired))
 		}

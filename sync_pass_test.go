@@ -324,7 +324,7 @@ func (p *passEnv) postgresLost() {
 	}
 	release()
 	if err := p.logs.waitFor(60*time.Second, func(text string) bool {
-		return regexp.MustCompile(`"task: lock not released[^"]*","task":"job:sync"`).MatchString(text)
+		return regexp.MustCompile(`"task: lock not released[^\n]*"task":"job:sync"`).MatchString(text)
 	}); err != nil {
 		p.Error(err)
 	}

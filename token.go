@@ -100,6 +100,7 @@ type keySet struct {
 	verified *lru.Cache[[sha256.Size]byte, verifiedToken]
 	absent   *lru.Cache[string, bool] // ids that were looked for in vain, until the next fetch
 	asked    time.Time                // when the fetch began
+	read     time.Time                // when the one began that has brought byID or found it again
 	err      error                    // the fetch has failed: byID is of an earlier one
 }
 
@@ -148,7 +149,7 @@ func (v *verifier) fetchKeys(ctx context.Context) {
 // nothing.
 func (v *verifier) refreshKeys(ctx context.Context) {
 	before := v.keys.Load()
-	after := &keySet{byID: before.byID, verified: before.verified, asked: time.Now()}
+	after := &keySet{byID: before.byID, verified: before.verified, read: before.read, asked: time.Now()}
 	after.absent, _ = lru.New[string, bool](keysAbsent) // fails only for a size below 1
 	fetched, err := v.fetch(ctx)
 	byID := map[string]jose.JSONWebKey{}
@@ -165,6 +166,9 @@ func (v *verifier) refreshKeys(ctx context.Context) {
 	case !reflect.DeepEqual(byID, before.byID):
 		after.byID = byID
 		after.verified, _ = lru.New[[sha256.Size]byte, verifiedToken](verifiedTokens)
+	}
+	if after.err == nil {
+		after.read = after.asked
 	}
 	v.keys.Store(after)
 }
