@@ -47,9 +47,6 @@ type loginUser struct {
 // login signs a person in: L1 Keycloak's tokens, L2 our session. No tokens are handed out without their row.
 func (s *server) login(ctx context.Context, c caller, in loginIn) (out loginOut, err error) {
 	defer func() { s.metrics.signIns.WithLabelValues("password", cmp.Or(asProblem(err).slug(), "ok")).Inc() }()
-	if (in.Username == "") == (in.Email == "") {
-		return loginOut{}, invalid(fieldError{"username", "is required, or else email"})
-	}
 	name := cmp.Or(in.Username, in.Email)
 	account, err := s.store.accountByLogin(ctx, name, network(clientOf(ctx)), s.now())
 	if err != nil {

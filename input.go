@@ -33,6 +33,7 @@ type input struct {
 	fields map[string]*inputField
 	takes  map[string]bool   // path, query, json: whether any field comes from there
 	hints  map[string]string // what to do instead of sending a field that is not known
+	either [][]string        // sets of fields of which one must be there, and no other
 }
 
 // inputField has tags that are both the rules that check applies and what the OpenAPI document says.
@@ -50,6 +51,9 @@ func inputOf(to any) input {
 	in.add(reflect.ValueOf(to).Elem())
 	if hinted, ok := to.(interface{ hints() map[string]string }); ok {
 		in.hints = hinted.hints()
+	}
+	if alternative, ok := to.(interface{ either() [][]string }); ok {
+		in.either = alternative.either()
 	}
 	return in
 }
@@ -196,6 +200,15 @@ func (in input) check() error {
 		default:
 			wrong = append(wrong, fieldError{name, detail})
 		}
+	}
+	there := 0
+	for _, fields := range in.either {
+		if !slices.ContainsFunc(fields, func(name string) bool { return in.fields[name].value.String() == "" }) {
+			there++
+		}
+	}
+	if len(wrong) == 0 && in.either != nil && there != 1 {
+		wrong = []fieldError{{in.either[0][0], "is required, or else " + strings.Join(in.either[1], " and ")}}
 	}
 	if len(wrong) > 0 {
 		return invalid(wrong...)

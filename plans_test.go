@@ -561,7 +561,7 @@ func (w *env) doTasks(session, email string) {
 			or task_id in ('job:events', 'job:sweep')`)
 		w.exec(`insert into revocations (at, keycloak_session_id, user_id, role, network_id, station_id, is_active) values (now() - interval '2 hours', '', '', '', '', '', true)`)
 		w.exec(`update refresh_tokens set used_at = now() - interval '5 minutes' where session_id = $1 and answer is not null`, session)
-		w.exec(`update rate_limits set resets_at = resets_at + interval '1 hour' where resets_at < now()`) // of all this itself, how slow it ever was
+		w.exec(`update rate_limits set resets_at = resets_at + interval '1 hour' where resets_at < now() + interval '1 hour'`) // of all this itself, how slow it ever was
 		w.exec(`insert into rate_limits values ($1, 1, now())`, "ended:"+kind)
 		w.edits(w.keycloakID(email), body{attrRoles: []string{roleUser}})
 		w.operates("jobs")

@@ -309,9 +309,6 @@ type resendOut struct {
 // resend mails the same link and a new code; the time to confirm begins anew. To an address
 // the answer is the same, whatever is known of it: its mail is left to the queue.
 func (s *server) resend(ctx context.Context, c caller, in resendIn) (resendOut, error) {
-	if (in.RegistrationID == "") == (in.Email == "") {
-		return resendOut{}, invalid(fieldError{"registration_id", "is required, or else email"})
-	}
 	if in.Email != "" {
 		err := s.store.hitAddress(ctx, in.Email, s.now())
 		if err == nil {

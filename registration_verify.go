@@ -36,9 +36,6 @@ type verifyOut struct {
 // the registration an account. Both stores must agree. V1 our row, V2 Keycloak's user, V3
 // Keycloak's account with password, username and names in one call, V4 ours. It signs nobody in.
 func (s *server) verify(ctx context.Context, c caller, in verifyIn) (verifyOut, error) {
-	if (in.Token == "") == (in.Code == "" || in.Email == "") {
-		return verifyOut{}, invalid(fieldError{"token", "is required, or else email and code"})
-	}
 	reg, err := s.registrationOf(ctx, c, in) // V1
 	if err != nil {
 		return verifyOut{}, err
