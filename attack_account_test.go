@@ -155,6 +155,31 @@ func TestKnownClient(t *testing.T) {
 	w.wants(try(home, password), 200, "")
 }
 
+// TestResetReserve: strangers who have had all the day's links mailed do not keep the owner from one.
+func TestResetReserve(t *testing.T) {
+	w := sharedEnv(t)
+	email, _, kc := w.member()
+	home := newAddress()
+	r := signingIn(email, password)
+	r.from = home
+	w.wants(w.do(r), 200, "")
+	w.usesUp(resetsADay.of(kc))
+	for _, c := range []struct {
+		from  string
+		mails int
+	}{{newAddress(), 1}, {home, 2}} {
+		r := forgetting(email)
+		r.from = c.from
+		w.wants(w.do(r), 202, "")
+		w.eventually("the task is done", 20*time.Second, func() bool {
+			return w.value(`select count(*)::text from tasks where task_id = $1`, "reset:"+kc) == "0"
+		})
+		if got := len(w.mail.To(email)); got != c.mails {
+			t.Errorf("%d mails instead of %d", got, c.mails)
+		}
+	}
+}
+
 var actionLink = regexp.MustCompile(`https?://\S+[?&]key=\S+`)
 
 // TestScannerOfANewAddress: opening the mail's link, as scanners do, does not give an account the address. The

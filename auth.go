@@ -48,7 +48,7 @@ type loginUser struct {
 func (s *server) login(ctx context.Context, c caller, in loginIn) (out loginOut, err error) {
 	defer func() { s.metrics.signIns.WithLabelValues("password", cmp.Or(asProblem(err).slug(), "ok")).Inc() }()
 	name := cmp.Or(in.Username, in.Email)
-	account, err := s.store.accountByLogin(ctx, name, network(clientOf(ctx)), s.now())
+	account, err := accountByLogin(ctx, s.store.pool, name, network(clientOf(ctx)), s.now())
 	if err != nil {
 		return loginOut{}, err
 	}
@@ -312,6 +312,7 @@ const (
 	signInTime  = 10 * time.Minute // to sign in on Keycloak's page
 	afterSignIn = "/account/signed-in"
 	maxReturnTo = 2000
+	maxCode     = 1000 // of Keycloak's, which have 110 characters
 )
 
 // signIn is one sign-in by the code flow, bound to the browser that began it.
@@ -436,15 +437,16 @@ func (s *server) finishSignIn(ctx context.Context, c caller, r *http.Request, fl
 	if err != nil {
 		return loginOut{}, err
 	}
-	switch code := r.FormValue("error"); {
-	case code == "access_denied":
+	code := r.FormValue("code")
+	switch refused := r.FormValue("error"); {
+	case refused == "access_denied":
 		return loginOut{}, problemSignInIncomplete.withDetail("The sign-in was cancelled.")
-	case code != "": // temporarily_unavailable: the page was open for too long
+	case refused != "": // temporarily_unavailable: the page was open for too long
 		return loginOut{}, problemSignInIncomplete.withCause(errors.New("keycloak answers with an error"))
-	case r.FormValue("code") == "", r.FormValue("iss") != s.verifier.issuer:
+	case code == "", len(code) > maxCode, r.FormValue("iss") != s.verifier.issuer:
 		return loginOut{}, problemSignInIncomplete.withCause(errors.New("the answer comes from another issuer"))
 	}
-	token, err := s.kc.redeem(ctx, r.FormValue("code"), flow.verifier()) // L1
+	token, err := s.kc.redeem(ctx, code, flow.verifier()) // L1
 	if errors.Is(err, errInvalidGrant) {
 		err = problemSignInIncomplete.withCause(err)
 	}

@@ -247,7 +247,7 @@ func scenarioMistakes(b *browser) {
 	b.press("Create an account", 400, "Create an account", "That did not work",
 		"E-mail address is not a valid e-mail address", "User name must have at least 3 characters",
 		"Phone number is not a valid phone number; write it with the country code")
-	b.has("email", "ada@", "username", "a", "first_name", "Ada", "phone", "03012345")
+	b.has("email", "ada@", "username", "a", "first_name", "Ada", "phone", "030 12345")
 	if active := evaluate[string](b, "document.activeElement.className"); active != "summary" {
 		b.Errorf("the focus is on %q instead of the summary of the mistakes", active)
 	}
@@ -278,7 +278,7 @@ func scenarioElsewhere(b *browser) {
 	b.open("/account/cancel", 400, "Invalid link")
 	b.open("/problems/user-exists", 200, "Account exists", "application/problem+json")
 	b.open("/problems/no-such-problem", 404, "Not found")
-	b.arrive(chromedp.Navigate(b.vars["PUBLIC_URL"]+"/no-such-page"), 404, "", "/problems/not-found")
+	b.open("/no-such-page", 404, "Not found")
 }
 
 func scenarioGerman(b *browser) {

@@ -52,6 +52,7 @@ var (
 	mailsADay       = newLimit("mail-day", 10, day, problemResendLimit)             // to an address: registrations
 	invitesADay     = newLimit("invitation-day", 10, day, problemResendLimit)       // to an address: invitations
 	resetsADay      = newLimit("reset-day", 10, day)                                // to an account: new passwords
+	resetReserve    = newLimit("reset-reserve", 3, day)                             // of an account, where it was used
 	invitations     = newLimit("invite", 60, time.Hour)                             // by a caller
 	failuresOfOne   = newLimit("failed-login", 5, time.Minute)                      // of an account and a client
 	failuresOfAll   = newLimit("failed-logins", 30, time.Minute)                    // of an account

@@ -230,7 +230,7 @@ func (w *env) restarted(settings map[string]string, do func()) {
 
 // close ends everything that belongs to the env.
 func (w *env) close() {
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
 	defer cancel()
 	var errs []error
 	for _, end := range w.ends {

@@ -78,11 +78,14 @@ func document(cfg config, routes []route) ([]byte, error) {
 	if err == nil {
 		plain, err = jsonpatch.MergePatch(plain, openAPIProse)
 	}
-	var doc bytes.Buffer
+	var sorted any
 	if err == nil {
-		err = json.Indent(&doc, plain, "", "  ")
+		err = json.Unmarshal(plain, &sorted)
 	}
-	return doc.Bytes(), err
+	if err != nil {
+		return nil, err
+	}
+	return json.MarshalIndent(sorted, "", "  ")
 }
 
 // schemaName is the name of a Go type in the document: registerIn is RegisterRequest, listOut[user] UserPage.

@@ -304,9 +304,8 @@ func (r *rules) changeDuringPass() {
 func (r *rules) addressesMove() {
 	var ids, emails []string
 	for range 4 {
-		email := newEmail()
-		r.account(email)
-		ids, emails = append(ids, r.keycloakID(email)), append(emails, newEmail())
+		_, _, id := r.member()
+		ids, emails = append(ids, id), append(emails, newEmail())
 	}
 	becomes := func(who int, email string) { r.keycloakAdmin("PUT", "/users/"+ids[who], body{"email": email}, nil) }
 	for who := range 3 {
@@ -486,7 +485,7 @@ func (r *rules) refusedByProfile() {
 }
 
 func (r *rules) foreignAttributes() {
-	locale := []string{"de-Latn-DE-1996-x-something"}
+	locale := []string{"de-Latn-DE-1996-x-some"}
 	email := r.imports(body{"attributes": body{attrLocale: locale, attrUserID: []string{"7"},
 		attrRegistrationID: []string{"7"}}})
 	r.says(email, r.signsIn(email))

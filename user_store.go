@@ -65,20 +65,25 @@ type loginAccount struct {
 }
 
 // accountByLogin finds the live user that an e-mail address or a username belongs to. It takes as long if there is none.
-func (st *store) accountByLogin(ctx context.Context, login, client string, now time.Time) (loginAccount, error) {
-	return one[loginAccount](ctx, st.pool, `
+func accountByLogin(ctx context.Context, q querier, login, client string, now time.Time) (loginAccount, error) {
+	return one[loginAccount](ctx, q, `
 		select coalesce(min(user_id), ''), coalesce(min(keycloak_id), ''), exists (select from sessions s
 			where s.user_id = min(users.user_id) and s.created_at > $3
-				and case when s.origin = 'service' and ip_address like '%_._%' or ip_address like '%:%'
+				and case when s.origin = 'service' and (ip_address like '%_._%' or ip_address like '%:%')
 					then ip_address::inet <<= $2::inet end)
 		from users where deleted_at is null and (lower(email) = lower($1) or lower(username) = lower($1))`,
 		login, client, now.Add(-keepEnded))
 }
 
 // requestReset asks the queue to mail a link to choose a password to the account of an address, if there is one that
-// has proven it. It is audited in any case.
+// has proven it. It is audited in any case. Where the account was used before, strangers have not used up the day's mails.
 func (st *store) requestReset(ctx context.Context, c caller, email string, now time.Time) error {
 	return st.tx(ctx, func(tx *txn) {
+		account, err := accountByLogin(ctx, tx, email, network(clientOf(ctx)), now)
+		tx.check(err)
+		if account.Known && hit(ctx, tx, resetReserve.of(account.ID), now) == nil {
+			tx.reset(resetsADay.of(account.KeycloakID))
+		}
 		u, err := one[user](ctx, tx, `select `+userColumns+` from users
 			where lower(email) = lower($1) and deleted_at is null and is_verified`, email)
 		if err == nil {
