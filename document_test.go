@@ -96,9 +96,6 @@ func npmClients(t *testing.T) (dir string) {
 }
 
 func TestDocumentAndClients(t *testing.T) {
-	if testing.Short() {
-		t.Skip("the linters and generators are fetched with npm")
-	}
 	t.Run("npm", func(t *testing.T) {
 		t.Parallel()
 		dir := npmClients(t)
