@@ -113,7 +113,7 @@ func (k keycloakOnly) RoundTrip(r *http.Request) (*http.Response, error) {
 	}
 	kind, _, _ := mime.ParseMediaType(resp.Header.Get("Content-Type"))
 	if kind != "application/json" {
-		resp.Body.Close()
+		_ = resp.Body.Close()
 		return nil, fmt.Errorf("%w: not an answer of Keycloak: %d %s", errUnavailable, resp.StatusCode, kind)
 	}
 	return resp, nil

@@ -105,22 +105,41 @@ type env struct {
 // addresses that they register. Tests that need settings or faults of their own
 // build their own env.
 var sharedTestEnv struct {
-	sync.Once
-	w   *env
-	err error
+	sync.Mutex
+	w           *env
+	uses, users int // in all, and by tests that run
 }
+
+// sharedUses is after how many tests there is a new one: at the end of each test everything in it is checked.
+const sharedUses = 20
 
 // sharedEnv returns the shared env for a test, and checks the invariants at
 // its end.
 func sharedEnv(t testing.TB) *env {
 	t.Helper()
-	sharedTestEnv.Do(func() { sharedTestEnv.w, sharedTestEnv.err = build(t.Context(), nil, nil) })
-	if sharedTestEnv.err != nil {
-		t.Fatal(sharedTestEnv.err)
+	shared := &sharedTestEnv
+	shared.Lock()
+	defer shared.Unlock()
+	if shared.w != nil && shared.uses >= sharedUses && shared.users == 0 {
+		shared.w.close()
+		shared.w = nil
 	}
-	w := *sharedTestEnv.w
+	if shared.w == nil {
+		var err error
+		if shared.w, err = build(t.Context(), nil, nil); err != nil {
+			t.Fatal(err)
+		}
+		shared.uses = 0
+	}
+	w := *shared.w
 	w.TB = t
-	t.Cleanup(w.check)
+	shared.uses, shared.users = shared.uses+1, shared.users+1
+	t.Cleanup(func() {
+		w.check()
+		shared.Lock()
+		defer shared.Unlock()
+		shared.users--
+	})
 	return &w
 }
 

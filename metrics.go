@@ -108,8 +108,9 @@ func initialise(v *prometheus.MetricVec, given []string, values ...[]string) {
 		_, _ = v.GetMetricWithLabelValues(given...)
 		return
 	}
-	for _, value := range values[0] {
-		initialise(v, append(slices.Clip(given), value), values[1:]...)
+	first, rest := values[0], values[1:] // #nosec G602 -- there is one
+	for _, value := range first {
+		initialise(v, append(slices.Clip(given), value), rest...)
 	}
 }
 
