@@ -3,9 +3,12 @@ package main
 import (
 	"bufio"
 	"cmp"
+	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"net/url"
 	"regexp"
 	"strings"
@@ -265,4 +268,26 @@ func TestOfflineSession(t *testing.T) {
 		return a.Status == 400
 	})
 	w.straysDie()
+}
+
+// TestShareOfAClient: one client takes no more than its share of the places, and others get in (S15).
+func TestShareOfAClient(t *testing.T) {
+	b, release := newBulkhead(2, 2), make(chan struct{})
+	defer close(release)
+	of := func(client string) context.Context {
+		return context.WithValue(t.Context(), requestKey{}, request{Client: netip.MustParseAddr(client)})
+	}
+	for range 2 {
+		in := make(chan struct{})
+		go b.do(of("192.0.2.1"), func() error { close(in); <-release; return nil })
+		<-in
+	}
+	if err := b.do(of("192.0.2.1"), func() error { return nil }); !errors.Is(err, errBusy) {
+		t.Errorf("a third place: %v", err)
+	}
+	leave := b.admitted.enter(network(netip.MustParseAddr("192.0.2.2")))
+	if leave == nil {
+		t.Fatal("another client has no place")
+	}
+	leave()
 }

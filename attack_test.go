@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"crypto/hmac"
 	"crypto/sha1"
 	"encoding/binary"
@@ -222,10 +223,16 @@ func TestGuessesHoldUpNobody(t *testing.T) {
 	}
 	kc, release := newKeycloak(cfg, newMetrics()), make(chan struct{})
 	var guesses sync.WaitGroup
-	for range cap(kc.passwords.admitted) {
-		guesses.Go(func() { kc.passwords.do(t.Context(), func() error { <-release; return nil }) })
+	places := kc.passwords.admitted
+	for i := range places.most {
+		ctx := context.WithValue(t.Context(), requestKey{}, request{Client: netip.AddrFrom4([4]byte{192, 0, 2, byte(i)})})
+		guesses.Go(func() { kc.passwords.do(ctx, func() error { <-release; return nil }) })
 	}
-	w.eventually("the places are taken", 10*time.Second, func() bool { return len(kc.passwords.admitted) == cap(kc.passwords.admitted) })
+	w.eventually("the places are taken", 10*time.Second, func() bool {
+		places.mu.Lock()
+		defer places.mu.Unlock()
+		return places.all == places.most
+	})
 	email, ours := w.signedIn()
 	if _, err := kc.signIn(t.Context(), email, password, ""); !errors.Is(err, errBusy) {
 		t.Error(err)

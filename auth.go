@@ -75,11 +75,6 @@ func (s *server) checkPassword(
 	ctx context.Context, account loginAccount, name string, in loginIn,
 ) (*oauth2.Token, error) {
 	client, key := network(clientOf(ctx)), cmp.Or(account.ID, name)
-	leave := s.checking.enter(client)
-	if leave == nil {
-		return nil, errBusy
-	}
-	defer leave()
 	t, err := s.store.lock(ctx, "login:"+digest(strings.ToLower(key)), checkLock, s.now)
 	if err != nil {
 		return nil, err

@@ -29,8 +29,6 @@ const (
 	keycloakTimeout = 4 * time.Second
 	mailTimeout     = 15 * time.Second
 	listTimeout     = 30 * time.Second
-
-	passwordChecks = 16 // at a time, and half as many of one client
 )
 
 // keycloakOperations are what calls are measured as.
@@ -77,8 +75,8 @@ func newKeycloak(cfg config, m *metrics) *keycloak {
 	transport.MaxIdleConnsPerHost = 64
 	scheme, _, _ := strings.Cut(cfg.issuer(), ":")
 	client := &http.Client{Transport: keycloakOnly{forwarding{transport, scheme}}}
-	k := &keycloak{cfg: cfg, client: client, metrics: m, calls: newBulkhead(24), mails: newBulkhead(8),
-		passwords: newBulkhead(passwordChecks)}
+	k := &keycloak{cfg: cfg, client: client, metrics: m, calls: newBulkhead(24, 48), mails: newBulkhead(8, 16),
+		passwords: newBulkhead(16, 8)}
 	k.admin = gocloak.NewClient(cfg.KeycloakURL)
 	k.admin.SetRestyClient(resty.NewWithClient(client)) // its own has no limits, and a cookie jar for all users
 	return k
@@ -121,19 +119,22 @@ func (k keycloakOnly) RoundTrip(r *http.Request) (*http.Response, error) {
 
 // bulkhead bounds the calls under way. Keycloak is slow by design where passwords
 // are hashed: as many again may wait, the rest is told so at once.
-type bulkhead struct{ running, admitted chan struct{} }
+type bulkhead struct {
+	running  chan struct{}
+	admitted *waiters
+}
 
-func newBulkhead(n int) bulkhead {
-	return bulkhead{running: make(chan struct{}, n), admitted: make(chan struct{}, 2*n)}
+// newBulkhead lets n calls run and as many wait. One client has no more than each of these places.
+func newBulkhead(n, each int) bulkhead {
+	return bulkhead{make(chan struct{}, n), &waiters{most: 2 * n, each: each, of: map[string]int{}}}
 }
 
 func (b bulkhead) do(ctx context.Context, f func() error) error {
-	select {
-	case b.admitted <- struct{}{}:
-		defer func() { <-b.admitted }()
-	default:
+	leave := b.admitted.enter(network(clientOf(ctx)))
+	if leave == nil {
 		return errBusy
 	}
+	defer leave()
 	select {
 	case b.running <- struct{}{}:
 		defer func() { <-b.running }()

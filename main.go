@@ -107,7 +107,6 @@ type server struct {
 	openAPIDocument []byte
 	handle          func(context.Context, task) (time.Time, error) // does the work of a task: handleTask
 	wake            chan struct{}                                  // a worker may find something due
-	checking        waiters                                        // passwords that are being checked
 	dropWarned      minutely                                       // about refusals that are not audited
 	busyWarned      minutely                                       // about requests refused because too much waits
 	stopping        atomic.Bool                                    // told by /readyz, so that the load balancer looks away
@@ -146,8 +145,7 @@ func newServer(ctx context.Context, cfg config, log *slog.Logger) (*server, erro
 	st.registrations = m.registrations
 	kc := newKeycloak(cfg, m)
 	s := &server{cfg: cfg, log: log, store: st, kc: kc, verifier: newVerifier(cfg, kc, now), origins: origins,
-		metrics: m, now: now, wake: make(chan struct{}, 1),
-		checking: waiters{most: 2 * passwordChecks, each: passwordChecks / 2, of: map[string]int{}}}
+		metrics: m, now: now, wake: make(chan struct{}, 1)}
 	s.handle = s.handleTask
 	m.watch(s)
 	return s, nil
@@ -273,7 +271,7 @@ func (s *server) handleTask(ctx context.Context, t task) (time.Time, error) {
 	case "sweep":
 		return s.now().Add(max(s.cfg.JobInterval, time.Second)), s.sweep(ctx)
 	}
-	return never, nil // token, login: whoever held the lock has died
+	return never, nil // token, login, code: whoever held the lock has died
 }
 
 // recurring are the tasks that are always there.

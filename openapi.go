@@ -145,7 +145,10 @@ func (problemType) Enum() (types []any) {
 
 // problemsByStatus are the problems that the route may answer.
 func (rt route) problemsByStatus() map[int][]problem {
-	all := append([]problem{problemInternal, problemUnavailable}, rt.problems...)
+	all := append([]problem{problemInternal}, rt.problems...)
+	if rt.Name != "health" { // its 503 is an answer like the others
+		all = append(all, problemUnavailable)
+	}
 	if rt.Limit.N > 0 {
 		all = append(all, problemTooManyRequests)
 	}
@@ -189,9 +192,6 @@ func (rt route) describe(oc openapi.OperationContext) error {
 	oc.AddRespStructure(problem{}, openapi.WithContentType(problemContent),
 		func(cu *openapi.ContentUnit) { cu.IsDefault, cu.Description = true, "Any other problem." })
 	for status, some := range rt.problemsByStatus() {
-		if rt.Name == "health" && status == http.StatusServiceUnavailable {
-			continue
-		}
 		var slugs []string
 		for _, p := range some {
 			slugs = append(slugs, p.slug())
@@ -213,11 +213,12 @@ func (rt route) finish(op *openapi31.Operation, shared *openapi31.Components, se
 	}
 	problems := rt.problemsByStatus()
 	for status, answer := range op.Responses.MapOfResponseOrReferenceValues {
+		content, refused := answer.Response.Content[problemContent]
 		names := []string{"X-Request-Id"}
 		switch _, located := rt.out.(interface{ location() string }); {
 		case status == "401":
 			names = append(names, "WWW-Authenticate")
-		case status == "429", status == "503" && rt.Name != "health":
+		case refused && (status == "429" || status == "503"):
 			names = append(names, "Retry-After")
 		case status < "300" && located:
 			names = append(names, "Location")
@@ -226,8 +227,7 @@ func (rt route) finish(op *openapi31.Operation, shared *openapi31.Components, se
 			answer.Response.WithHeadersItem(name, openapi31.HeaderOrReference{
 				Reference: &openapi31.Reference{Ref: "#/components/headers/" + name}})
 		}
-		content, ok := answer.Response.Content[problemContent]
-		if !ok {
+		if !refused {
 			continue
 		}
 		n, _ := strconv.Atoi(status)

@@ -196,7 +196,7 @@ func (t task) kind() string {
 }
 
 // taskKinds are all kinds.
-var taskKinds = []string{"REG", "SES", "kc", "notice", "reset", "events", "sync", "sweep", "token", "login"}
+var taskKinds = []string{"REG", "SES", "kc", "notice", "reset", "events", "sync", "sweep", "token", "login", "code"}
 
 // doNow does the work of a task in the request that needs its outcome, whether it is due or not.
 func (s *server) doNow(ctx context.Context, id string) error {

@@ -133,8 +133,8 @@ func (s *server) activate(ctx context.Context, c caller, t task, reg registratio
 	return reg, nil
 }
 
-// checkInviter cancels an invitation by somebody who may not invite like that any more: who was deleted or has lost
-// the role meanwhile could come back by it.
+// checkInviter cancels an invitation whose sender may not send it any more. Otherwise an administrator who was deleted
+// could come back by it.
 func (s *server) checkInviter(ctx context.Context, c caller, t task, reg registration, ku keycloakUser) error {
 	if reg.Source != sourceInternal {
 		return nil

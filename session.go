@@ -107,9 +107,9 @@ func (out noContent) cookie() *http.Cookie { return out.setCookie }
 
 // refresh exchanges a refresh token for the next one: F1 our lock of the token, F2 Keycloak's tokens, F3 our row of
 // them. Whoever shows the old one within the grace time gets the same answer, so that two tabs do no harm. Later it is
-// theft (RFC 9700 §4.14.2), unless the next one was never used: then its answer was lost, and the next one is exchanged
-// for the client. From then on that one is nobody's: whoever shows it has it from elsewhere, and ends the session. So
-// of a client and a thief who both go on, the session ends for both.
+// theft (RFC 9700 §4.14.2), unless the next one was never used: then its answer was lost, and the next one is
+// exchanged for the client. From then on that one is nobody's: whoever shows it has it from elsewhere, and ends the
+// session. So if a client and a thief both go on, the session ends for both.
 func (s *server) refresh(ctx context.Context, c caller, in refreshIn) (refreshOut, error) {
 	var out refreshOut
 	var err error

@@ -75,7 +75,9 @@ type lastAnswer struct {
 
 // rotate records the exchange of an unused token for the next one (F3), and ends the lock. It returns errNotFound when
 // the session has ended, and errLocked.
-func (st *store) rotate(ctx context.Context, t task, hash string, next tokenResponse, now time.Time, a lastAnswer) error {
+func (st *store) rotate(
+	ctx context.Context, t task, hash string, next tokenResponse, now time.Time, a lastAnswer,
+) error {
 	return st.locked(ctx, t, func(tx *txn) {
 		if tx.exec(`
 			with s as (

@@ -324,8 +324,8 @@ func (s *server) readEvents(ctx context.Context, t task) (time.Time, error) {
 		next.At[source] = min(next.At[source], start.UnixMilli()) // one in the future would lose all until then
 		for _, e := range found {
 			switch {
-			case e.own, strings.HasPrefix(e.Type, "LOGIN") && e.At > start.Add(-eventsSettle).UnixMilli(): // the latter comes again
-				continue
+			case e.own, strings.HasPrefix(e.Type, "LOGIN") && e.At > start.Add(-eventsSettle).UnixMilli():
+				continue // a sign-in comes again
 			case !known[e.ID]:
 				known[e.ID] = true
 				events = append(events, e)

@@ -208,7 +208,7 @@ func (v *verifier) key(ctx context.Context, id string) (jose.JSONWebKey, *keySet
 	return key, keys, unknown
 }
 
-// waiters counts those who wait, so that one client address can't take all places.
+// waiters counts those who have a place, so that one client address can't take all places.
 type waiters struct {
 	most, each int // places, and of one client
 	mu         sync.Mutex

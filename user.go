@@ -66,7 +66,8 @@ func (p principal) may(do action, u user) error {
 
 // principal is the user as an access token that was issued now would say.
 func (u user) principal() principal {
-	return principal{UserID: u.ID, Subject: u.KeycloakID, Roles: []string{u.Role}, NetworkID: u.NetworkID, StationID: u.StationID}
+	return principal{UserID: u.ID, Subject: u.KeycloakID, Roles: []string{u.Role},
+		NetworkID: u.NetworkID, StationID: u.StationID}
 }
 
 type usersIn struct {

@@ -64,7 +64,8 @@ type loginAccount struct {
 	Known          bool // the account has signed in from the client's network lately
 }
 
-// accountByLogin finds the live user that an e-mail address or a username belongs to. It takes as long if there is none.
+// accountByLogin finds the live user that an e-mail address or a username belongs to. It takes as long if there is
+// none.
 func accountByLogin(ctx context.Context, q querier, login, client string, now time.Time) (loginAccount, error) {
 	return one[loginAccount](ctx, q, `
 		select coalesce(min(user_id), ''), coalesce(min(keycloak_id), ''), exists (select from sessions s
@@ -76,7 +77,8 @@ func accountByLogin(ctx context.Context, q querier, login, client string, now ti
 }
 
 // requestReset asks the queue to mail a link to choose a password to the account of an address, if there is one that
-// has proven it. It is audited in any case. Where the account was used before, strangers have not used up the day's mails.
+// has proven it. It is audited in any case. Strangers may have used up the day's mails: a client from whose network the
+// account has signed in before gets them again, some times a day.
 func (st *store) requestReset(ctx context.Context, c caller, email string, now time.Time) error {
 	return st.tx(ctx, func(tx *txn) {
 		account, err := accountByLogin(ctx, tx, email, network(clientOf(ctx)), now)
