@@ -10,12 +10,15 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/google/go-cmp/cmp"
 )
 
 // What somebody who attacks the service has tried, and what it must answer.
@@ -266,6 +269,47 @@ func TestSeveralCookies(t *testing.T) {
 	w.wants(w.do(call{method: "POST", path: refreshPath, header: map[string]string{"Cookie": "refresh_token=" + next,
 		"Origin": headers["Origin"]}}), 401, "invalid-token") // a sibling host could have set that
 	w.wants(w.do(both(next, "x")), 200, "")
+}
+
+// TestCookiesTried: a request can't have the service look up more cookies than a browser would honestly have.
+func TestCookiesTried(t *testing.T) {
+	w := cookieEnv(t)
+	_, ours := w.signedIn()
+	try := func(planted int) answer {
+		r := withCookie(refreshPath, "planted", cookieOrigins[0].headers)
+		r.header["Cookie"] = strings.Repeat("__Host-refresh_token=planted; ", planted) + "__Host-refresh_token=" +
+			ours.text("refresh_token")
+		return w.do(r)
+	}
+	w.wants(try(cookiesTried), 401, "invalid-token")
+	w.wants(try(cookiesTried-1), 200, "")
+}
+
+// TestStepsOfAWrongCode: Keycloak is asked the same, whether an address waits for a code, is confirmed, or is nobody's.
+func TestStepsOfAWrongCode(t *testing.T) {
+	t.Parallel()
+	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0"})
+	waiting, confirmed := newEmail(), newEmail()
+	registered(w, waiting)
+	w.account(confirmed)
+	users := regexp.MustCompile(`users/[^/]+`)
+	steps := func(email string) (calls []string) {
+		before := w.kc.called()
+		w.wants(w.do(typing(email, "000000")), 400, "invalid-code")
+		for _, call := range w.kc.called()[len(before):] {
+			calls = append(calls, users.ReplaceAllString(call, "users/{id}"))
+		}
+		return calls
+	}
+	want := steps(waiting)
+	if len(want) == 0 {
+		t.Fatal("Keycloak is not asked")
+	}
+	for _, email := range []string{confirmed, newEmail()} {
+		if diff := cmp.Diff(want, steps(email)); diff != "" {
+			t.Error(diff)
+		}
+	}
 }
 
 // TestUnknownKeyAgain: a key id that the realm has not is looked for once, one client can't take all places of those

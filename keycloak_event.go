@@ -103,11 +103,7 @@ const eventsPage = 1000
 // many, as others may have expired meanwhile: some come twice.
 func (k *keycloak) events(ctx context.Context, source int, since int64, progress func() error) (
 	[]keycloakEvent, error) {
-	token, err := k.serviceToken(ctx)
-	if err != nil {
-		return nil, err
-	}
-	own, err := readClaims(token)
+	own, err := k.ownID(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -128,7 +124,7 @@ func (k *keycloak) events(ctx context.Context, source int, since int64, progress
 		for _, e := range page {
 			if id, ok := strings.CutPrefix(e.Resource, "users/"); ok {
 				e.UserID, _, _ = strings.Cut(id, "/")
-				e.Address, e.own = e.Admin.Address, e.Admin.UserID == own.Subject
+				e.Address, e.own = e.Admin.Address, e.Admin.UserID == own
 			}
 			all = append(all, e)
 		}

@@ -276,6 +276,16 @@ func (k *keycloak) user(ctx context.Context, id string) (user keycloakUser, err 
 	return user, err
 }
 
+// ownID is the id of this service's account, a user of Keycloak, too.
+func (k *keycloak) ownID(ctx context.Context) (string, error) {
+	token, err := k.serviceToken(ctx)
+	if err != nil {
+		return "", err
+	}
+	claims, err := readClaims(token)
+	return claims.Subject, err
+}
+
 // userOfRegistration finds the user that was created for a registration whose
 // answer we may have missed, or errNotFound.
 func (k *keycloak) userOfRegistration(ctx context.Context, id registrationID) (keycloakUser, error) {

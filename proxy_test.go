@@ -11,6 +11,7 @@ import (
 	"net/url"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -25,9 +26,10 @@ const (
 	lost    fault = iota + 1 // it never arrives
 	applied                  // it arrives, and the answer is lost
 	failing                  // Keycloak answers that it has failed
+	stale                    // Keycloak answers about a user what it has answered before, from its cache
 )
 
-func (f fault) String() string { return [...]string{"", "lost", "applied", "failing"}[f] }
+func (f fault) String() string { return [...]string{"", "lost", "applied", "failing", "stale"}[f] }
 
 // keycloakProxy is a reverse proxy in front of the real Keycloak. Closed, it refuses
 // connections like a server that is stopped. Patterns are regular expressions for
@@ -41,6 +43,7 @@ type keycloakProxy struct {
 	proxy    *httputil.ReverseProxy
 
 	faults  map[string]fault
+	users   map[string][]byte // the last answer of each get_user
 	holds   []*hold
 	calls   []string
 	came    []time.Time   // when, each of the calls
@@ -62,7 +65,7 @@ func newKeycloakProxy(target string) (*keycloakProxy, error) {
 	if err != nil {
 		return nil, err
 	}
-	g := &keycloakProxy{addr: "127.0.0.1:0", faults: map[string]fault{}}
+	g := &keycloakProxy{addr: "127.0.0.1:0", faults: map[string]fault{}, users: map[string][]byte{}}
 	g.proxy = &httputil.ReverseProxy{
 		Rewrite: func(r *httputil.ProxyRequest) {
 			r.SetURL(u)
@@ -77,11 +80,28 @@ func newKeycloakProxy(target string) (*keycloakProxy, error) {
 			if !g.wait(ctx, call, true) || g.fault(call) == applied {
 				return errors.New("the answer is lost")
 			}
+			if strings.HasPrefix(call, "get_user ") {
+				return g.fromCache(call, resp)
+			}
 			return nil
 		},
 		ErrorHandler: func(http.ResponseWriter, *http.Request, error) { panic(http.ErrAbortHandler) },
 	}
 	return g, g.open()
+}
+
+// fromCache keeps the answer of a get_user, or answers what was kept.
+func (g *keycloakProxy) fromCache(call string, resp *http.Response) error {
+	body, err := io.ReadAll(resp.Body)
+	isStale := g.fault(call) == stale
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if isStale {
+		body = g.users[call]
+		resp.Header.Set("Content-Length", strconv.Itoa(len(body)))
+	}
+	g.users[call], resp.Body = body, io.NopCloser(bytes.NewReader(body))
+	return err
 }
 
 func (g *keycloakProxy) url() string { return "http://" + g.addr }
@@ -119,6 +139,13 @@ func (g *keycloakProxy) fault(call string) fault {
 
 // count is how often a call was made.
 func (g *keycloakProxy) count(name string) int { return len(g.times(name)) }
+
+// called are all calls that were made.
+func (g *keycloakProxy) called() []string {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return slices.Clone(g.calls)
+}
 
 // times is when a call was made.
 func (g *keycloakProxy) times(name string) (times []time.Time) {

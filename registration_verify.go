@@ -86,21 +86,20 @@ func (s *server) registrationOf(ctx context.Context, c caller, in verifyIn) (reg
 	return reg, err
 }
 
-// refuseCode refuses a code for an address that waits for none. It takes the steps that a wrong code takes, V1 and V2,
-// so that the time says nothing.
+// refuseCode refuses a code for an address that waits for none. It takes the steps that a wrong code takes: V1, a lock,
+// and V2 with a user that Keycloak has, this service's own. So the time says nothing.
 func (s *server) refuseCode(ctx context.Context, email string, id registrationID) error {
 	t, err := s.store.lock(ctx, "code:"+digest(strings.ToLower(email)), lockTime, s.now)
-	if err == nil {
-		if _, err = s.kc.user(ctx, noUser); errors.Is(err, errNotFound) {
-			err = problemInvalidCode.withTarget(string(id))
-		}
-		s.release(ctx, t, never, nil)
+	if err != nil {
+		return err
 	}
-	return err
+	self, err := s.kc.ownID(ctx)
+	if err == nil {
+		_, err = s.kc.user(ctx, self)
+	}
+	s.release(ctx, t, never, nil)
+	return cmp.Or(err, error(problemInvalidCode.withTarget(string(id))))
 }
-
-// noUser is an id that no user of Keycloak has.
-const noUser = "00000000-0000-0000-0000-000000000000"
 
 // activate makes a locked registration an account in both stores, and ends the lock.
 func (s *server) activate(ctx context.Context, c caller, t task, reg registration, in verifyIn) (

@@ -310,7 +310,7 @@ func (s *server) readEvents(ctx context.Context, t task) (time.Time, error) {
 		known[id] = true
 	}
 	next := syncCursor{At: cursor.At, IDs: []string{}}
-	var events []keycloakEvent
+	events, changed := []keycloakEvent{}, []string{} // changed: tasks of users
 	for source := range eventSources {
 		found, err := s.kc.events(ctx, source, cursor.At[source]-eventsOverlap.Milliseconds(), func() error {
 			return s.store.extend(ctx, t, s.now())
@@ -323,6 +323,11 @@ func (s *server) readEvents(ctx context.Context, t task) (time.Time, error) {
 		}
 		next.At[source] = min(next.At[source], start.UnixMilli()) // one in the future would lose all until then
 		for _, e := range found {
+			// A user is looked at for as long as its event is read: Keycloak commits before it drops the user from
+			// its caches, and for an instant answers what was before.
+			if !e.own && e.changesUser() && (!known[e.ID] || e.At > start.Add(-eventsOverlap).UnixMilli()) {
+				changed = append(changed, kcTask(e.UserID))
+			}
 			switch {
 			case e.own, strings.HasPrefix(e.Type, "LOGIN") && e.At > start.Add(-eventsSettle).UnixMilli():
 				continue // a sign-in comes again
@@ -335,10 +340,10 @@ func (s *server) readEvents(ctx context.Context, t task) (time.Time, error) {
 			}
 		}
 	}
-	if err := s.store.takeEvents(ctx, t, next, events, s.now()); err != nil {
+	if err := s.store.takeEvents(ctx, t, next, events, changed, s.now()); err != nil {
 		return never, err
 	}
-	if len(events) > 0 {
+	if len(events)+len(changed) > 0 {
 		s.wakeWorker()
 	}
 	return s.now().Add(min(eventsInterval, max(s.cfg.JobInterval, time.Second))), nil

@@ -110,27 +110,21 @@ func (st *store) syncCursor(ctx context.Context, now time.Time) (c syncCursor, e
 	return c, storeError(err)
 }
 
-// takeEvents enqueues the users that events have changed, audits the events that are worth it,
+// takeEvents enqueues the tasks of users that were changed, audits the events that are worth it,
 // and moves the cursor. A change of a credential ends all sessions that were begun before, and is told
 // to the user. It returns errLocked.
-func (st *store) takeEvents(ctx context.Context, t task, next syncCursor, events []keycloakEvent, now time.Time) error {
+func (st *store) takeEvents(ctx context.Context, t task, next syncCursor, events []keycloakEvent, changed []string,
+	now time.Time) error {
 	return st.locked(ctx, t, func(tx *txn) {
 		tx.exec(`update sync_cursor set admin_at = $1, user_at = $2, event_ids = $3`, next.At[0], next.At[1], next.IDs)
-		changed, users, sessions, addresses, at := []string{}, []string{}, []string{}, []string{}, []time.Time{}
-		for _, e := range events {
-			users, sessions = append(users, e.UserID), append(sessions, e.SessionID)
-			addresses, at = append(addresses, e.Address), append(at, time.UnixMilli(e.At))
-			if e.changesUser() {
-				changed = append(changed, kcTask(e.UserID))
-			}
-		}
 		rows, _ := tx.Query(ctx, `
 			select coalesce(u.user_id, ''), exists (select from sessions s where s.keycloak_session_id = e.session_id)
-				or exists (select from audit_log a where a.at between e.at - $5::interval and e.at + $5::interval
-					and a.action = 'login' and a.outcome = 'refused' and (a.target = u.user_id or a.ip_address = e.address))
-			from unnest($1::text[], $2::text[], $3::text[], $4::timestamptz[])
-				with ordinality e (keycloak_id, session_id, address, at, n)
-			left join users u on u.keycloak_id = e.keycloak_id order by n`, users, sessions, addresses, at, tokenLeeway)
+				or exists (select from audit_log a, to_timestamp(e.ms / 1000.0) t
+					where a.at between t - $2::interval and t + $2::interval
+						and a.action = 'login' and a.outcome = 'refused' and (a.target = u.user_id or a.ip_address = e.address))
+			from rows from (jsonb_to_recordset($1) as ("userId" text, "sessionId" text, "ipAddress" text, "time" bigint))
+				with ordinality e (keycloak_id, session_id, address, ms, n)
+			left join users u on u.keycloak_id = e.keycloak_id order by n`, events, tokenLeeway)
 		known, err := pgx.CollectRows(rows, pgx.RowToStructByPos[struct {
 			User string
 			Ours bool
