@@ -294,7 +294,7 @@ func (s *server) mailReset(ctx context.Context, u keycloakUser) error {
 	} else if err != nil {
 		return err
 	}
-	err := s.kc.sendMail(ctx, u.id(), u.locale(), resetLifespan, choosePassword)
+	err := s.kc.sendMail(ctx, u.id(), u.attribute(attrLocale), resetLifespan, choosePassword)
 	if err != nil {
 		err = errors.Join(err, refund(ctx, s.store.pool, claim...))
 	}
@@ -386,14 +386,15 @@ func (s *server) browserOf(r *http.Request) string {
 }
 
 // signInPage sends the browser to Keycloak.
-func (s *server) signInPage(_ context.Context, _ caller, r *http.Request) (view, error) {
+func (s *server) signInPage(_ context.Context, c caller, r *http.Request) (view, error) {
 	returnTo := cmp.Or(r.FormValue("return_to"), afterSignIn)
 	if _, ok := s.cfg.returnURL(returnTo); !ok {
 		detail := "return_to must be a path of this site or begin with an origin that is allowed."
 		return view{}, problemInvalidRequest.withDetail(detail)
 	}
 	flow := newSignIn(cmp.Or(s.browserOf(r), newToken()), returnTo, s.now())
-	location := s.kc.oauth().AuthCodeURL(flow.state, oidc.Nonce(flow.nonce()), oauth2.S256ChallengeOption(flow.verifier()))
+	location := s.kc.oauth().AuthCodeURL(flow.state, oidc.Nonce(flow.nonce()), oauth2.S256ChallengeOption(flow.verifier()),
+		oauth2.SetAuthURLParam("ui_locales", s.cfg.site.Match(c.Language)))
 	return view{Status: http.StatusSeeOther, Location: location, Cookie: s.signInCookie(flow.browser)}, nil
 }
 

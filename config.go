@@ -16,6 +16,8 @@ import (
 	"strings"
 	"time"
 
+	"auth-service/templates"
+
 	envparse "github.com/caarlos0/env/v11"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
@@ -100,6 +102,10 @@ type config struct {
 	// once; more, and it stops before it changes anything. Default: 10.
 	SyncMaxShare int `env:"SYNC_MAX_SHARE" envDefault:"10"`
 
+	// Brand has APP_NAME, APP_LOGO_FILE, APP_COLOR, PRIVACY_URL, TERMS_URL, IMPRINT_URL and LANGUAGES_DIR.
+	templates.Brand
+
+	site     *templates.Site
 	logLevel slog.Level
 }
 
@@ -242,6 +248,8 @@ func (cfg *config) check(getenv func(string) string, must func(ok bool, format s
 	} {
 		must(d > 0, "%s must be longer than 0", name)
 	}
+	cfg.site, err = templates.NewSite(cfg.Brand)
+	must(err == nil, "%w", err)
 	must(cfg.Registration == "open" || cfg.Registration == invitedOnly, "REGISTRATION must be open or invited")
 	for i, domain := range cfg.RegistrationDomains {
 		cfg.RegistrationDomains[i], err = mailDomain(strings.TrimSpace(domain))

@@ -139,6 +139,12 @@ func TestConfigMistakes(t *testing.T) {
 			[]string{notURL("KEYCLOAK_PUBLIC_URL"), notURL("KEYCLOAK_URL"), notURL("PUBLIC_URL")}},
 		{"users", map[string]string{"PUBLIC_URL": "https://me@a.example", "KEYCLOAK_URL": "http://me:s3cret@keycloak:8080"},
 			[]string{notURL("KEYCLOAK_URL"), notURL("PUBLIC_URL")}},
+		{"brand", map[string]string{"APP_COLOR": "#ffcc00", "APP_LOGO_FILE": "go.mod", "PRIVACY_URL": "/privacy", "TERMS_URL": "javascript:alert(1)",
+			"LANGUAGES_DIR": filepath.Dir(empty)},
+			[]string{"APP_COLOR: #ffcc00 has a contrast of 1.3:1 on the page and needs 4.5:1; #7f6600 has it",
+				"APP_LOGO_FILE: must be an .svg, .png, .jpg or .webp file of at most 512 KiB",
+				"LANGUAGES_DIR: there is no file like de.json", "PRIVACY_URL: must be a URL that begins with http:// or https://",
+				"TERMS_URL: must be a URL that begins with http:// or https://"}},
 		{"RUST_LOG", map[string]string{"RUST_LOG": "loud"}, []string{"RUST_LOG must be debug, info, warn or error"}},
 	} {
 		var stdout, stderr bytes.Buffer

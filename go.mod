@@ -37,6 +37,8 @@ require (
 	golang.org/x/text v0.43.0
 )
 
+require github.com/lucasb-eyer/go-colorful v1.4.1 // indirect
+
 require (
 	github.com/BurntSushi/toml v1.4.1-0.20240526193622-a339e1f7089c // indirect
 	github.com/a-h/parse v0.0.0-20250122154542-74294addb73e // indirect

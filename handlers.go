@@ -138,16 +138,19 @@ func (s *server) pageRoutes() []route {
 		{"GET /{$}", "", public, unlimited, "home", "", show(templates.Home(s.cfg.Registration == invitedOnly))},
 		{"GET /account/register", "", public, unlimited, "registerPage", "", show(s.registerPage())},
 		{"POST /account/register", "", public, onRegister, "register", "", page(s.registerForm)},
+		{"GET /account/mailed", "", public, unlimited, "mailedPage", "", page(s.mailedPage)},
 		{"GET /account/verify", "", public, unlimited, "verifyPage", "", page(s.verifyPage)},
 		{"POST /account/verify", "", public, onVerify, "verify", "", page(s.verifyForm)},
 		{"GET /account/resend", "", public, unlimited, "resendPage", "", page(s.resendPage)},
 		{"POST /account/resend", "", public, onResend, "resend", "", page(s.resendForm)},
 		{"GET /account/cancel", "", public, unlimited, "cancelPage", "", page(s.cancelPage)},
 		{"POST /account/cancel", "", public, onVerify, "cancel", "", page(s.cancelForm)},
+		{"GET /account/verified", "", public, unlimited, "verifiedPage", "", show(templates.Message(templates.Verified("")))},
+		{"GET /account/cancelled", "", public, unlimited, "cancelledPage", "", show(templates.Message(templates.Cancelled()))},
 		{"GET /account/address", "", public, unlimited, "addressPage", "", page(s.addressPage)},
 		{"GET /account/ready", "", public, unlimited, "readyPage", "", show(templates.Message(templates.PasswordSet()))},
 		{"GET /problems/{slug}", "", public, unlimited, "problemPage", "", page(s.problemPage)},
-		{"GET /static/style.css", "", public, unlimited, "style", "", plain(styleSheet)},
+		{"GET /static/{name}", "/favicon.ico /robots.txt", public, unlimited, "asset", "", plain(s.asset)},
 	}
 }
 
@@ -319,9 +322,13 @@ func respond(w http.ResponseWriter, status int, contentType string, body []byte)
 type view struct {
 	Status   int
 	Page     templ.Component
+	Locale   string // the page's language, unless the browser has chosen one; "": what it prefers
 	Location string
 	Cookie   *http.Cookie
 }
+
+// goOn is where the browser goes after a form was taken: to load that page again sends nothing again.
+func goOn(path string) view { return view{Status: http.StatusSeeOther, Location: path} }
 
 // page adapts a function that makes a page. Forms come from this origin only (Sec-Fetch-Site, Origin), which is that
 // of PUBLIC_URL: a proxy may have rewritten Host.
@@ -359,13 +366,18 @@ func (s *server) writePage(w http.ResponseWriter, r *http.Request, v view) {
 		w.WriteHeader(v.Status)
 		return
 	}
+	site, chosen := s.cfg.site, s.chosenLanguage(r)
+	if lang := r.URL.Query().Get("lang"); site.Has(lang) {
+		chosen = lang
+		http.SetCookie(w, s.hostCookie(languageCookie, lang, int(keepLanguage.Seconds())))
+	}
 	var body bytes.Buffer
-	ctx := templates.WithLanguage(r.Context(), templates.Language(r.Header.Get("Accept-Language"), ""))
+	ctx := site.Context(r.Context(), site.Match(chosen, v.Locale, r.Header.Get("Accept-Language")), r)
 	if err := v.Page.Render(ctx, &body); err != nil {
 		s.writeProblem(w, r, err)
 		return
 	}
-	w.Header().Add("Vary", "Accept-Language")
+	w.Header().Add("Vary", "Accept-Language, Cookie")
 	respond(w, v.Status, "text/html; charset=utf-8", body.Bytes())
 }
 
@@ -396,11 +408,21 @@ func (s *server) validateOp() operation {
 	return operation{"Signing in", validateIn{}, validateOut{}, 200, []problem{problemForbidden}, plain(s.validate).handle}
 }
 
-// styleSheet may be kept: its address has its hash.
-func styleSheet(w http.ResponseWriter, r *http.Request) {
-	w.Header().Set("Content-Type", "text/css; charset=utf-8")
-	w.Header().Set("Cache-Control", "public, max-age=31536000, immutable")
-	http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(templates.Style))
+// asset answers with a file that pages ask for. It may be kept: its address has its hash. Browsers and robots ask for
+// some by a fixed address.
+func (s *server) asset(w http.ResponseWriter, r *http.Request) {
+	name, cache := r.PathValue("name"), "public, max-age=31536000, immutable"
+	if name == "" {
+		name, cache = r.URL.Path[1:], "public, max-age=86400"
+	}
+	a, ok := s.cfg.site.Assets[name]
+	if !ok {
+		s.writeProblem(w, r, problemNotFound)
+		return
+	}
+	w.Header().Set("Content-Type", a.Type)
+	w.Header().Set("Cache-Control", cache)
+	http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(a.Content))
 }
 
 type healthOut struct {

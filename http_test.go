@@ -605,7 +605,7 @@ func anyPath(rt route) (method, path string) {
 	if !found { // any method
 		method, path = "GET", rt.Pattern
 	}
-	return method, strings.NewReplacer("{$}", "", "{slug}", "not-found", "{path...}", "any/path", "{registration_id}", string(newRegistrationID()),
+	return method, strings.NewReplacer("{$}", "", "{slug}", "not-found", "{name}", "style.css", "{path...}", "any/path", "{registration_id}", string(newRegistrationID()),
 		"{session_id}", string(newSessionID())).Replace(path)
 }
 

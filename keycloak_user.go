@@ -15,8 +15,6 @@ import (
 	"strings"
 	"time"
 
-	"auth-service/templates"
-
 	"github.com/Nerzal/gocloak/v13"
 	"github.com/go-resty/resty/v2"
 	"golang.org/x/net/idna"
@@ -109,9 +107,6 @@ func attributesOf(u user) map[string][]string {
 	return map[string][]string{attrUserID: {string(u.ID)}, attrRoles: {u.Role},
 		attrNetworkID: {cmp.Or(u.NetworkID, noScope)}, attrStationID: {cmp.Or(u.StationID, noScope)}}
 }
-
-// locale is the language of mails to the user. People may set it to anything in Keycloak.
-func (ku keycloakUser) locale() string { return templates.Language("", ku.attribute(attrLocale)) }
 
 // claims are the attributes that become claims, for the audit log: what can't be one of ours
 // may be personal.
@@ -383,12 +378,13 @@ var (
 	securityNotice = []string{} // nothing: the mail tells that something was changed
 )
 
-// sendMail makes Keycloak mail an enabled user. Keycloak hands the mail to its SMTP server
+// sendMail makes Keycloak mail an enabled user, in the language that is nearest to a locale: people may set theirs to
+// anything in Keycloak. Keycloak hands the mail to its SMTP server
 // before it answers; errMailNotSent means that this failed.
-func (k *keycloak) sendMail(ctx context.Context, id, language string, lifespan time.Duration, actions []string) error {
+func (k *keycloak) sendMail(ctx context.Context, id, locale string, lifespan time.Duration, actions []string) error {
 	return k.asService(ctx, "send_mail", func(ctx context.Context, token string) error {
 		req := k.admin.RestyClient().R().SetContext(ctx).SetAuthToken(token).
-			SetHeader("Accept-Language", language).
+			SetHeader("Accept-Language", k.cfg.site.Match(locale)).
 			SetQueryParam("lifespan", strconv.Itoa(int(lifespan.Seconds())))
 		path := "send-verify-email"
 		if actions != nil {

@@ -24,6 +24,7 @@ import (
 
 	"auth-service/dev/mail"
 	"auth-service/dev/stack"
+	"auth-service/templates"
 
 	"github.com/jackc/pgx/v5/pgxpool"
 	gonanoid "github.com/matoous/go-nanoid/v2"
@@ -370,15 +371,28 @@ func (w *env) get(path string) answer {
 	return w.do(call{method: "GET", path: path})
 }
 
-// form sends a form like a browser does, from a page of the service.
+// form sends a form like a browser does, from a page of the service, and goes where it is led.
 func (w *env) form(path string, values map[string]string) answer {
 	w.Helper()
 	form := url.Values{}
 	for name, value := range values {
 		form.Set(name, value)
 	}
-	return w.do(call{method: "POST", path: path, form: form, header: map[string]string{"Sec-Fetch-Site": "same-origin"}})
+	a := w.do(call{method: "POST", path: path, form: form, header: map[string]string{"Sec-Fetch-Site": "same-origin"}})
+	if a.Status == http.StatusSeeOther {
+		return w.get(a.Header.Get("Location"))
+	}
+	return a
 }
+
+// site is what pages have in common, without a brand.
+var site = func() *templates.Site {
+	s, err := templates.NewSite(templates.Brand{})
+	if err != nil {
+		panic(err)
+	}
+	return s
+}()
 
 var client = &http.Client{
 	Timeout:       60 * time.Second,

@@ -29,7 +29,7 @@ type caller struct {
 	Address   string // of the client, "" for loops
 	UserAgent string
 	RequestID string
-	Language  string // Accept-Language as sent, for mails and pages
+	Language  string // chosen on a page, or Accept-Language as sent; for mails
 }
 
 const anonymous = "anonymous"
@@ -272,7 +272,7 @@ func (s *server) caller(r *http.Request) caller {
 		Address:   q.Client.String(),
 		UserAgent: strings.ReplaceAll(agent, "\x00", ""), // PostgreSQL has no NUL in text
 		RequestID: q.ID,
-		Language:  r.Header.Get("Accept-Language"),
+		Language:  cmp.Or(s.chosenLanguage(r), r.Header.Get("Accept-Language")),
 	}
 }
 
@@ -280,4 +280,18 @@ func (s *server) caller(r *http.Request) caller {
 // stores is brought to an end, within d.
 func detached(ctx context.Context, d time.Duration) (context.Context, context.CancelFunc) {
 	return context.WithTimeout(context.WithoutCancel(ctx), d)
+}
+
+const (
+	languageCookie = "language" // what somebody has chosen on a page
+	keepLanguage   = 365 * 24 * time.Hour
+)
+
+// chosenLanguage is the language that somebody has chosen on a page, or "".
+func (s *server) chosenLanguage(r *http.Request) string {
+	cookie, err := r.Cookie(s.hostCookie(languageCookie, "", 0).Name)
+	if err != nil || !s.cfg.site.Has(cookie.Value) {
+		return ""
+	}
+	return cookie.Value
 }

@@ -32,11 +32,30 @@ func (s *server) registerPage() templ.Component {
 func (s *server) registerForm(ctx context.Context, c caller, r *http.Request) (view, error) {
 	out, err := submit(ctx, c, r, s.register)
 	if err == nil {
-		return view{Status: 201, Page: templates.Registered(out.Email, out.VerificationEmail == mailQueued)}, nil
+		return mailedTo(out.Email, string(out.VerificationEmail)), nil
 	}
 	status, wrong, err := s.mistakes(ctx, c, "register", err)
 	form := templates.RegisterForm{Person: personIn(r), Mistakes: wrong}
 	return view{Status: status, Page: templates.Register(form)}, err
+}
+
+// mailedTo leads to the page that says that a mail is on its way.
+func mailedTo(email, mail string) view {
+	return goOn("/account/mailed?" + url.Values{"email": {email}, "mail": {mail}}.Encode())
+}
+
+// mailedPage says where a mail went. mail is sent or queued after a registration, else the mail was asked for again:
+// the page is the same for every address then.
+func (s *server) mailedPage(_ context.Context, _ caller, r *http.Request) (view, error) {
+	email, wrong := mailAddress(r.FormValue("email"))
+	if wrong != "" {
+		return goOn("/account/resend"), nil
+	}
+	switch mail := mailState(r.FormValue("mail")); mail {
+	case mailSent, mailQueued:
+		return view{Status: 200, Page: templates.Registered(email, mail == mailQueued)}, nil
+	}
+	return view{Status: 200, Page: templates.Message(templates.Resent(email))}, nil
 }
 
 // personIn reads what a form says of a person.
@@ -114,10 +133,11 @@ func (s *server) verifyPage(ctx context.Context, _ caller, r *http.Request) (vie
 // showVerify shows the form that confirms an address. It is filled in as the person has
 // sent it; with a link that was just opened (200), as the person has registered.
 func (s *server) showVerify(ctx context.Context, status int, form templates.VerifyForm) (view, error) {
+	locale := ""
 	if form.Token != "" {
 		reg, err := s.pendingByToken(ctx, form.Token)
 		if err != nil || reg.State == verified {
-			return verifiedPage(reg.Email, true), err
+			return view{Status: 200, Page: templates.Message(templates.Verified(reg.Email)), Locale: reg.Locale}, err
 		}
 		if status == 200 {
 			form.Person = templates.Person{FirstName: reg.FirstName, LastName: reg.LastName, Phone: reg.Phone}
@@ -125,13 +145,9 @@ func (s *server) showVerify(ctx context.Context, status int, form templates.Veri
 				form.Username = reg.Username
 			}
 		}
-		form.Email, form.Invited = reg.Email, reg.Source == sourceInternal
+		form.Email, form.Invited, locale = reg.Email, reg.Source == sourceInternal, reg.Locale
 	}
-	return view{Status: status, Page: templates.Verify(form)}, nil
-}
-
-func verifiedPage(email string, already bool) view {
-	return view{Status: 200, Page: templates.Message(templates.Verified(email, already))}
+	return view{Status: status, Page: templates.Verify(form), Locale: locale}, nil
 }
 
 // pendingByToken returns the registration that a link opens, pending or verified,
@@ -159,9 +175,9 @@ func (s *server) verifyForm(ctx context.Context, c caller, r *http.Request) (vie
 		r.PostForm.Del("email")
 		required = required[:1]
 	}
-	out, err := submit(ctx, c, r, s.verify, required...)
+	_, err := submit(ctx, c, r, s.verify, required...)
 	if err == nil {
-		return verifiedPage(out.Email, out.AlreadyVerified), nil
+		return goOn("/account/verified"), nil
 	}
 	status, wrong, err := s.mistakes(ctx, c, "verify", err)
 	if err != nil {
@@ -182,7 +198,7 @@ func (s *server) resendForm(ctx context.Context, c caller, r *http.Request) (vie
 	email := r.PostFormValue("email")
 	_, err := submit(ctx, c, r, s.resend, "email")
 	if err == nil {
-		return view{Status: 200, Page: templates.Message(templates.Resent(email))}, nil
+		return mailedTo(email, ""), nil
 	}
 	status, wrong, err := s.mistakes(ctx, c, "resend", err)
 	return view{Status: status, Page: templates.Resend(templates.ResendForm{Email: email, Mistakes: wrong})}, err
@@ -195,12 +211,12 @@ func (s *server) cancelPage(ctx context.Context, _ caller, r *http.Request) (vie
 		err = problemAlreadyVerified
 	}
 	return view{Status: 200, Page: templates.Cancel(templates.CancelView{
-		Email: reg.Email, Token: token, Invited: reg.Source == sourceInternal})}, err
+		Email: reg.Email, Token: token, Invited: reg.Source == sourceInternal}), Locale: reg.Locale}, err
 }
 
 func (s *server) cancelForm(ctx context.Context, c caller, r *http.Request) (view, error) {
 	_, err := submit(ctx, c, r, s.cancel)
-	return view{Status: 200, Page: templates.Message(templates.Cancelled())}, err
+	return goOn("/account/cancelled"), err
 }
 
 // problemPage explains a problem type, so that the type of every error resolves.

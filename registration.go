@@ -8,8 +8,6 @@ import (
 	"strings"
 	"time"
 
-	"auth-service/templates"
-
 	"golang.org/x/text/secure/precis"
 )
 
@@ -168,7 +166,7 @@ func (s *server) newRegistration(c caller, p profile, source string) (registrati
 	id := newUserID()
 	return registration{ID: newRegistrationID(), UserID: id, Email: p.Email, State: pending, Mail: mailQueued,
 		Username:  cmp.Or(p.Username, defaultUsername(p.Email, id)),
-		FirstName: p.FirstName, LastName: p.LastName, Phone: p.Phone, Locale: templates.Language(c.Language, p.Locale),
+		FirstName: p.FirstName, LastName: p.LastName, Phone: p.Phone, Locale: s.cfg.site.Match(p.Locale, c.Language),
 		Source: source, Role: roleUser, CreatedAt: s.now(), ExpiresAt: s.now().Add(s.cfg.lifetime(source))}, nil
 }
 

@@ -2,8 +2,12 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"net/url"
+	"os"
+	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -11,6 +15,8 @@ import (
 
 	"auth-service/dev/mail"
 	"auth-service/dev/preview"
+
+	"github.com/google/go-cmp/cmp"
 )
 
 // TestMails reads every mail in every language, in both of its parts.
@@ -119,7 +125,7 @@ func (w *env) sendPreviews() {
 	_, port, _ := strings.Cut(w.mail.Addr(), ":")
 	smtpPort, err := strconv.Atoi(port)
 	if err == nil {
-		err = preview.SendMails(w.Context(), services, smtpPort)
+		err = preview.SendMails(w.Context(), services, smtpPort, []string{"en", "de", "ar"})
 	}
 	if err != nil {
 		w.Fatal(err)
@@ -155,4 +161,64 @@ func sameLinks(t *testing.T, m mail.Message) {
 	for link := range inHTML {
 		t.Errorf("the link %s is in the HTML part only", link)
 	}
+}
+
+// TestMailLanguages: mails and Keycloak's pages have the languages of ours, each with all messages and their
+// placeholders, and the realm knows them. An apostrophe would quote (java.text.MessageFormat).
+func TestMailLanguages(t *testing.T) {
+	codes := slices.Sorted(slices.Values(site.Codes()))
+	realm, err := os.ReadFile("keycloak/realm.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var supported struct{ SupportedLocales []string }
+	if err := json.Unmarshal(realm, &supported); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(codes, supported.SupportedLocales); diff != "" {
+		t.Errorf("realm.json: %s", diff)
+	}
+	themes, err := filepath.Glob("keycloak/themes/auth-service/*/theme.properties")
+	if err != nil || themes == nil {
+		t.Fatal(themes, err)
+	}
+	for _, file := range themes {
+		if locales := properties(t, file)["locales"]; locales != strings.Join(codes, ",") {
+			t.Errorf("%s has the locales %s", file, locales)
+		}
+		messages := func(code string) map[string]string {
+			return properties(t, filepath.Join(filepath.Dir(file), "messages", "messages_"+code+".properties"))
+		}
+		english := messages("en")
+		for _, code := range codes {
+			translated := messages(code)
+			for name, text := range translated {
+				has, wants := messageArgument.FindAllString(text, -1), messageArgument.FindAllString(english[name], -1)
+				if english[name] == "" || !slices.Equal(has, wants) || strings.Contains(text, "'") {
+					t.Errorf("%s, %s: %s=%s", file, code, name, text)
+				}
+			}
+			if len(translated) != len(english) {
+				t.Errorf("%s, %s: %d of %d messages", file, code, len(translated), len(english))
+			}
+		}
+	}
+}
+
+var messageArgument = regexp.MustCompile(`\{\d\}`)
+
+// properties reads a file of Java properties, of the simple form that the themes have.
+func properties(t *testing.T, file string) map[string]string {
+	t.Helper()
+	content, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	values := map[string]string{}
+	for line := range strings.Lines(string(content)) {
+		if name, value, ok := strings.Cut(strings.TrimSpace(line), "="); ok && !strings.HasPrefix(name, "#") {
+			values[name] = value
+		}
+	}
+	return values
 }

@@ -296,7 +296,7 @@ func noticeTask(keycloakID string) string { return "notice:" + keycloakID }
 func (s *server) notify(ctx context.Context, u keycloakUser) error {
 	_, err := s.kc.unlock(ctx, u.id())
 	if err == nil {
-		err = s.kc.sendMail(ctx, u.id(), u.locale(), resetLifespan, securityNotice)
+		err = s.kc.sendMail(ctx, u.id(), u.attribute(attrLocale), resetLifespan, securityNotice)
 	}
 	return err
 }

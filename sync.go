@@ -8,8 +8,6 @@ import (
 	"strings"
 	"time"
 
-	"auth-service/templates"
-
 	"github.com/Nerzal/gocloak/v13"
 )
 
@@ -270,7 +268,7 @@ func (s *server) lostRegistration(ku keycloakUser) registration {
 	token := cmp.Or(ku.attribute(attrToken), newToken()) // nobody's: Keycloak does not know the mail's any more
 	reg := registration{ID: registrationID(ku.attribute(attrRegistrationID)), State: verified,
 		TokenHash: digest(token), CodeHash: codeHash(token, ku.attribute(attrCode)),
-		Locale:    templates.Language("", ku.attribute(attrLocale)),
+		Locale:    s.cfg.site.Match(ku.attribute(attrLocale)),
 		CreatedAt: time.UnixMilli(gocloak.PInt64(ku.CreatedTimestamp))}
 	if ku.awaitsVerification() {
 		reg.State = pending

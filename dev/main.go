@@ -26,6 +26,9 @@ import (
 	"auth-service/dev/mail"
 	"auth-service/dev/preview"
 	"auth-service/dev/stack"
+	"auth-service/templates"
+
+	envparse "github.com/caarlos0/env/v11"
 )
 
 // The development realm, its database and the secret of its service account.
@@ -131,7 +134,15 @@ func run(ctx context.Context, o options) error {
 	defer catcher.Close()
 	pages := http.NewServeMux()
 	pages.Handle("/", catcher.Inbox())
-	previews := preview.Handler(func(ctx context.Context) error { return preview.SendMails(ctx, s, o.smtpPort) })
+	var brand templates.Brand
+	if err := envparse.Parse(&brand); err != nil {
+		return err
+	}
+	site, err := templates.NewSite(brand)
+	if err != nil {
+		return err
+	}
+	previews := preview.Handler(site, func(ctx context.Context) error { return preview.SendMails(ctx, s, o.smtpPort, site.Codes()) })
 	for _, path := range []string{"/preview", "/preview/", "/static/"} {
 		pages.Handle(path, previews)
 	}

@@ -29,7 +29,7 @@ var index = template.Must(template.New("index").Parse(`<!doctype html>
 </form>
 <h2 class="note">Pages</h2>
 <ul class="links">
-{{range .}}<li><a href="/preview/{{.Name}}">{{.Name}}</a><a href="/preview/{{.Name}}?lang=de" lang="de">{{.Name}}, deutsch</a></li>
+{{range $sample := .Samples}}<li>{{.Name}}:{{range $.Languages}} <a href="/preview/{{$sample.Name}}?lang={{.}}">{{.}}</a>{{end}}</li>
 {{end}}</ul>
 </main>
 </html>
@@ -38,12 +38,12 @@ var index = template.Must(template.New("index").Parse(`<!doctype html>
 // Handler serves the list of previews at /preview, each page under it in the
 // language of the browser or of ?lang=, and the style sheet, under the
 // Content-Security-Policy of production. A button there calls sendMails.
-func Handler(sendMails func(context.Context) error) http.Handler {
+func Handler(site *templates.Site, sendMails func(context.Context) error) http.Handler {
 	samples := Samples()
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /preview", func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Type", "text/html; charset=utf-8")
-		index.Execute(w, samples)
+		index.Execute(w, map[string]any{"Samples": samples, "Languages": site.Codes()})
 	})
 	mux.HandleFunc("GET /preview/{name}", func(w http.ResponseWriter, r *http.Request) {
 		i := slices.IndexFunc(samples, func(s Sample) bool { return s.Name == r.PathValue("name") })
@@ -52,13 +52,15 @@ func Handler(sendMails func(context.Context) error) http.Handler {
 			return
 		}
 		w.Header().Set("Content-Type", "text/html; charset=utf-8")
-		language := templates.Language(r.Header.Get("Accept-Language"), r.FormValue("lang"))
-		if err := samples[i].Page.Render(templates.WithLanguage(r.Context(), language), w); err != nil {
+		language := site.Match(r.FormValue("lang"), r.Header.Get("Accept-Language"))
+		if err := samples[i].Page.Render(site.Context(r.Context(), language, r), w); err != nil {
 			http.Error(w, err.Error(), http.StatusInternalServerError)
 		}
 	})
-	mux.HandleFunc("GET /static/style.css", func(w http.ResponseWriter, r *http.Request) {
-		http.ServeContent(w, r, "style.css", time.Time{}, bytes.NewReader(templates.Style))
+	mux.HandleFunc("GET /static/{name}", func(w http.ResponseWriter, r *http.Request) {
+		asset := site.Assets[r.PathValue("name")]
+		w.Header().Set("Content-Type", asset.Type)
+		http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(asset.Content))
 	})
 	mux.HandleFunc("POST /preview/mails", func(w http.ResponseWriter, r *http.Request) {
 		if err := sendMails(r.Context()); err != nil {
