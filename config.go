@@ -165,7 +165,7 @@ func loadConfig(getenv func(string) string) (config, error) {
 		value := getenv(name)
 		if f.Type == reflect.TypeFor[secret]() {
 			var err error
-			value, err = secretValue(name, value, getenv(name+"_FILE"))
+			value, err = secretValue(name, value, name+"_FILE", getenv(name+"_FILE"))
 			must(err == nil, "%w", err)
 		}
 		if variables[f.Name] = name; value != "" {
@@ -192,20 +192,20 @@ func loadConfig(getenv func(string) string) (config, error) {
 // secretValue returns the value of a secret's variable or the content of its file. Both at once
 // is a mistake: nobody could tell which one counts. With an error it returns a value that raises
 // no second one.
-func secretValue(name, value, file string) (string, error) {
+func secretValue(name, value, fileName, file string) (string, error) {
 	const unreadable = "host=unreadable"
 	switch {
 	case file == "":
 		return value, nil
 	case value != "":
-		return unreadable, fmt.Errorf("%s and %s_FILE are both set; use one", name, name)
+		return unreadable, fmt.Errorf("%s and %s are both set; use one", name, fileName)
 	}
 	content, err := os.ReadFile(file) // #nosec G304 -- the operator names it
 	if err != nil {
-		return unreadable, fmt.Errorf("%s_FILE: %w", name, err)
+		return unreadable, fmt.Errorf("%s: %w", fileName, err)
 	}
 	if value = strings.TrimSpace(string(content)); value == "" {
-		return unreadable, fmt.Errorf("%s_FILE: %s is empty", name, file)
+		return unreadable, fmt.Errorf("%s: %s is empty", fileName, file)
 	}
 	return value, nil
 }

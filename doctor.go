@@ -6,7 +6,6 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"regexp"
@@ -36,10 +35,9 @@ var errUnhealthy = errors.New("something is wrong with this deployment")
 
 // doctor checks a deployment.
 type doctor struct {
-	s                        *server
-	json, fix, dryRun        bool
-	adminUser, adminPassword string // "": check as the service account
-	findings                 []finding
+	*invocation
+	adminPassword string // "": check as the service account
+	findings      []finding
 }
 
 // check reports a condition. If it is wrong, those that depend on it are unknown.
@@ -67,59 +65,41 @@ func (d *doctor) unknown(why, fix string, names ...string) {
 	}
 }
 
-// runDoctor is the command. It returns errUnhealthy if something is wrong or planned.
-func runDoctor(ctx context.Context, args []string, getenv func(string) string, out io.Writer) error {
-	d := &doctor{}
-	if err := d.parse(args, out); errors.Is(err, flag.ErrHelp) {
-		return nil
-	} else if err != nil {
+// doctor is the command. It returns errUnhealthy if something is wrong or planned.
+func (in *invocation) doctor(ctx context.Context) (err error) {
+	d := &doctor{invocation: in}
+	if alone := d.adminPasswordFile == ""; alone != (d.adminUser == "") || d.fix && alone || d.dryRun && !d.fix {
+		return fmt.Errorf("-admin-user and -admin-password-file belong together, -fix needs both, "+
+			"and -dry-run needs -fix; %w", errUsage)
+	}
+	if d.adminPassword, err = secretValue("", "", "-admin-password-file", d.adminPasswordFile); err != nil {
 		return err
 	}
-	cfg, err := loadConfig(getenv)
+	cfg, err := loadConfig(d.getenv)
 	if err != nil {
 		for mistake := range strings.SplitSeq(err.Error(), "\n") {
 			d.check("variables", false, mistake, "README.md lists all variables.")
 		}
-		return d.report(out)
+		return d.report()
 	}
 	d.check("variables", true, "", "")
-	if d.s, err = newServer(ctx, cfg, newLogger(io.Discard, cfg)); err != nil {
+	if d.server, err = newServer(ctx, cfg, newLogger(io.Discard, cfg)); err != nil {
 		return err
 	}
-	defer d.s.store.pool.Close()
+	defer d.store.pool.Close()
 	d.checkAll(ctx)
-	return d.report(out)
-}
-
-// parse returns flag.ErrHelp after it has printed the manual.
-func (d *doctor) parse(args []string, out io.Writer) error {
-	flags := flag.NewFlagSet("auth-service doctor", flag.ContinueOnError)
-	flags.SetOutput(out)
-	flags.BoolVar(&d.json, "json", false, "report in JSON")
-	flags.BoolVar(&d.fix, "fix", false, "set the realm's settings as keycloak/realm.json has them; needs an administrator")
-	flags.BoolVar(&d.dryRun, "dry-run", false, "with -fix: only show what it would set")
-	flags.StringVar(&d.adminUser, "admin-user", "", "the `name` of an administrator of Keycloak's realm master")
-	file := flags.String("admin-password-file", "", "the `file` with the administrator's password")
-	if err := flags.Parse(args); err != nil {
-		return err
-	}
-	if flags.NArg() > 0 || (d.adminUser == "") != (*file == "") || d.fix && *file == "" || d.dryRun && !d.fix {
-		return errors.New("usage: doctor [-json] [-admin-user NAME -admin-password-file FILE [-fix [-dry-run]]]")
-	}
-	var err error
-	d.adminPassword, err = secretValue("-admin-password", "", *file)
-	return err
+	return d.report()
 }
 
 func (d *doctor) checkAll(ctx context.Context) {
-	d.warn("PUBLIC_URL", d.s.cfg.https(), "it is not https: links, passwords and tokens can be read on the way",
+	d.warn("PUBLIC_URL", d.cfg.https(), "it is not https: links, passwords and tokens can be read on the way",
 		"Put TLS in front of the service, or set TLS_CERT_FILE and TLS_KEY_FILE.")
 	d.checkPostgreSQL(ctx)
 	d.checkKeycloak(ctx)
 }
 
 // report writes all findings, and returns errUnhealthy if one says so.
-func (d *doctor) report(out io.Writer) error {
+func (d *doctor) report() error {
 	var text []byte
 	unhealthy := false
 	for _, f := range d.findings {
@@ -136,10 +116,7 @@ func (d *doctor) report(out io.Writer) error {
 		}
 		text = append(text, '\n')
 	}
-	if d.json {
-		text, _ = json.MarshalIndent(d.findings, "", "  ") // strings, that is
-	}
-	if _, err := out.Write(text); err != nil || !unhealthy {
+	if err := d.print(d.findings, string(text)); err != nil || !unhealthy {
 		return err
 	}
 	return errUnhealthy
@@ -152,7 +129,7 @@ const roleFix = "As the owner of the tables: create role auth_service login pass
 func (d *doctor) checkPostgreSQL(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
-	pool := d.s.store.pool
+	pool := d.store.pool
 	var version int
 	var now time.Time
 	err := pool.QueryRow(ctx, `select current_setting('server_version_num')::int, clock_timestamp()`).Scan(&version, &now)
@@ -205,34 +182,34 @@ func neededPrivileges() (needed []string) {
 }
 
 func (d *doctor) checkClock(name string, theirs time.Time) {
-	skew := d.s.now().Sub(theirs).Abs().Round(time.Second)
+	skew := d.now().Sub(theirs).Abs().Round(time.Second)
 	d.check(name, skew < 10*time.Second, fmt.Sprintf("it differs from this machine's by %v", skew),
 		"Run NTP on both machines.")
 }
 
 func (d *doctor) checkKeycloak(ctx context.Context) {
 	var discovery struct{ Issuer string }
-	err := d.s.kc.getJSON(ctx, "discovery", keycloakTimeout, ".well-known/openid-configuration", &discovery)
+	err := d.kc.getJSON(ctx, "discovery", keycloakTimeout, ".well-known/openid-configuration", &discovery)
 	if !d.check("Keycloak: reachable", err == nil, fmt.Sprint(err),
 		"Check KEYCLOAK_URL, KEYCLOAK_REALM and the network.", "Keycloak: issuer", "Keycloak: email theme", "realm",
 		"Keycloak: auth client", "Keycloak: service account", "Keycloak: clock", "Keycloak: signing key") {
 		return
 	}
-	issuer := d.s.cfg.issuer()
+	issuer := d.cfg.issuer()
 	d.check("Keycloak: issuer", discovery.Issuer == issuer,
 		fmt.Sprintf("tokens say %s, expected is %s", discovery.Issuer, issuer),
 		"Set KEYCLOAK_PUBLIC_URL to what Keycloak calls itself, or Keycloak's hostname to that.")
 	d.checkRealm(ctx)
-	_, err = d.s.kc.refresh(ctx, "nobody's")
+	_, err = d.kc.refresh(ctx, "nobody's")
 	d.check("Keycloak: auth client", errors.Is(err, errInvalidGrant), fmt.Sprint(err), "Check KEYCLOAK_AUTH_CLIENT_ID "+
 		"and KEYCLOAK_AUTH_CLIENT_SECRET. Without the latter the client must be public.")
-	token, err := d.s.kc.serviceToken(ctx) // after checkRealm: -fix may have created the account
+	token, err := d.kc.serviceToken(ctx) // after checkRealm: -fix may have created the account
 	if d.check("Keycloak: service account", err == nil, fmt.Sprint(err), "Check KEYCLOAK_BACKEND_CLIENT_ID and "+
 		"KEYCLOAK_BACKEND_CLIENT_SECRET. The realm, that client and its \"Service account roles\" must be enabled.",
 		"Keycloak: clock", "Keycloak: signing key") {
 		t := readServiceToken(token)
 		d.checkClock("Keycloak: clock", time.Unix(t.IssuedAt, 0)) // Keycloak sends no Date
-		keys, err := d.s.kc.signingKeys(ctx)
+		keys, err := d.kc.signingKeys(ctx)
 		known := slices.ContainsFunc(keys, func(key jose.JSONWebKey) bool { return key.KeyID == t.Key })
 		d.check("Keycloak: signing key", known, fmt.Sprint(cmp.Or(err, errKeyKind)),
 			"Give a key for RS256, ES256, PS256, or EdDSA with Ed25519, the highest priority of its algorithm.")

@@ -101,17 +101,17 @@ const (
 func (d *doctor) checkRealm(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, 50*time.Second) // an administrator's token lives for a minute
 	defer cancel()
-	api := &adminAPI{kc: d.s.kc, admin: d.adminUser != ""}
+	api := &adminAPI{kc: d.kc, admin: d.adminUser != ""}
 	if api.admin {
-		t, err := d.s.kc.signInAdmin(ctx, d.adminUser, d.adminPassword)
+		t, err := d.kc.signInAdmin(ctx, d.adminUser, d.adminPassword)
 		if !d.check("administrator", err == nil, fmt.Sprint(err), "Give a user of Keycloak's realm master, "+
 			"without a second factor, and the right password.", "Keycloak: email theme", "realm") {
 			return
 		}
-		defer d.s.kc.admin.Logout(context.WithoutCancel(ctx), "admin-cli", "", "master", t.RefreshToken)
+		defer d.kc.admin.Logout(context.WithoutCancel(ctx), "admin-cli", "", "master", t.RefreshToken)
 		api.token = t.AccessToken
 	} else {
-		api.token, api.err = d.s.kc.serviceToken(ctx)
+		api.token, api.err = d.kc.serviceToken(ctx)
 	}
 	var server struct {
 		Themes map[string][]struct{ Name string }
@@ -132,7 +132,7 @@ func (d *doctor) checkRealm(ctx context.Context) {
 
 // compareRealm reports what differs, or with -fix what it has set and what differs still.
 func (d *doctor) compareRealm(ctx context.Context, api *adminAPI) {
-	must, err := wantedRealm(d.s.cfg)
+	must, err := wantedRealm(d.cfg)
 	live := api.readRealm(ctx)
 	if api.err = cmp.Or(api.err, err); api.err != nil {
 		return
@@ -169,7 +169,7 @@ func (d *doctor) compareRealm(ctx context.Context, api *adminAPI) {
 
 // checkMappers looks for what realm.json can't say: mappers that must not be there.
 func (d *doctor) checkMappers(live map[string]any) {
-	i := indexOf(live["clients"], map[string]any{"clientId": d.s.cfg.AuthClientID})
+	i := indexOf(live["clients"], map[string]any{"clientId": d.cfg.AuthClientID})
 	if i < 0 {
 		return
 	}

@@ -302,7 +302,7 @@ func TestDoctorClocks(t *testing.T) {
 			t.Fatal(err)
 		}
 		s.now = func() time.Time { return time.Now().Add(ahead) }
-		d := &doctor{s: s}
+		d := &doctor{invocation: &invocation{server: s}}
 		d.checkAll(t.Context())
 		s.store.pool.Close()
 		if wrong := named(d.findings, "wrong"); !slices.Equal(wrong, want) {

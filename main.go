@@ -1,14 +1,7 @@
 // Auth-service lets people register themselves in front of Keycloak, and signs
 // them in.
 //
-//	auth-service              serve until SIGTERM
-//	auth-service jobs         do once what is due in the queue, for an outside cron
-//	auth-service migrate      bring the schema to this version, as the owner of the tables
-//	auth-service grant-admin EMAIL    make a user an administrator
-//	auth-service sync [-dry-run]      make both stores agree on all users; exit 3 if they differ then
-//	auth-service doctor [-fix]        check this deployment, and fix the realm; exit 1 if something is wrong; see -h
-//	auth-service healthcheck  exit 0 if the service on this machine is alive
-//	auth-service version
+// "auth-service -h" is the manual of its commands, which are the table in commands.
 //
 // Everything is configured by environment variables: see config. Keycloak owns
 // identity and passwords, PostgreSQL authorization, status and audit; the service
@@ -22,7 +15,9 @@ import (
 	"cmp"
 	"context"
 	"crypto/tls"
+	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"log/slog"
@@ -32,7 +27,9 @@ import (
 	"net/netip"
 	"os"
 	"os/signal"
+	"runtime"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -50,48 +47,154 @@ func main() {
 	}
 	if err := run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr); err != nil {
 		fmt.Fprintln(os.Stderr, "auth-service:", err)
-		if errors.Is(err, errDiffer) {
+		switch {
+		case errors.Is(err, errUsage):
+			os.Exit(2)
+		case errors.Is(err, errDiffer):
 			os.Exit(3)
 		}
 		os.Exit(1)
 	}
 }
 
-// run does what args say. It is what tests start.
+// errUsage ends the program with status 2.
+var errUsage = errors.New("use -h for help")
+
+// command is one that the program knows.
+type command struct {
+	use, flags, does string // use: the name, and an argument, which may be left out if it is in brackets
+	server           bool   // it needs the configuration, and the server that follows from it
+	run              func(*invocation, context.Context) error
+}
+
+// commands are all there are: what is parsed, and help, follow from them.
+var commands = []command{
+	{"serve", "", "serve until SIGTERM; also without a command", true, (*invocation).serve},
+	{"jobs", "", "do once what is due in the queue, for an outside cron", true, (*invocation).workUntilIdle},
+	{"migrate", "", "bring the schema to this version, as the owner of the tables", true,
+		func(in *invocation, ctx context.Context) error { return in.migrate(ctx, true) }},
+	{"grant-admin EMAIL", "", "make a user an administrator", true, (*invocation).grantAdmin},
+	{"sync", "dry-run json", "make both stores agree on all users; exit 3 if they differ then", true, (*invocation).sync},
+	{"doctor", "json admin-user admin-password-file fix dry-run",
+		"check this deployment, and fix the realm; exit 1 if something is wrong", false, (*invocation).doctor},
+	{"healthcheck", "", "exit 0 if the service on this machine is alive", true, (*invocation).healthcheck},
+	{"version", "json", "print the version", false, (*invocation).version},
+	{"help [COMMAND]", "", "list the commands, or the flags of one", false, (*invocation).help},
+}
+
+// invocation is a command that was called.
+type invocation struct {
+	*server                                // nil for commands that need none
+	all                          []command // for help
+	args                         []string  // without the flags
+	getenv                       func(string) string
+	actor                        string // for the audit log
+	stdout, stderr               io.Writer
+	json, dryRun, fix            bool
+	adminUser, adminPasswordFile string
+}
+
+// dashed are flags that are commands.
+var dashed = map[string]string{"-h": "help", "--h": "help", "-help": "help", "--help": "help", "-version": "version",
+	"--version": "version"}
+
+// run does what args say. It is what tests start. A command that was interrupted has failed.
 func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) error {
+	if len(args) == 0 {
+		args = []string{"serve"}
+	}
+	if len(args) == 2 && cmp.Or(dashed[args[0]], args[0]) == "help" {
+		args = []string{args[1], "-h"}
+	}
+	name := cmp.Or(dashed[args[0]], args[0])
+	i := slices.IndexFunc(commands, func(c command) bool { return strings.HasPrefix(c.use+" ", name+" ") })
+	if i < 0 {
+		return fmt.Errorf("there is no command %q; %w", name, errUsage)
+	}
 	actor := "cli:" + cmp.Or(getenv("SUDO_USER"), getenv("USER"), getenv("LOGNAME"), "unknown")
-	var do func(s *server) error
-	switch command := strings.Join(args, " "); {
-	case command == "version":
-		_, err := fmt.Fprintln(stdout, version())
-		return err
-	case len(args) > 0 && args[0] == "doctor":
-		return runDoctor(ctx, args[1:], getenv, stdout)
-	case len(args) == 0:
-		do = func(s *server) error { return s.serve(ctx) }
-	case command == "healthcheck":
-		do = (*server).healthcheck
-	case command == "migrate":
-		do = func(s *server) error { return s.migrate(ctx, true) }
-	case command == "jobs":
-		do = func(s *server) error { return s.workUntilIdle(ctx) }
-	case command == "sync", command == "sync -dry-run":
-		do = func(s *server) error { return s.syncCommand(ctx, command != "sync", actor, stdout) }
-	case len(args) == 2 && args[0] == "grant-admin":
-		do = func(s *server) error { return s.grantAdmin(ctx, args[1], actor, stdout) }
-	default:
-		return fmt.Errorf("unknown command %q; see the package comment in main.go", args)
-	}
-	cfg, err := loadConfig(getenv)
-	if err != nil {
-		return fmt.Errorf("the configuration is wrong:\n%w", err)
-	}
-	s, err := newServer(ctx, cfg, newLogger(stderr, cfg))
-	if err != nil {
+	c, in := commands[i], &invocation{all: commands, getenv: getenv, actor: actor, stdout: stdout, stderr: stderr}
+	if err := in.parse(c, args[1:]); errors.Is(err, flag.ErrHelp) {
+		return nil
+	} else if err != nil {
 		return err
 	}
-	defer s.store.pool.Close()
-	return do(s)
+	if c.server {
+		cfg, err := loadConfig(getenv)
+		if err != nil {
+			return fmt.Errorf("the configuration is wrong:\n%w", err)
+		}
+		if in.server, err = newServer(ctx, cfg, newLogger(stderr, cfg)); err != nil {
+			return err
+		}
+		defer in.store.pool.Close()
+	}
+	err := c.run(in, ctx)
+	if ctx.Err() != nil && name != "serve" {
+		err = errors.Join(context.Cause(ctx), err)
+	}
+	return err
+}
+
+// parse reads flags and arguments. It returns flag.ErrHelp after it has printed the flags.
+func (in *invocation) parse(c command, args []string) error {
+	var all, flags flag.FlagSet
+	all.BoolVar(&in.json, "json", false, "report in JSON")
+	all.BoolVar(&in.dryRun, "dry-run", false, "change nothing: only report what would be changed")
+	all.BoolVar(&in.fix, "fix", false, "set the realm's settings as keycloak/realm.json has them; needs an administrator")
+	all.StringVar(&in.adminUser, "admin-user", "", "the `name` of an administrator of Keycloak's realm master")
+	all.StringVar(&in.adminPasswordFile, "admin-password-file", "", "the `file` with the administrator's password")
+	for name := range strings.FieldsSeq(c.flags) {
+		f := all.Lookup(name)
+		flags.Var(f.Value, name, f.Usage)
+	}
+	flags.SetOutput(io.Discard)
+	err := flags.Parse(args)
+	in.args = flags.Args()
+	_, arg, _ := strings.Cut(c.use, " ")
+	switch most := min(len(arg), 1); {
+	case errors.Is(err, flag.ErrHelp):
+		fmt.Fprintf(in.stdout, "auth-service %s\n%s\n", c.use, c.does)
+		flags.SetOutput(in.stdout)
+		flags.PrintDefaults()
+		return err
+	case err != nil:
+		return fmt.Errorf("%w; %w", err, errUsage)
+	case len(in.args) > most:
+		return fmt.Errorf("unexpected argument %q; %w", in.args[most], errUsage)
+	case len(in.args) < most && arg[0] != '[':
+		return fmt.Errorf("%s is missing; %w", arg, errUsage)
+	}
+	return nil
+}
+
+func (in *invocation) help(context.Context) error {
+	text := "auth-service COMMAND\n\n"
+	for _, c := range in.all {
+		text += fmt.Sprintf("%-18s %s\n", c.use, c.does)
+	}
+	return in.print(nil, text+"\n\"auth-service COMMAND -h\" shows the flags of a command. README.md lists the "+
+		"environment variables\nthat configure the service, docs/operating.md says more.\n")
+}
+
+func (in *invocation) version(context.Context) error {
+	build := map[string]string{"version": version(), "go": runtime.Version()}
+	info, _ := debug.ReadBuildInfo()
+	for _, s := range info.Settings {
+		if s.Key == "vcs.revision" {
+			build["commit"] = s.Value
+		}
+	}
+	return in.print(build, version()+"\n")
+}
+
+// print writes the text, or with -json v.
+func (in *invocation) print(v any, text string) error {
+	if in.json {
+		encoded, _ := json.MarshalIndent(v, "", "  ") // nothing here that JSON can't say
+		text = string(encoded) + "\n"
+	}
+	_, err := io.WriteString(in.stdout, text)
+	return err
 }
 
 // server holds every dependency of the service.
@@ -366,7 +469,7 @@ func (s *server) managementHandler() http.Handler {
 }
 
 // healthcheck asks the management listener of this machine, for Docker.
-func (s *server) healthcheck() error {
+func (s *server) healthcheck(context.Context) error {
 	host, port, _ := net.SplitHostPort(s.cfg.ManagementAddr) // loadConfig has tried that
 	if addr, err := netip.ParseAddr(host); err == nil && addr.IsUnspecified() {
 		host = "" // this machine, to Dial; it may have no IPv6

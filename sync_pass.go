@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"os"
 	"slices"
 	"strings"
 	"time"
@@ -102,7 +103,8 @@ func (s *server) runSync(ctx context.Context, t task, run syncRun, out io.Writer
 	}
 	ctx, cancel := detached(ctx, flowTime)
 	defer cancel()
-	return p.run, p.end(ctx, err)
+	err = p.end(ctx, err)
+	return p.run, err
 }
 
 // scan compares all users, page by page, and looks at those that differ once more, one by one.
@@ -350,14 +352,14 @@ func (s *server) syncStatus(ctx context.Context, c caller, in syncIn) (syncRun, 
 // errDiffer ends the program with status 3.
 var errDiffer = errors.New("the two stores differ")
 
-// syncCommand makes a full pass for an operator, in this process. A pass of the same kind that is running
-// without a lock is begun anew instead: its process has died.
-func (s *server) syncCommand(ctx context.Context, dryRun bool, actor string, out io.Writer) error {
-	t, err := s.store.lock(ctx, "job:sync", lockTime, s.now)
+// sync is the command: it makes a full pass for an operator, in this process. A pass of the same kind that is
+// running without a lock is begun anew instead: its process has died. A terminal shows how far it is.
+func (in *invocation) sync(ctx context.Context) error {
+	t, err := in.store.lock(ctx, "job:sync", lockTime, in.now)
 	var run syncRun
 	if err == nil {
-		run, err = s.store.beginSync(ctx, caller{Actor: actor}, dryRun, s.now())
-		if errors.Is(err, errConflict) && run.Status == "running" && run.DryRun == dryRun {
+		run, err = in.store.beginSync(ctx, caller{Actor: in.actor}, in.dryRun, in.now())
+		if errors.Is(err, errConflict) && run.Status == "running" && run.DryRun == in.dryRun {
 			err = nil
 		}
 	}
@@ -365,17 +367,27 @@ func (s *server) syncCommand(ctx context.Context, dryRun bool, actor string, out
 		err = errors.New("a full pass is running already")
 	}
 	if err != nil {
-		return errors.Join(err, finish(ctx, s.store.pool, t, s.now()))
+		return errors.Join(err, finish(ctx, in.store.pool, t, in.now()))
 	}
-	run, err = s.runSync(ctx, t, run, out)
-	s.release(ctx, t, s.now(), err) // the daily pass finds out when it is due
-	fmt.Fprintf(out, "\n%s %s\n", run.Status, run.Detail)
+	progress := io.Discard
+	if f, ok := in.stderr.(*os.File); ok {
+		if info, err := f.Stat(); err == nil && info.Mode()&os.ModeCharDevice != 0 {
+			progress = f
+		}
+	}
+	run, err = in.runSync(ctx, t, run, progress)
+	in.release(ctx, t, in.now(), err) // the daily pass finds out when it is due
+	fmt.Fprintln(progress)
+	text := fmt.Sprintf("%s %s\n", run.Status, run.Detail)
 	for _, d := range slices.Sorted(maps.Keys(run.Differences)) {
 		class := run.Differences[d]
-		fmt.Fprintf(out, "%-22s %6d found %6d repaired  %s\n    %s\n", d, class.Found, class.Repaired,
+		text += fmt.Sprintf("%-22s %6d found %6d repaired  %s\n    %s\n", d, class.Found, class.Repaired,
 			strings.Join(class.Examples, " "), class.Description)
 	}
+	err = in.print(run, text)
 	switch found, repaired, _ := run.counts(); {
+	case err != nil:
+		return err
 	case run.Status != "done":
 		return errors.New("the full pass was not completed")
 	case found > repaired:

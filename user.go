@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"time"
 )
 
@@ -404,22 +403,22 @@ func (s *server) endManaged(ctx context.Context, c caller, id userID, session se
 	return noContent{}, s.endSessions(ctx, c, u, session, "managed")
 }
 
-// grantAdmin makes a user who has registered an administrator: the first one, or the
+// grantAdmin is the command: it makes a user who has registered an administrator: the first one, or the
 // next after all have been lost. It is the act of whoever may run the program.
-func (s *server) grantAdmin(ctx context.Context, email, actor string, out io.Writer) error {
-	email, _ = mailAddress(plainText(email))
-	u, err := s.store.userByEmail(ctx, email)
+func (in *invocation) grantAdmin(ctx context.Context) error {
+	email, _ := mailAddress(plainText(in.args[0]))
+	u, err := in.store.userByEmail(ctx, email)
 	if errors.Is(err, errNotFound) || err == nil && !u.IsVerified {
 		return fmt.Errorf("nobody with a confirmed account has the address %s", email)
 	} else if err != nil {
 		return err
 	}
-	u, err = s.changeUser(ctx, caller{Actor: actor}, u.ID, "user.grant_admin", func(u user) (user, error) {
+	u, err = in.changeUser(ctx, caller{Actor: in.actor}, u.ID, "user.grant_admin", func(u user) (user, error) {
 		u.Role = roleAdmin
 		return u, nil
 	})
 	if err == nil {
-		_, err = fmt.Fprintf(out, "%s (%s) is an administrator now.\n", u.Email, u.ID)
+		_, err = fmt.Fprintf(in.stdout, "%s (%s) is an administrator now.\n", u.Email, u.ID)
 	}
 	return err
 }
