@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"net/http/httptest"
 	"strconv"
@@ -375,6 +376,79 @@ func scenarioFrontend(b *browser) {
 	b.arrive(chromedp.Click(labelled("Sign in")), 200, anything)
 	b.signsIn(email, "App") // the password is asked for again
 	at(b.frontend + "/app?back")
+}
+
+// awaits waits until a script shows this text.
+func (b *browser) awaits(text string) {
+	b.Helper()
+	ctx, cancel := context.WithTimeout(b.ctx, time.Minute)
+	defer cancel()
+	seen := chromedp.Search(fmt.Sprintf(`//main//*[contains(text(), %q)]`, text))
+	if err := chromedp.Do(ctx, chromedp.WaitVisible(seen)); err != nil {
+		b.Fatalf("%q is not seen: %v\n%s", text, err, evaluate[string](b, "document.body.innerText"))
+	}
+}
+
+// scenarioSPA goes from the sign-up in examples/spa, which is of another origin, to the sign-out there.
+func scenarioSPA(b *browser) {
+	email := newEmail()
+	app, click := chromedp.Navigate(b.frontend+"/spa/"), func(label string) {
+		b.Helper()
+		b.must(chromedp.Do(b.ctx, chromedp.Click(labelled(label))))
+	}
+	_, err := chromedp.Call(b.ctx, cdpnetwork.SetExtraHTTPHeaders,
+		cdpnetwork.SetExtraHTTPHeadersParams{Headers: cdpnetwork.Headers{}}) // CORS would ask for them
+	b.must(err)
+	b.scripts(true)
+	b.arrive(app, 200, "App")
+	b.awaits("Create an account")
+	b.look("")
+	b.scripts(true)
+	b.fill("email", "ada@nowhere")
+	click("Create an account")
+	b.awaits("email is not a valid e-mail address")
+	b.fill("email", email)
+	click("Create an account")
+	b.awaits("Look into your mailbox")
+	b.open(b.readMail(email, 1).URL, 200, "Confirm your e-mail address")
+	b.confirms(email)
+
+	b.scripts(true)
+	b.arrive(app, 200, "App")
+	b.awaits("Sign in")
+	b.arrive(chromedp.Click(labelled("Sign in")), 200, anything)
+	b.signsIn(email, "App")
+	b.awaits(email)
+	b.look("")
+	b.scripts(true)
+	if kept := evaluate[string](b, "document.cookie + JSON.stringify({...localStorage, ...sessionStorage})"); kept != "{}" {
+		b.Errorf("scripts see %s", kept)
+	}
+	refreshed := func() int {
+		return evaluate[int](b, `performance.getEntriesByType("resource").filter(e => e.name.endsWith("/refresh")).length`)
+	}
+	b.admin().changes(userID(b.value(`select user_id from users where email = $1`, email)),
+		body{"role": "operator", "network_id": "N1", "station_id": "S1"})
+	b.eventually("the token with the former role is refused and renewed", 10*time.Second, func() bool {
+		click("Ask again")
+		return refreshed() > 1
+	})
+	b.awaits("operator")
+	b.must(b.pg.close())
+	click("Ask again")
+	b.awaits("Nothing is lost. Please try again in")
+	b.must(b.pg.open())
+	b.arrive(app, 200, "App") // the cookie outlives the page
+	b.awaits(email)
+
+	click("Sign out")
+	b.awaits("Create an account")
+	b.fill("email", email)
+	click("Create an account")
+	b.awaits("You have an account already.")
+	b.arrive(chromedp.Click(labelled("Sign in")), 200, anything)
+	b.signsIn(email, "App") // Keycloak asks for the password again
+	b.awaits(email)
 }
 
 // scenarioSignInMistakes comes back from Keycloak without having signed in.

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"flag"
 	"fmt"
@@ -62,7 +63,7 @@ func TestBrowser(t *testing.T) {
 		{"Resend", "en", scenarioResend}, {"Cancel", "en", scenarioCancel}, {"Expired", "en", scenarioExpired},
 		{"Mistakes", "en", scenarioMistakes}, {"Unavailable", "en", scenarioUnavailable},
 		{"Elsewhere", "en", scenarioElsewhere}, {"SwaggerUI", "en", scenarioSwaggerUI},
-		{"Frontend", "en", scenarioFrontend}, {"SignInMistakes", "en", scenarioSignInMistakes},
+		{"Frontend", "en", scenarioFrontend}, {"SPA", "en", scenarioSPA}, {"SignInMistakes", "en", scenarioSignInMistakes},
 		{"SignInMistakesInGerman", "de", scenarioSignInMistakes},
 		{"Samples", "en", scenarioSamples}, {"SamplesInGerman", "de", scenarioSamples},
 		{"SamplesInArabic", "ar", scenarioSamples},
@@ -135,6 +136,13 @@ func (w *env) otherSite() http.Handler {
 		fmt.Fprintf(rw, `<!doctype html><form method="post" action="%s/account/register">
 			<input name="email" value="victim@example.test"><button>Win</button></form>`, w.vars["PUBLIC_URL"])
 	})
+	for path, name := range map[string]string{"/spa/{$}": "index.html", "/spa/app.js": "app.js"} {
+		mux.HandleFunc("GET "+path, func(rw http.ResponseWriter, r *http.Request) {
+			file, _ := os.ReadFile("examples/spa/" + name)
+			file = bytes.ReplaceAll(file, []byte("http://localhost:3000"), []byte(w.vars["PUBLIC_URL"]))
+			http.ServeContent(rw, r, name, time.Time{}, bytes.NewReader(file))
+		})
+	}
 	mux.HandleFunc("GET /app", func(rw http.ResponseWriter, r *http.Request) {
 		fmt.Fprintf(rw, `<!doctype html><title>App</title><h1>App</h1>
 			<a href="%[1]s/auth/login?return_to=%[2]s">Sign in</a><script>
@@ -241,7 +249,9 @@ func (b *browser) fill(namesAndValues ...string) {
 	b.Helper()
 	for pair := range slices.Chunk(namesAndValues, 2) {
 		field := chromedp.CSS("[name=" + pair[0] + "]")
-		b.must(chromedp.Do(b.ctx, chromedp.Clear(field), chromedp.SendKeys(field, pair[1])))
+		b.must(chromedp.Do(b.ctx, chromedp.WaitVisible(field)))
+		evaluate[string](b, `document.querySelector("[name=`+pair[0]+`]").value = ""`)
+		b.must(chromedp.Do(b.ctx, chromedp.SendKeys(field, pair[1])))
 	}
 }
 

@@ -2,7 +2,9 @@ package main
 
 import (
 	"fmt"
+	"net/http/httptest"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"reflect"
 	"regexp"
@@ -112,5 +114,44 @@ func TestDocumentedLimits(t *testing.T) {
 	}
 	if diff := cmp.Diff(want, documented); diff != "" {
 		t.Errorf("-program +documented\n%s", diff)
+	}
+}
+
+// fenced is a block of a document and the line above it.
+var fenced = regexp.MustCompile("(?ms)^([^\n]*)\n *```([a-z]*)\n(.*?)^ *```$")
+
+// Every command of the documents runs, or a comment above it says why it is not run here. Those of one document run in
+// one shell, with the program in the path, and with the addresses and the files of the test.
+func TestDocumentedCommands(t *testing.T) {
+	t.Parallel()
+	w, dir := newEnv(t, nil), t.TempDir()
+	if err := os.Symlink(program(t), dir+"/auth-service"); err != nil {
+		t.Fatal(err)
+	}
+	env := append(os.Environ(), "PATH="+dir+":"+os.Getenv("PATH"))
+	for name, value := range w.vars {
+		env = append(env, name+"="+value)
+	}
+	inbox := httptest.NewServer(w.mail.Inbox())
+	t.Cleanup(inbox.Close)
+	here := strings.NewReplacer("localhost:3000", strings.TrimPrefix(w.url, "http://"),
+		"localhost:8025", strings.TrimPrefix(inbox.URL, "http://"), "-admin-user admin", "-admin-user "+services.AdminUser,
+		"/run/secrets/keycloak-admin", asAdmin(t, services.AdminUser, services.AdminPassword)[3])
+	for name, text := range documents(t) {
+		var script []string
+		for _, block := range fenced.FindAllStringSubmatch(text, -1) {
+			switch above, language := block[1], block[2]; {
+			case language == "":
+				t.Errorf("%s: a block says no language:\n%s", name, block[3])
+			case language == "sh" && !regexp.MustCompile(`^ *<!-- not run: .+ -->$`).MatchString(above):
+				script = append(script, here.Replace(block[3]))
+			}
+		}
+		cmd := exec.CommandContext(t.Context(), "bash", "-euxo", "pipefail", "-c", strings.Join(script, "\n"))
+		cmd.Env = env
+		out, err := cmd.CombinedOutput()
+		if err != nil || regexp.MustCompile(`(?m)^{"type":"/problems/`).Match(out) {
+			t.Errorf("%s: %v\n%s", name, err, out)
+		}
 	}
 }

@@ -1,6 +1,9 @@
 package main
 
 import (
+	"bytes"
+	"encoding/json"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -8,6 +11,8 @@ import (
 	"testing"
 
 	"auth-service/dev/stack"
+
+	"github.com/getkin/kin-openapi/openapi3filter"
 )
 
 // The document is clean for linters, and the clients that generators make of it are compiled and taken through the
@@ -114,4 +119,54 @@ func TestDocumentAndClients(t *testing.T) {
 		tool(t, dir, "go", "build", "-o", "client", ".")
 		takesThrough(t, dir, filepath.Join(dir, "client"))
 	})
+}
+
+// The document forbids what the service refuses, and allows what it takes.
+func TestDocumentedRequests(t *testing.T) {
+	w := sharedEnv(t)
+	_, signedIn := w.signedIn()
+	bearer := []string{"Bearer " + signedIn.text("access_token")}
+	post := func(path string, in body) call { return call{method: "POST", path: path, json: in} }
+	get := func(path string) call { return call{method: "GET", path: path, auth: bearer} }
+	email := newEmail()
+	for _, c := range []struct {
+		call
+		refused string // field
+	}{
+		{post(registerPath, body{"email": email, "phone": "+49 (0)30/123456"}), ""},
+		{post(registerPath, body{"email": email, "phone": "+0"}), "phone"},
+		{post(registerPath, body{"email": email, "phone": "+4930-"}), "phone"},
+		{post(loginPath, body{"password": password, "email": email}), ""},
+		{post(loginPath, body{"password": password}), "username"},
+		{post(loginPath, body{"password": password, "username": "ada", "email": email}), "username"},
+		{post(resendPath, body{"email": email}), ""},
+		{post(resendPath, body{"email": email, "registration_id": "REG-V1StGXR8_Z5jdHi6"}), "registration_id"},
+		{get(validatePath + "?role=user&role=admin"), ""},
+		{get(validatePath + "?role=root"), "role"},
+		{get(sessionsPath + "?cursor="), ""},
+		{get(sessionsPath + "?cursor=%00"), "cursor"},
+		{post(loginPath, body{"password": password, "email": email, "": "x"}), "request"},
+	} {
+		a := w.do(c.call)
+		named := strings.Contains(string(a.Body), `"field":"`+c.refused+`"`)
+		if c.refused == "" && a.Status == 400 || c.refused != "" && (a.Status != 400 || !named) {
+			t.Errorf("%s %v: %v", c.path, c.json, a)
+		}
+		content, _ := json.Marshal(c.json)
+		req, err := http.NewRequest(c.method, c.path, bytes.NewReader(content))
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header.Set("Content-Type", "application/json")
+		route, params, err := documented.router.FindRoute(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = openapi3filter.ValidateRequest(t.Context(), &openapi3filter.RequestValidationInput{Request: req,
+			PathParams: params, Route: route,
+			Options: &openapi3filter.Options{AuthenticationFunc: openapi3filter.NoopAuthenticationFunc}})
+		if (err != nil) != (c.refused != "") {
+			t.Errorf("%s %s: the document says %v", c.path, content, err)
+		}
+	}
 }

@@ -114,7 +114,7 @@ func TestProblems(t *testing.T) {
 		`{"token":1e999}`:                                   `[{"field":"token","detail":"must be a string"}]`,
 		`{"token":"\u0000"}`:                                `[{"field":"token","detail":"has a character that is not allowed: U+0000"}]`,
 		`{"token":"unknown","a":1,"b":{"c":[]}}`:            `[{"field":"a","detail":"is not known"},{"field":"b","detail":"is not known"}]`,
-		`{"token":"t","` + strings.Repeat("x", 51) + `":1}`: `[{"field":"","detail":"has a field that is not known"}]`,
+		`{"token":"t","` + strings.Repeat("x", 51) + `":1}`: `[{"field":"request","detail":"has a field that is not known"}]`,
 	} {
 		r := post(jsonType, body)
 		rows = append(rows, row{"fields of " + body, r, 400, "invalid-request", ""})

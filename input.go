@@ -103,7 +103,7 @@ func (s *server) decode(w http.ResponseWriter, r *http.Request, to any) error {
 func (in input) take(from, name string) *inputField {
 	f := in.fields[name]
 	switch {
-	case f == nil && len(name) > 50:
+	case f == nil && (name == "" || len(name) > 50):
 		in.fields[""] = &inputField{wrong: "has a field that is not known"}
 	case f == nil || f.from != from: // what the path says is not the body's to change
 		in.fields[name] = &inputField{wrong: cmp.Or(in.hints[name], "is not known")}
@@ -198,7 +198,7 @@ func (in input) check() error {
 		case f.from == "path":
 			return problemNotFound // an id that nothing can have
 		default:
-			wrong = append(wrong, fieldError{name, detail})
+			wrong = append(wrong, fieldError{cmp.Or(name, "request"), detail})
 		}
 	}
 	there := 0
@@ -425,7 +425,7 @@ func bodyError(err error) error {
 // pageIn asks for a page of a list (keyset paging).
 type pageIn struct {
 	Limit  int    `query:"limit" minimum:"1" maximum:"200" default:"50"`
-	Cursor string `query:"cursor" maxLength:"200" description:"next_cursor of the page before."`
+	Cursor string `query:"cursor" maxLength:"200" pattern:"^[A-Za-z0-9_-]*$" mismatch:"is not the next_cursor of a page" description:"next_cursor of the page before."`
 }
 
 type listOut[T any] struct {

@@ -28,7 +28,7 @@ func TestParameters(t *testing.T) {
 		{auditPath, "limit=200&from=2026-01-02T03:04:05Z&to=2026-01-02T03:04:05.5%2B01:00&outcome=ok", 200, ""},
 		{sessionsPath, "limit=1", 200, ""},
 		{"/api/v1/auth/me", "x=1&%zz", 200, ""}, // takes none
-		{usersPath, "=x", 400, ""},              // without a name
+		{usersPath, "=x", 400, "request"},       // without a name
 		{usersPath, "pageIn=x&pageIn.Limit=1&pageIn[limit]=1&a.b[c]=1", 400, "a.b[c] pageIn pageIn.Limit pageIn[limit]"},
 		{usersPath, "Limit=1&ROLE=user&x", 400, "Limit ROLE x"},
 		{usersPath, "limit=&include_deleted=&role=&source=&q=", 400, "include_deleted limit q role source"},

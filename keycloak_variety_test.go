@@ -168,7 +168,7 @@ func TestLargeTokens(t *testing.T) {
 	}
 }
 
-// TestAdoption walks README's commands through a realm that has users already, and that nobody has made for this service.
+// TestAdoption walks the commands of docs/keycloak.md through a realm that has users already, and that nobody has made for this service.
 func TestAdoption(t *testing.T) {
 	t.Parallel()
 	w := uncheckedEnv(t, map[string]string{"JOB_INTERVAL": "0s"})

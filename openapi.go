@@ -129,7 +129,7 @@ func describeInput(p jsonschema.InterceptSchemaParams) (bool, error) {
 	p.Schema.WithAdditionalProperties(*(&jsonschema.SchemaOrBool{}).WithTypeBoolean(false))
 	if in, ok := p.Value.Interface().(interface{ either() [][]string }); ok {
 		for _, fields := range in.either() {
-			p.Schema.AnyOf = append(p.Schema.AnyOf, (&jsonschema.Schema{}).WithRequired(fields...).ToSchemaOrBool())
+			p.Schema.OneOf = append(p.Schema.OneOf, (&jsonschema.Schema{}).WithRequired(fields...).ToSchemaOrBool())
 		}
 	}
 	return false, nil

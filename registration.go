@@ -86,7 +86,7 @@ type personalData struct {
 	Username  string `json:"username,omitempty" as:"username" minLength:"3" maxLength:"100" pattern:"^[^<>&\"'\\s$%!#?§,;:*~/\\\\|^=\\[\\]{}()\\x60]+$" example:"ada" description:"If none is chosen: the e-mail address, or the user id where Keycloak does not take that as a username."`
 	FirstName string `json:"first_name,omitempty" maxLength:"100" pattern:"^[^<>&\"$%!#?§;*~/\\\\|^=\\[\\]{}()]*$" example:"Ada"`
 	LastName  string `json:"last_name,omitempty" maxLength:"100" pattern:"^[^<>&\"$%!#?§;*~/\\\\|^=\\[\\]{}()]*$" example:"Lovelace"`
-	Phone     string `json:"phone,omitempty" as:"phone" minLength:"1" pattern:"^\\+[0-9 ()./-]+$" example:"+4930123456" description:"With the country code. Stored in the form of E.164: without blanks, brackets and the like."`
+	Phone     string `json:"phone,omitempty" as:"phone" minLength:"1" pattern:"^\\+[ ()./-]*[1-9]([ ()./-]*[0-9]){6,14}[ ()./-]*$" example:"+4930123456" description:"With the country code. Stored in the form of E.164: without blanks, brackets and the like."`
 }
 
 // profile is what is known of somebody who gets an account.

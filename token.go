@@ -396,7 +396,7 @@ func (s *server) authenticated(rt route, next http.Handler) http.Handler {
 
 // validateIn documents what a gateway may demand; validate reads it itself.
 type validateIn struct {
-	Roles     []string `query:"role" description:"user, operator, partner or admin; repeated: any of them."`
+	Roles     []string `query:"role" items.enum:"user,admin,partner,operator" description:"user, operator, partner or admin; repeated: any of them."`
 	NetworkID string   `query:"network_id" description:"The token's scope must have this network."`
 	StationID string   `query:"station_id" description:"The token's scope must have this station."`
 }

@@ -116,7 +116,7 @@ type patchUserIn struct {
 	userIn
 	FirstName *string `json:"first_name,omitempty" maxLength:"100" pattern:"^[^<>&\"$%!#?§;*~/\\\\|^=\\[\\]{}()]*$" example:"Grace"`
 	LastName  *string `json:"last_name,omitempty" maxLength:"100" pattern:"^[^<>&\"$%!#?§;*~/\\\\|^=\\[\\]{}()]*$" example:"Hopper"`
-	Phone     *string `json:"phone,omitempty" as:"phone" pattern:"^(\\+[0-9 ()./-]+)?$" example:"+4930123456" description:"Empty: none."`
+	Phone     *string `json:"phone,omitempty" as:"phone" pattern:"^(\\+[ ()./-]*[1-9]([ ()./-]*[0-9]){6,14}[ ()./-]*)?$" example:"+4930123456" description:"Empty: none."`
 	Photo     *string `json:"photo,omitempty" maxLength:"2000" pattern:"^(https://[^\\s\"'<>]+)?$" mismatch:"must be an https URL" example:"https://cdn.example.com/grace.jpg"`
 	Role      *string `json:"role,omitempty" enum:"user,admin,partner,operator" example:"operator"`
 	NetworkID *string `json:"network_id,omitempty" maxLength:"32" pattern:"^([A-WYZa-z0-9_.-]|[A-Za-z0-9_.-]{2,})?$" mismatch:"must be letters, digits, and _ . - only; X alone stands for none" example:"NET-1" description:"Empty: none."`
