@@ -62,7 +62,7 @@ func TestBrowser(t *testing.T) {
 		{"Resend", "en", scenarioResend}, {"Cancel", "en", scenarioCancel}, {"Expired", "en", scenarioExpired},
 		{"Mistakes", "en", scenarioMistakes}, {"Unavailable", "en", scenarioUnavailable},
 		{"Elsewhere", "en", scenarioElsewhere}, {"SwaggerUI", "en", scenarioSwaggerUI},
-		{"Frontend", "en", scenarioFrontend}, {"SignInMistakes", "en", scenarioSignInMistakes},
+		{"Passkey", "en", scenarioPasskey}, {"Frontend", "en", scenarioFrontend}, {"SignInMistakes", "en", scenarioSignInMistakes},
 		{"SignInMistakesInGerman", "de", scenarioSignInMistakes},
 		{"Samples", "en", scenarioSamples}, {"SamplesInGerman", "de", scenarioSamples},
 		{"SamplesInArabic", "ar", scenarioSamples},

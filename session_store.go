@@ -145,16 +145,18 @@ func (st *store) endAllSessions(ctx context.Context, c caller, user userID, reas
 // task that ends them in Keycloak.
 func (tx *txn) endAllSessions(c caller, user userID, reason string, now time.Time) (task string) {
 	// First, as all lock the user before its sessions.
-	task = tx.notBefore(user, now.Add(tokenLeeway), now.Add(-tokenLeeway))
+	task = tx.notBefore(user, now.Add(tokenLeeway), now.Add(-tokenLeeway), "")
 	tx.endSessions(c, user, reason, now)
 	return task
 }
 
 // notBefore says that what a user began before a time of Keycloak's clock counts no more: access tokens from now on,
-// sessions when the task has ended them, which it returns.
-func (tx *txn) notBefore(user userID, begun, issued time.Time) (task string) {
+// sessions, but for one of Keycloak that is kept, when the task has ended them, which it returns.
+func (tx *txn) notBefore(user userID, begun, issued time.Time, kept string) (task string) {
 	of, err := one[struct{ KeycloakID string }](tx.ctx, tx, `
-		update users set not_before = greatest(not_before, $2) where user_id = $1 returning keycloak_id`, user, begun)
+		update users set not_before = greatest(not_before, $2),
+			kept_session = case when not_before > $2 then kept_session else $3 end
+		where user_id = $1 returning keycloak_id`, user, begun, kept)
 	tx.check(err)
 	tx.revoke(revocation{UserID: user, NotBefore: &issued})
 	return kcTask(of.KeycloakID)
@@ -163,7 +165,7 @@ func (tx *txn) notBefore(user userID, begun, issued time.Time) (task string) {
 // clearNotBefore records that Keycloak has ended what was begun before the user's not-before.
 func (st *store) clearNotBefore(ctx context.Context, u user) error {
 	_, err := st.pool.Exec(ctx, `
-		update users set not_before = null where user_id = $1 and not_before = $2`, u.ID, u.NotBefore)
+		update users set not_before = null, kept_session = '' where user_id = $1 and not_before = $2`, u.ID, u.NotBefore)
 	return storeError(err)
 }
 
@@ -181,11 +183,20 @@ func (st *store) endKeycloakSessions(
 
 // endSessions ends live sessions of a user, given by our ids or Keycloak's, or all, and returns them.
 func (tx *txn) endSessions(c caller, user userID, reason string, now time.Time, ids ...string) []session {
+	ended := tx.endRows(c, user, reason, now, latest.At, ids...)
+	for _, s := range ended {
+		tx.revoke(revocation{SessionID: s.KeycloakID})
+	}
+	return ended
+}
+
+// endRows ends the rows of sessions that were made before a time, and with them the refresh tokens. Access tokens stay.
+func (tx *txn) endRows(c caller, user userID, reason string, now, made time.Time, ids ...string) []session {
 	rows, _ := tx.Query(tx.ctx, `
 		update sessions set ended_at = $2, ended_reason = $3
-		where user_id = $1 and ended_at is null
+		where user_id = $1 and ended_at is null and created_at < $5
 			and ($4::text[] is null or session_id = any($4) or keycloak_session_id = any($4))
-		returning `+sessionColumns, user, now, reason, ids)
+		returning `+sessionColumns, user, now, reason, ids, made)
 	ended, err := pgx.CollectRows(rows, pgx.RowToStructByPos[session])
 	tx.check(err)
 	if len(ended) == 0 {
@@ -193,7 +204,6 @@ func (tx *txn) endSessions(c caller, user userID, reason string, now time.Time, 
 	}
 	ids = nil
 	for _, s := range ended {
-		tx.revoke(revocation{SessionID: s.KeycloakID})
 		ids = append(ids, string(s.ID))
 	}
 	tx.exec(`delete from refresh_tokens where session_id = any($1)`, ids)
