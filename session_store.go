@@ -151,13 +151,16 @@ func (tx *txn) endAllSessions(c caller, user userID, reason string, now time.Tim
 }
 
 // notBefore says that what a user began before a time of Keycloak's clock counts no more: access tokens from now on,
-// sessions, but for one of Keycloak that is kept, when the task has ended them, which it returns.
+// sessions when the task has ended them, which it returns. One session of Keycloak may be kept. Refresh tokens that were
+// handed out of it before count no more either: they may be a thief's, and the person comes back and gets the next one.
 func (tx *txn) notBefore(user userID, begun, issued time.Time, kept string) (task string) {
 	of, err := one[struct{ KeycloakID string }](tx.ctx, tx, `
 		update users set not_before = greatest(not_before, $2),
 			kept_session = case when not_before > $2 then kept_session else $3 end
 		where user_id = $1 returning keycloak_id`, user, begun, kept)
 	tx.check(err)
+	tx.exec(`delete from refresh_tokens where session_id in (
+		select session_id from sessions where keycloak_session_id = $1 and created_at < $2)`, kept, begun.Add(-tokenLeeway))
 	tx.revoke(revocation{UserID: user, NotBefore: &issued})
 	return kcTask(of.KeycloakID)
 }
@@ -183,20 +186,11 @@ func (st *store) endKeycloakSessions(
 
 // endSessions ends live sessions of a user, given by our ids or Keycloak's, or all, and returns them.
 func (tx *txn) endSessions(c caller, user userID, reason string, now time.Time, ids ...string) []session {
-	ended := tx.endRows(c, user, reason, now, latest.At, ids...)
-	for _, s := range ended {
-		tx.revoke(revocation{SessionID: s.KeycloakID})
-	}
-	return ended
-}
-
-// endRows ends the rows of sessions that were made before a time, and with them the refresh tokens. Access tokens stay.
-func (tx *txn) endRows(c caller, user userID, reason string, now, made time.Time, ids ...string) []session {
 	rows, _ := tx.Query(tx.ctx, `
 		update sessions set ended_at = $2, ended_reason = $3
-		where user_id = $1 and ended_at is null and created_at < $5
+		where user_id = $1 and ended_at is null
 			and ($4::text[] is null or session_id = any($4) or keycloak_session_id = any($4))
-		returning `+sessionColumns, user, now, reason, ids, made)
+		returning `+sessionColumns, user, now, reason, ids)
 	ended, err := pgx.CollectRows(rows, pgx.RowToStructByPos[session])
 	tx.check(err)
 	if len(ended) == 0 {
@@ -204,6 +198,7 @@ func (tx *txn) endRows(c caller, user userID, reason string, now, made time.Time
 	}
 	ids = nil
 	for _, s := range ended {
+		tx.revoke(revocation{SessionID: s.KeycloakID})
 		ids = append(ids, string(s.ID))
 	}
 	tx.exec(`delete from refresh_tokens where session_id = any($1)`, ids)

@@ -149,10 +149,6 @@ func (st *store) takeEvents(ctx context.Context, t task, next syncCursor, events
 			case worth && entry.Action == credentialChange:
 				at := time.UnixMilli(e.At).Truncate(time.Second) // as tokens and sessions have it
 				changed = append(changed, tx.notBefore(id, at, at, e.Details.CodeID), noticeTask(e.UserID))
-				// The person comes back with a row of its own. Older tokens of that session may be a thief's.
-				if e.Details.CodeID != "" {
-					tx.endRows(system("sessions"), id, "not_before", now, at.Add(-tokenLeeway), e.Details.CodeID)
-				}
 			}
 		}
 		tx.check(enqueue(ctx, tx, now, changed...)) // last, as all lock the user before its task
