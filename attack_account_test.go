@@ -190,9 +190,7 @@ func TestScannerOfANewAddress(t *testing.T) {
 	email, _, kc := w.member()
 	next := newEmail()
 	p := w.person()
-	a := p.visit(p.begins("/")+"&kc_action=UPDATE_EMAIL", call{})
-	a = p.fillsIn(a, url.Values{"username": {email}, "password": {password}})
-	p.fillsIn(p.visit(a.Header.Get("Location"), call{}), url.Values{"email": {next}})
+	p.fillsIn(p.manages("email", "/", email), url.Values{"email": {next}})
 	m, err := w.mail.WaitFor(w.Context(), next, 1)
 	if err != nil {
 		t.Fatal(err)

@@ -385,16 +385,35 @@ func (s *server) browserOf(r *http.Request) string {
 	return ""
 }
 
-// signInPage sends the browser to Keycloak.
+// accountActions are what people do with their own account on Keycloak's pages, by the name that a link of an
+// application has for it (application-initiated actions of Keycloak).
+var accountActions = map[string]string{
+	"password": "UPDATE_PASSWORD",
+	"email":    "UPDATE_EMAIL",
+	"passkey":  "webauthn-register-passwordless",
+	"otp":      "CONFIGURE_TOTP",
+	"delete":   "delete_account",
+}
+
+// signInPage sends the browser to Keycloak: to sign in, and then to do something with the account, if it says so.
 func (s *server) signInPage(_ context.Context, c caller, r *http.Request) (view, error) {
+	action := r.FormValue("action")
+	if action != "" && accountActions[action] == "" {
+		detail := "action must be one of delete, email, otp, passkey, password."
+		return view{}, problemInvalidRequest.withDetail(detail)
+	}
 	returnTo := cmp.Or(r.FormValue("return_to"), afterSignIn)
 	if _, ok := s.cfg.returnURL(returnTo); !ok {
 		detail := "return_to must be a path of this site or begin with an origin that is allowed."
 		return view{}, problemInvalidRequest.withDetail(detail)
 	}
 	flow := newSignIn(cmp.Or(s.browserOf(r), newToken()), returnTo, s.now())
-	location := s.kc.oauth().AuthCodeURL(flow.state, oidc.Nonce(flow.nonce()), oauth2.S256ChallengeOption(flow.verifier()),
-		oauth2.SetAuthURLParam("ui_locales", s.cfg.site.Match(c.Language)))
+	options := []oauth2.AuthCodeOption{oidc.Nonce(flow.nonce()), oauth2.S256ChallengeOption(flow.verifier()),
+		oauth2.SetAuthURLParam("ui_locales", s.cfg.site.Match(c.Language))}
+	if action != "" {
+		options = append(options, oauth2.SetAuthURLParam("kc_action", accountActions[action]))
+	}
+	location := s.kc.oauth().AuthCodeURL(flow.state, options...)
 	return view{Status: http.StatusSeeOther, Location: location, Cookie: s.signInCookie(flow.browser)}, nil
 }
 

@@ -30,6 +30,7 @@ var leeways = []struct{ leaves, values *regexp.Regexp }{
 	{all(`displayName|rememberMe|resetPasswordAllowed|supportedLocales|defaultLocale|eventsListeners`), all(`.*`)},
 	{all(`ssoSession.*|actionToken.*|failureFactor|.*Seconds|quickLoginCheckMilliSeconds`), all(`.*`)},
 	{all(`.*\]\.(name|description|displayName|secret|webOrigins|.*length\.min)`), all(`.*`)},
+	{all(`webAuthnPolicyPasswordless(PasskeysEnabled|RequireResidentKey)`), all(`.*`)}, // see checkAccount
 	{all(`.*\]\.attributes\.(post\.logout|oauth2\.device|oidc\.ciba)\..*`), all(`.*`)},
 	{all(`.*\]\.config\.(id|userinfo|introspection)\.token\.claim`), all(`.*`)},
 	// Bounds: stricter is fine. Sync needs events of a day, 86,400 s, and 0 is for ever. A column holds a
@@ -68,7 +69,9 @@ func wantedRealm(cfg config) (must map[string]any, err error) {
 	if err := errors.Join(json.Unmarshal(document, &must), json.Unmarshal(document, &parts)); err != nil {
 		return nil, err
 	}
-	delete(must, "components")
+	for _, key := range []string{"components", "defaultRole", "roles"} {
+		delete(must, key)
+	}
 	operatorsOwn := func(v any) bool { return strings.Contains(text(v), "${") }
 	for _, client := range objects(must["clients"]) {
 		client["redirectUris"] = slices.DeleteFunc(client["redirectUris"].([]any), operatorsOwn)
@@ -141,6 +144,9 @@ func (d *doctor) compareRealm(ctx context.Context, api *adminAPI) {
 		maps.DeleteFunc(must, func(key string, _ any) bool { return live[key] == nil })
 	}
 	d.checkMappers(live)
+	if api.admin {
+		d.checkAccount(live)
+	}
 	var found, left []finding
 	should := merge("realm", live, must, &found).(map[string]any)
 	if left = found; d.fix && !d.dryRun {
@@ -194,6 +200,30 @@ func (d *doctor) checkMappers(live map[string]any) {
 		"Remove it from the client that people sign in to, and from its default client scopes.")
 	d.warn("Keycloak: token size", groups == "", "the mapper "+groups+" lists all groups of a user in each access token; "+
 		"this service accepts 32 KiB, proxies mostly 8", "Take its claim out of the access token.")
+}
+
+// checkAccount looks for what people can't do with their own account. That is for the operator to say.
+func (d *doctor) checkAccount(live map[string]any) {
+	roles, _ := live["roles"].(map[string]any)
+	standard, _ := live["defaultRole"].(map[string]any)
+	deletes := slices.ContainsFunc(objects(roles["realm"]), func(role map[string]any) bool {
+		return role["name"] == standard["name"] && strings.Contains(text(role["composites"]), `"delete-account"`)
+	})
+	var off []string
+	for _, action := range slices.Sorted(maps.Keys(accountActions)) {
+		enabled := slices.ContainsFunc(objects(live["requiredActions"]), func(a map[string]any) bool {
+			return a["alias"] == accountActions[action] && a["enabled"] == true
+		})
+		if !enabled || action == "delete" && !deletes {
+			off = append(off, action)
+		}
+	}
+	d.warn("Keycloak: own account", len(off) == 0, "people can't do this with their account: "+strings.Join(off, ", "),
+		"Enable its required action: Authentication → Required actions. For delete the realm's default roles need "+
+			"the role delete-account of the client account, too.")
+	d.warn("Keycloak: passkeys", live["webAuthnPolicyPasswordlessPasskeysEnabled"] == true,
+		"nobody signs in with a passkey", "Authentication → Policies → WebAuthn passwordless policy → Enable passkeys. "+
+			"That is in Keycloak 26.4 and newer.")
 }
 
 // merge returns what is with each leaf as it must be, and adds a finding for each that differs. What

@@ -105,6 +105,9 @@ func TestDoctorRealm(t *testing.T) {
 		{"no theme", w.set("", "emailTheme", ""), "realm.emailTheme: nothing → auth-service"},
 		{"RS512", w.set("", "defaultSignatureAlgorithm", "RS512"), "realm.defaultSignatureAlgorithm: RS512 → RS256"},
 		{"HS256", w.set("", "defaultSignatureAlgorithm", "HS256"), "realm.defaultSignatureAlgorithm: HS256 → RS256"},
+		{"passkeys without a PIN", w.set("", "webAuthnPolicyPasswordlessUserVerificationRequirement", "preferred"),
+			"realm.webAuthnPolicyPasswordlessUserVerificationRequirement: preferred → required"},
+		{"no passkeys", w.set("", "webAuthnPolicyPasswordlessPasskeysEnabled", false), ""},
 		{"realm disabled", w.set("", "enabled", false), "realm.enabled: false → true"},
 	})
 }
@@ -501,4 +504,46 @@ func (w *env) everything() map[string]any {
 		}
 	}
 	return all
+}
+
+// What people can't do with their own account is a warning: it is for the operator to say.
+func TestDoctorOwnAccount(t *testing.T) {
+	t.Parallel() // it waits for Keycloak most of the time
+	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0s"})
+	const actions = "/authentication/required-actions/"
+	var realm struct{ DefaultRole struct{ ID string } }
+	w.keycloakAdmin("GET", "", nil, &realm)
+	var deletes any
+	w.keycloakAdmin("GET", "/clients/"+w.clientID("account")+"/roles/delete-account", nil, &deletes)
+	for name, c := range map[string]struct {
+		breaks func() func()
+		warns  string
+	}{
+		"all well":         {func() func() { return func() {} }, ""},
+		"passkeys":         {w.set("", "webAuthnPolicyPasswordlessPasskeysEnabled", false), "Keycloak: passkeys"},
+		"one-time codes":   {w.set(actions+"CONFIGURE_TOTP", "enabled", false), "Keycloak: own account: otp"},
+		"no deletion":      {w.set(actions+"delete_account", "enabled", false), "Keycloak: own account: delete"},
+		"nobody's passkey": {w.set(actions+"webauthn-register-passwordless", "enabled", false), "Keycloak: own account: passkey"},
+		"nobody may": {func() func() {
+			path := "/roles-by-id/" + realm.DefaultRole.ID + "/composites"
+			w.keycloakAdmin("DELETE", path, []any{deletes}, nil)
+			return func() { w.keycloakAdmin("POST", path, []any{deletes}, nil) }
+		}, "Keycloak: own account: delete"},
+	} {
+		w.Run(name, func() {
+			defer c.breaks()()
+			found := w.doctor(nil, asAdmin(w.TB, services.AdminUser, services.AdminPassword)...)
+			w.finds(found, nil, nil)
+			var warned []string
+			for _, f := range found {
+				if strings.HasPrefix(f.Name, "Keycloak: ") && f.Status == "warn" {
+					_, what, _ := strings.Cut(f.Detail, "account: ")
+					warned = append(warned, strings.TrimSuffix(f.Name+": "+what, ": "))
+				}
+			}
+			if got := strings.Join(warned, "; "); got != c.warns {
+				w.Errorf("it warns of %q, not %q", got, c.warns)
+			}
+		})
+	}
 }

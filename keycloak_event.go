@@ -31,7 +31,7 @@ func (k *keycloak) countUsers(ctx context.Context) (n int, err error) {
 // since Keycloak 26 they only come along with the two of credentials, for the same deed.
 var (
 	profileEvents = []string{"REGISTER", "UPDATE_PROFILE", "UPDATE_EMAIL", "VERIFY_EMAIL", "EXECUTE_ACTIONS",
-		"DELETE_ACCOUNT", "USER_DISABLED_BY_PERMANENT_LOCKOUT", "IDENTITY_PROVIDER_FIRST_LOGIN"}
+		deleteAccount, "USER_DISABLED_BY_PERMANENT_LOCKOUT", "IDENTITY_PROVIDER_FIRST_LOGIN"}
 	userEventTypes = append(profileEvents, "UPDATE_CREDENTIAL", "REMOVE_CREDENTIAL", "LOGIN", "LOGIN_ERROR")
 )
 
@@ -44,6 +44,9 @@ var eventSources = [...]struct {
 	{"events", url.Values{"type": userEventTypes}},
 }
 
+// deleteAccount: a person has deleted its own account on Keycloak's page.
+const deleteAccount = "DELETE_ACCOUNT"
+
 // keycloakEvent says that something has happened to a user in Keycloak.
 type keycloakEvent struct {
 	ID        string `json:"id"`
@@ -53,7 +56,8 @@ type keycloakEvent struct {
 	SessionID string `json:"sessionId"`
 	Address   string `json:"ipAddress"`
 	Details   struct {
-		Grant string `json:"grant_type"` // password: by the API, not on Keycloak's page
+		Grant  string `json:"grant_type"` // password: by the API, not on Keycloak's page
+		CodeID string `json:"code_id"`    // the session that a page of Keycloak belongs to, also if it begins after it
 	} `json:"details"`
 	Resource string `json:"resourcePath"` // of an administrator's event: users/{id}/…
 	Admin    struct {

@@ -39,6 +39,7 @@ create table if not exists users (
     created_by    varchar(32),                         -- user id of an administrator; null = themselves
     updated_by    varchar(32),
     not_before    timestamptz,                         -- sessions begun before are still to be ended in Keycloak; null = none
+    kept_session  varchar(64) not null default '',     -- of Keycloak: the one of these that stays; '' = none
     constraint valid_role check (role in ('user', 'admin', 'partner', 'operator')),
     constraint valid_source check (source in ('web', 'internal')),
     constraint check_deleted check (
@@ -46,6 +47,7 @@ create table if not exists users (
         (deleted_at is not null and is_active = false)
     )
 );
+alter table users add column if not exists kept_session varchar(64) not null default ''; -- version 3 had none
 create unique index if not exists one_live_user_per_email on users (lower(email)) where deleted_at is null;
 create unique index if not exists one_live_user_per_username on users (lower(username)) where deleted_at is null;
 

@@ -263,7 +263,7 @@ func (s *server) endBefore(ctx context.Context, u user) error {
 	live, err := s.kc.sessions(ctx, u.KeycloakID)
 	var old []string
 	for _, session := range live {
-		if session.Started.Before(*u.NotBefore) {
+		if session.Started.Before(*u.NotBefore) && session.ID != u.KeptSession {
 			old = append(old, session.ID)
 		}
 	}

@@ -145,17 +145,22 @@ func (st *store) endAllSessions(ctx context.Context, c caller, user userID, reas
 // task that ends them in Keycloak.
 func (tx *txn) endAllSessions(c caller, user userID, reason string, now time.Time) (task string) {
 	// First, as all lock the user before its sessions.
-	task = tx.notBefore(user, now.Add(tokenLeeway), now.Add(-tokenLeeway))
+	task = tx.notBefore(user, now.Add(tokenLeeway), now.Add(-tokenLeeway), "")
 	tx.endSessions(c, user, reason, now)
 	return task
 }
 
 // notBefore says that what a user began before a time of Keycloak's clock counts no more: access tokens from now on,
-// sessions when the task has ended them, which it returns.
-func (tx *txn) notBefore(user userID, begun, issued time.Time) (task string) {
+// sessions when the task has ended them, which it returns. One session of Keycloak may be kept. Refresh tokens that were
+// handed out of it before count no more either: they may be a thief's, and the person comes back and gets the next one.
+func (tx *txn) notBefore(user userID, begun, issued time.Time, kept string) (task string) {
 	of, err := one[struct{ KeycloakID string }](tx.ctx, tx, `
-		update users set not_before = greatest(not_before, $2) where user_id = $1 returning keycloak_id`, user, begun)
+		update users set not_before = greatest(not_before, $2),
+			kept_session = case when not_before > $2 then kept_session else $3 end
+		where user_id = $1 returning keycloak_id`, user, begun, kept)
 	tx.check(err)
+	tx.exec(`delete from refresh_tokens where session_id in (
+		select session_id from sessions where keycloak_session_id = $1 and created_at < $2)`, kept, begun.Add(-tokenLeeway))
 	tx.revoke(revocation{UserID: user, NotBefore: &issued})
 	return kcTask(of.KeycloakID)
 }
@@ -163,7 +168,7 @@ func (tx *txn) notBefore(user userID, begun, issued time.Time) (task string) {
 // clearNotBefore records that Keycloak has ended what was begun before the user's not-before.
 func (st *store) clearNotBefore(ctx context.Context, u user) error {
 	_, err := st.pool.Exec(ctx, `
-		update users set not_before = null where user_id = $1 and not_before = $2`, u.ID, u.NotBefore)
+		update users set not_before = null, kept_session = '' where user_id = $1 and not_before = $2`, u.ID, u.NotBefore)
 	return storeError(err)
 }
 

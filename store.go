@@ -23,7 +23,7 @@ import (
 var schemaSQL string
 
 // schemaVersion is the version of schema.sql. It grows with each change of that file.
-const schemaVersion = 3
+const schemaVersion = 4
 
 // What a store method may return beside its result.
 var (

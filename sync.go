@@ -16,7 +16,7 @@ import (
 // restore enables again. What this service changes it pushes itself. Sync finds what others
 // have changed in Keycloak: within seconds by its events, and once a day by a full pass, which
 // needs no events. A user whose registration is open belongs to its registration alone. Sync
-// never deletes an account.
+// never deletes an account: only its own person does, at Keycloak, and is then erased.
 
 // difference is a class of what the two stores may not agree on.
 type difference string

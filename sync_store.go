@@ -111,8 +111,8 @@ func (st *store) syncCursor(ctx context.Context, now time.Time) (c syncCursor, e
 }
 
 // takeEvents enqueues the tasks of users that were changed, audits the events that are worth it,
-// and moves the cursor. A change of a credential ends all sessions that were begun before, and is told
-// to the user. It returns errLocked.
+// and moves the cursor. A change of a credential ends all sessions that were begun before, but for that in which the
+// person has made it, and is told to the user. Whoever has deleted its account is erased (X1). It returns errLocked.
 func (st *store) takeEvents(ctx context.Context, t task, next syncCursor, events []keycloakEvent, changed []string,
 	now time.Time) error {
 	return st.locked(ctx, t, func(tx *txn) {
@@ -142,9 +142,13 @@ func (st *store) takeEvents(ctx context.Context, t task, next syncCursor, events
 			if worth {
 				tx.audit(c, now, entry)
 			}
-			if worth && entry.Action == credentialChange && of.User != "" {
-				at := time.UnixMilli(events[i].At).Truncate(time.Second) // as tokens and sessions have it
-				changed = append(changed, tx.notBefore(userID(of.User), at, at), noticeTask(events[i].UserID))
+			switch id, e := userID(of.User), events[i]; {
+			case id == "":
+			case e.Type == deleteAccount:
+				changed = append(changed, tx.eraseUser(c, id, now))
+			case worth && entry.Action == credentialChange:
+				at := time.UnixMilli(e.At).Truncate(time.Second) // as tokens and sessions have it
+				changed = append(changed, tx.notBefore(id, at, at, e.Details.CodeID), noticeTask(e.UserID))
 			}
 		}
 		tx.check(enqueue(ctx, tx, now, changed...)) // last, as all lock the user before its task

@@ -30,6 +30,7 @@ type user struct {
 	UpdatedAt    time.Time      `json:"updated_at"`
 	DeletedAt    *time.Time     `json:"deleted_at" nullable:"true"`
 	NotBefore    *time.Time     `json:"-"` // sessions begun before are still to be ended in Keycloak
+	KeptSession  string         `json:"-"` // of Keycloak: the one of these that stays; "" = none
 	Registration registrationID `json:"-"` // that is pending; "" also if only a new address is unconfirmed
 }
 
@@ -38,7 +39,7 @@ func (u user) erased() bool { return u.Email == "" }
 
 const userColumns = `user_id, keycloak_id, email, username, coalesce(first_name, ''), coalesce(last_name, ''),
 	coalesce(phone, ''), coalesce(photo, ''), is_verified, role, network_id, station_id, source, is_active,
-	last_login_at, created_at, updated_at, deleted_at, not_before, coalesce((select registration_id
+	last_login_at, created_at, updated_at, deleted_at, not_before, kept_session, coalesce((select registration_id
 		from user_registrations r where not is_verified and r.user_id = users.user_id and r.status = 'pending' limit 1), '')`
 
 // user returns one user, deleted or not, or errNotFound.
@@ -180,30 +181,40 @@ func (st *store) changeUser(ctx context.Context, c caller, id userID, action str
 // errNotFound, and problemLastAdmin.
 func (st *store) eraseUser(ctx context.Context, c caller, id userID, now time.Time) error {
 	return st.tx(ctx, func(tx *txn) {
-		u, err := one[user](ctx, tx, `select `+userColumns+` from users where user_id = $1 for update`, id)
-		if tx.check(err); u.isActiveAdmin() {
-			tx.check(onlyAdmin(ctx, tx, u.ID))
-		}
-		tx.audit(c, now, entry{Action: "user.erase", Target: string(u.ID), Network: u.NetworkID,
-			Details: map[string]any{"keycloak_id": u.KeycloakID}})
-		tx.endAllSessions(c, u.ID, "user.erase", now)
-		tx.exec(`delete from refresh_tokens where session_id in (select session_id from sessions where user_id = $1)`, u.ID)
-		tx.exec(`delete from sessions where user_id = $1`, u.ID)
-		tx.exec(`delete from user_registrations where user_id = $1`, u.ID)
-		tx.exec(`
-			update users set email = '', username = '', first_name = null, last_name = null, phone = null, photo = null,
-				is_active = false, deleted_at = coalesce(deleted_at, $2), updated_at = $2, updated_by = $3,
-				last_login_at = null
-			where user_id = $1`, u.ID, now, c.UserID)
-		u.IsActive = false
-		tx.revoke(u.revocation())
-		for _, l := range mailLimits(u.Email, sourceWeb, day) {
-			tx.reset(l)
-		}
-		tx.reset(mailDay(u.Email, sourceInternal))
-		tx.reset(codesTried.of(u.Email))
-		tx.check(enqueue(ctx, tx, now.Add(pushDelay), kcTask(u.KeycloakID)))
+		task := tx.eraseUser(c, id, now)
+		tx.check(enqueue(ctx, tx, now.Add(pushDelay), task)) // the request tries first
 	})
+}
+
+// eraseUser returns the task that does the rest. Once is enough: events come again after a crash. Whoever has deleted
+// its own account in Keycloak is gone, the last administrator, too.
+func (tx *txn) eraseUser(c caller, id userID, now time.Time) (task string) {
+	u, err := one[user](tx.ctx, tx, `select `+userColumns+` from users where user_id = $1 for update`, id)
+	if tx.check(err); err != nil || u.erased() {
+		return kcTask(u.KeycloakID)
+	}
+	if u.isActiveAdmin() && c.Actor != string(id) {
+		tx.check(onlyAdmin(tx.ctx, tx, u.ID))
+	}
+	tx.audit(c, now, entry{Action: "user.erase", Target: string(u.ID), Network: u.NetworkID,
+		Details: map[string]any{"keycloak_id": u.KeycloakID}})
+	tx.endAllSessions(c, u.ID, "user.erase", now)
+	tx.exec(`delete from refresh_tokens where session_id in (select session_id from sessions where user_id = $1)`, u.ID)
+	tx.exec(`delete from sessions where user_id = $1`, u.ID)
+	tx.exec(`delete from user_registrations where user_id = $1`, u.ID)
+	tx.exec(`
+		update users set email = '', username = '', first_name = null, last_name = null, phone = null, photo = null,
+			is_active = false, deleted_at = coalesce(deleted_at, $2), updated_at = $2, updated_by = nullif($3, ''),
+			last_login_at = null
+		where user_id = $1`, u.ID, now, c.UserID)
+	u.IsActive = false
+	tx.revoke(u.revocation())
+	for _, l := range mailLimits(u.Email, sourceWeb, day) {
+		tx.reset(l)
+	}
+	tx.reset(mailDay(u.Email, sourceInternal))
+	tx.reset(codesTried.of(u.Email))
+	return kcTask(u.KeycloakID)
 }
 
 // removeErased removes what eraseUser has left (X3).
