@@ -417,6 +417,11 @@ func (s *server) signInPage(_ context.Context, c caller, r *http.Request) (view,
 	return view{Status: http.StatusSeeOther, Location: location, Cookie: s.signInCookie(flow.browser)}, nil
 }
 
+// changePassword is where password managers send people (W3C, A Well-Known URL for Changing Passwords).
+func changePassword(context.Context, caller, *http.Request) (view, error) {
+	return goOn("/auth/login?action=password"), nil
+}
+
 // callbackPage is where Keycloak sends the browser back to: L0 the state, once; L1 Keycloak's tokens for the code; L2
 // our session. The refresh token goes into a cookie, the access token nowhere: the frontend asks refresh for one.
 func (s *server) callbackPage(ctx context.Context, c caller, r *http.Request) (view, error) {

@@ -63,6 +63,9 @@ func TestBrand(t *testing.T) {
 			t.Errorf("%s: %d %v %s", path, a.Code, a.Header(), a.Body)
 		}
 	}
+	if a := get("/.well-known/change-password"); a.Code != 303 || a.Header().Get("Location") != "/auth/login?action=password" {
+		t.Errorf("%d %v", a.Code, a.Header())
+	}
 	if style := branded(t, nil)("/static/style.css").Body.String(); strings.Contains(style, "--accent:#a4133c") {
 		t.Error("one site has the colour of another")
 	}

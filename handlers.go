@@ -132,6 +132,7 @@ func (s *server) apiRoutes() []route {
 func (s *server) pageRoutes() []route {
 	return []route{
 		{"GET /auth/login", "", public, onSignIn, "signInPage", "", page(s.signInPage)},
+		{"GET /.well-known/change-password", "", public, unlimited, "changePassword", "", page(changePassword)},
 		{"GET /auth/callback", "", public, onSignIn, "login", "", page(s.callbackPage)},
 		{"GET /account/signed-in", "", public, unlimited, "signedInPage", "", show(templates.Message(templates.SignedIn()))},
 
