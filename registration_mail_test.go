@@ -125,7 +125,7 @@ func (w *env) sendPreviews() {
 	_, port, _ := strings.Cut(w.mail.Addr(), ":")
 	smtpPort, err := strconv.Atoi(port)
 	if err == nil {
-		err = preview.SendMails(w.Context(), services, smtpPort, []string{"en", "de", "ar"})
+		err = preview.SendMails(w.Context(), services, smtpPort, "auth-service", []string{"en", "de", "ar"})
 	}
 	if err != nil {
 		w.Fatal(err)

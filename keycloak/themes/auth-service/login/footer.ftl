@@ -8,11 +8,11 @@
 <#macro content>
 <#local service = webAddress(properties.authServiceUrl!"")?remove_ending("/")>
 <#if service?has_content && properties.registration! != "invited" && ["login", "login-username"]?seq_contains(pageId)>
-<p class="note">${msg("footerNoAccount")} <a href="${service}/account/register">${msg("footerRegister")}</a></p>
+<p class="note">${msg("registerQuestion")} <a href="${service}/account/register">${msg("registerLink")}</a></p>
 </#if>
 <#local links><#list ["privacy", "terms", "imprint"] as name>
 <#local url = webAddress(properties[name + "Url"]!"")>
-<#if url?has_content><li><a href="${url}">${msg("footer" + name?cap_first)}</a></li></#if>
+<#if url?has_content><li><a href="${url}">${msg("legal" + name?cap_first)}</a></li></#if>
 </#list></#local>
 <#if links?markup_string?trim?has_content><ul class="legal">${links}</ul></#if>
 <#local light = colour(properties.appColor!"") dark = colour(properties.appColorDark!"") logo = webAddress(properties.appLogoUrl!"")>
