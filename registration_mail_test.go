@@ -144,7 +144,7 @@ func TestMailsOfAnOperator(t *testing.T) {
 		_, port, _ := strings.Cut(catcher.Addr(), ":")
 		smtpPort, err := strconv.Atoi(port)
 		if err == nil {
-			err = preview.SendMails(t.Context(), services, smtpPort, theme)
+			err = preview.SendMails(t.Context(), services, smtpPort, theme, []string{"en", "ar"})
 		}
 		if err != nil {
 			t.Fatal(err)

@@ -147,7 +147,6 @@ func run(ctx context.Context, o options) error {
 		return err
 	}
 	previews := preview.Handler(site, func(ctx context.Context) error {
-		return
 		return preview.SendMails(ctx, s, o.smtpPort, "auth-service", site.Codes())
 	})
 	for _, path := range []string{"/preview", "/preview/", "/static/"} {
