@@ -169,15 +169,16 @@ func scenarioPasswordByMail(b *browser) {
 }
 
 // choosesPassword follows a link to Keycloak's own pages, chooses a password there
-// and comes back. These pages are used, not judged; they like to have scripts.
+// and comes back. These pages like to have scripts.
 func (b *browser) choosesPassword(label, done string) {
 	b.Helper()
 	b.scripts(true)
 	b.arrive(chromedp.Click(labelled(label)), 200, anything)
-	b.photograph("keycloak-1")
+	b.audit("")
 	b.arrive(chromedp.Click(chromedp.CSS("#kc-info-message a")), 200, anything)
+	b.look("")
+	b.scripts(true)
 	b.fill("password-new", password, "password-confirm", password)
-	b.photograph("keycloak-2")
 	b.arrive(chromedp.Click(chromedp.CSS("[type=submit]")), 200, anything)
 	b.scripts(false)
 	b.arrive(chromedp.Click(chromedp.CSS("#kc-info-message a")), 200, done)
@@ -301,12 +302,39 @@ func scenarioGerman(b *browser) {
 	b.wants(b.login(email, password), 200, "")
 }
 
-// signsIn fills in Keycloak's page, which needs no scripts and is not ours to judge.
+// signsIn fills in Keycloak's page, which needs no scripts.
 func (b *browser) signsIn(email, heading string, texts ...string) {
 	b.Helper()
-	b.photograph("keycloak")
 	b.fill("username", email, "password", password)
 	b.arrive(chromedp.Click(chromedp.CSS("[type=submit]")), 200, heading, texts...)
+}
+
+// scenarioKeycloakPages looks at Keycloak's pages, which look like the service's, also in an operator's colours.
+func scenarioKeycloakPages(b *browser) {
+	signIn := chromedp.Navigate(b.vars["PUBLIC_URL"] + "/auth/login")
+	b.arrive(signIn, 200, "Sign in to your account", "No account yet?")
+	b.look("")
+	b.fill("username", newEmail(), "password", password)
+	b.arrive(chromedp.Click(chromedp.CSS("[type=submit]")), 200, "Sign in to your account", "Invalid username or password")
+	b.look("")
+	b.arrive(chromedp.Click(labelled("Forgot Password?")), 200, "Forgot Your Password?")
+	b.look("")
+	b.arrive(signIn, 200, "Sign in to your account")
+	b.press("Create an account", 200, "Create an account", "You choose your password later")
+
+	defer b.edit("", func(realm map[string]any) { realm["loginTheme"] = "example" })()
+	b.arrive(signIn, 200, "Sign in to your account", "No account yet?", "Privacy", "Terms", "Imprint")
+	b.look("")
+	for label, url := range map[string]string{"Create an account": "https://accounts.example.com/account/register",
+		"Privacy": "https://www.example.com/privacy?lang=en&print"} {
+		if got := evaluate[string](b, fmt.Sprintf(`[...document.links].find(l => l.text == %q)?.href`, label)); got != url {
+			b.Errorf("%s leads to %q", label, got)
+		}
+	}
+	accent := `getComputedStyle(document.documentElement).getPropertyValue("--accent")` // the dark scheme's is mixed from it
+	if got := evaluate[string](b, accent); !strings.Contains(got, "#8a1c4a") {
+		b.Errorf("the accent is %s", got)
+	}
 }
 
 // scenarioFrontend goes from the confirmed address to a frontend that is signed in.

@@ -46,7 +46,7 @@ func TestBrowser(t *testing.T) {
 	frontend := "http://localhost:" + otherPort
 	w := newEnv(t, map[string]string{
 		"SERVER_PORT": port, "PUBLIC_URL": "http://localhost:" + port, "CORS_ALLOWED_ORIGINS": frontend})
-	chrome := startChromium(t)
+	chrome := startChromium(t, chromedp.Flag("host-resolver-rules", "MAP accounts.test:80 127.0.0.1:"+port))
 	elsewhere.Config.Handler = w.otherSite()
 	elsewhere.Start()
 	t.Cleanup(elsewhere.Close)
@@ -64,6 +64,7 @@ func TestBrowser(t *testing.T) {
 		{"Mistakes", "en", scenarioMistakes}, {"Unavailable", "en", scenarioUnavailable},
 		{"Elsewhere", "en", scenarioElsewhere}, {"SwaggerUI", "en", scenarioSwaggerUI},
 		{"Frontend", "en", scenarioFrontend}, {"SPA", "en", scenarioSPA}, {"Passkey", "en", scenarioPasskey},
+		{"KeycloakPages", "en", scenarioKeycloakPages},
 		{"SignInMistakes", "en", scenarioSignInMistakes},
 		{"SignInMistakesInGerman", "de", scenarioSignInMistakes},
 		{"Samples", "en", scenarioSamples}, {"SamplesInGerman", "de", scenarioSamples},
@@ -83,13 +84,14 @@ func TestBrowser(t *testing.T) {
 }
 
 // startChromium starts a browser with a profile of its own.
-func startChromium(t *testing.T) context.Context {
+func startChromium(t *testing.T, more ...chromedp.ExecAllocatorOption) context.Context {
 	path, err := stack.FindOrInstallChromium(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
 	options := append(chromedp.DefaultExecAllocatorOptions[:], chromedp.ExecPath(path), chromedp.DisableGPU,
 		chromedp.UserDataDir(t.TempDir()), chromedp.Flag("disable-component-update", true))
+	options = append(options, more...)
 	if os.Getuid() == 0 {
 		options = append(options, chromedp.NoSandbox)
 	}

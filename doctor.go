@@ -191,7 +191,7 @@ func (d *doctor) checkKeycloak(ctx context.Context) {
 	var discovery struct{ Issuer string }
 	err := d.kc.getJSON(ctx, "discovery", keycloakTimeout, ".well-known/openid-configuration", &discovery)
 	if !d.check("Keycloak: reachable", err == nil, fmt.Sprint(err),
-		"Check KEYCLOAK_URL, KEYCLOAK_REALM and the network.", "Keycloak: issuer", "Keycloak: email theme", "realm",
+		"Check KEYCLOAK_URL, KEYCLOAK_REALM and the network.", "Keycloak: issuer", "Keycloak: themes", "realm",
 		"Keycloak: auth client", "Keycloak: service account", "Keycloak: clock", "Keycloak: signing key") {
 		return
 	}

@@ -31,6 +31,7 @@ var leeways = []struct{ leaves, values *regexp.Regexp }{
 	{all(`ssoSession.*|actionToken.*|failureFactor|.*Seconds|quickLoginCheckMilliSeconds`), all(`.*`)},
 	{all(`.*\]\.(name|description|displayName|secret|webOrigins|.*length\.min)`), all(`.*`)},
 	{all(`webAuthnPolicyPasswordless(PasskeysEnabled|RequireResidentKey)`), all(`.*`)}, // see checkAccount
+	{all(`loginTheme`), all(`.+`)}, // compareRealm warns
 	{all(`.*\]\.attributes\.(post\.logout|oauth2\.device|oidc\.ciba)\..*`), all(`.*`)},
 	{all(`.*\]\.config\.(id|userinfo|introspection)\.token\.claim`), all(`.*`)},
 	// Bounds: stricter is fine. Sync needs events of a day, 86,400 s, and 0 is for ever. A column holds a
@@ -108,7 +109,7 @@ func (d *doctor) checkRealm(ctx context.Context) {
 	if api.admin {
 		t, err := d.kc.signInAdmin(ctx, d.adminUser, d.adminPassword)
 		if !d.check("administrator", err == nil, fmt.Sprint(err), "Give a user of Keycloak's realm master, "+
-			"without a second factor, and the right password.", "Keycloak: email theme", "realm") {
+			"without a second factor, and the right password.", "Keycloak: themes", "realm") {
 			return
 		}
 		defer d.kc.admin.Logout(context.WithoutCancel(ctx), "admin-cli", "", "master", t.RefreshToken)
@@ -120,11 +121,12 @@ func (d *doctor) checkRealm(ctx context.Context) {
 		Themes map[string][]struct{ Name string }
 	}
 	if api.call(ctx, "GET", "serverinfo", nil, &server); api.err != nil {
-		d.unknown(api.err.Error(), giveAdmin, "Keycloak: email theme", "realm")
+		d.unknown(api.err.Error(), giveAdmin, "Keycloak: themes", "realm")
 		return
 	}
-	d.check("Keycloak: email theme", slices.Contains(server.Themes["email"], struct{ Name string }{"auth-service"}),
-		"it is not installed", "Copy keycloak/themes/auth-service into the directory themes of Keycloak, and restart it.")
+	ours := struct{ Name string }{"auth-service"}
+	d.check("Keycloak: themes", slices.Contains(server.Themes["email"], ours) && slices.Contains(server.Themes["login"], ours),
+		"auth-service is not installed, or not all of it", "Copy keycloak/themes/auth-service into the directory themes of Keycloak, and restart it.")
 	switch d.compareRealm(ctx, api); {
 	case api.err != nil:
 		d.unknown(api.err.Error(), giveAdmin, "realm")
@@ -146,6 +148,10 @@ func (d *doctor) compareRealm(ctx context.Context, api *adminAPI) {
 	d.checkMappers(live)
 	if api.admin {
 		d.checkAccount(live)
+	}
+	if theme := text(live["loginTheme"]); theme != "" {
+		d.warn("Keycloak: login theme", theme == text(must["loginTheme"]), "the realm's is "+theme+", not auth-service",
+			"Nothing, if it is yours. See docs/restyle.md for one on top of auth-service.")
 	}
 	var found, left []finding
 	should := merge("realm", live, must, &found).(map[string]any)

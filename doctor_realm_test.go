@@ -103,6 +103,8 @@ func TestDoctorRealm(t *testing.T) {
 			"realm.smtpServer.from: nothing → set by the operator; realm.smtpServer.host: nothing → set by the operator"},
 		{"Keycloak's theme", w.set("", "emailTheme", "keycloak"), "realm.emailTheme: keycloak → auth-service"},
 		{"no theme", w.set("", "emailTheme", ""), "realm.emailTheme: nothing → auth-service"},
+		{"no login theme", w.set("", "loginTheme", ""), "realm.loginTheme: nothing → auth-service"},
+		{"the operator's login theme", w.set("", "loginTheme", "example"), ""},
 		{"RS512", w.set("", "defaultSignatureAlgorithm", "RS512"), "realm.defaultSignatureAlgorithm: RS512 → RS256"},
 		{"HS256", w.set("", "defaultSignatureAlgorithm", "HS256"), "realm.defaultSignatureAlgorithm: HS256 → RS256"},
 		{"passkeys without a PIN", w.set("", "webAuthnPolicyPasswordlessUserVerificationRequirement", "preferred"),
@@ -451,8 +453,10 @@ func (w *env) edit(path string, change func(map[string]any)) (restore func()) {
 		if is["rootUrl"] != nil && was["rootUrl"] == nil {
 			was["rootUrl"] = ""
 		}
-		if is["emailTheme"] != nil && was["emailTheme"] == nil {
-			was["emailTheme"] = ""
+		for _, theme := range []string{"emailTheme", "loginTheme"} {
+			if is[theme] != nil && was[theme] == nil {
+				was[theme] = ""
+			}
 		}
 		w.keycloakAdmin("PUT", path, was, nil)
 	}

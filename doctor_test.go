@@ -226,7 +226,7 @@ func TestDoctorFaults(t *testing.T) {
 	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0s"})
 	admin := asAdmin(t, services.AdminUser, services.AdminPassword)
 	ofPostgreSQL := []string{"PostgreSQL: version", "PostgreSQL: clock", "PostgreSQL: schema", "PostgreSQL: privileges", "PostgreSQL: audit log"}
-	ofKeycloak := []string{"Keycloak: issuer", "Keycloak: email theme", "realm", "Keycloak: auth client", "Keycloak: service account", "Keycloak: clock", "Keycloak: signing key"}
+	ofKeycloak := []string{"Keycloak: issuer", "Keycloak: themes", "realm", "Keycloak: auth client", "Keycloak: service account", "Keycloak: clock", "Keycloak: signing key"}
 	account := "realm.users[service-account-nobody]"
 	database := func(change func(*url.URL)) map[string]string {
 		u, err := url.Parse(w.vars["DATABASE_URL"])
@@ -255,7 +255,7 @@ func TestDoctorFaults(t *testing.T) {
 		{"Keycloak is down", map[string]string{"KEYCLOAK_URL": "http://127.0.0.1:1"}, admin, []string{"Keycloak: reachable"}, ofKeycloak},
 		{"wrong realm", map[string]string{"KEYCLOAK_REALM": "nowhere"}, admin, []string{"Keycloak: reachable"}, ofKeycloak},
 		{"wrong secret", map[string]string{"KEYCLOAK_BACKEND_CLIENT_SECRET": "s3cret"}, nil,
-			[]string{"Keycloak: service account"}, []string{"Keycloak: email theme", "realm", "Keycloak: clock", "Keycloak: signing key"}},
+			[]string{"Keycloak: service account"}, []string{"Keycloak: themes", "realm", "Keycloak: clock", "Keycloak: signing key"}},
 		{"wrong secret, as an administrator", map[string]string{"KEYCLOAK_BACKEND_CLIENT_SECRET": "s3cret"}, admin,
 			[]string{"Keycloak: service account"}, []string{"Keycloak: clock", "Keycloak: signing key"}},
 		{"wrong backend client", map[string]string{"KEYCLOAK_BACKEND_CLIENT_ID": "nobody"}, admin,
@@ -264,7 +264,7 @@ func TestDoctorFaults(t *testing.T) {
 		{"wrong issuer", map[string]string{"KEYCLOAK_PUBLIC_URL": "https://id.example"}, admin, []string{"Keycloak: issuer"}, nil},
 		{"another PUBLIC_URL", map[string]string{"PUBLIC_URL": "https://people.example"}, admin,
 			[]string{"realm.clients[auth-client].redirectUris"}, nil},
-		{"wrong administrator", nil, asAdmin(t, services.AdminUser, "s3cret"), []string{"administrator"}, []string{"Keycloak: email theme", "realm"}},
+		{"wrong administrator", nil, asAdmin(t, services.AdminUser, "s3cret"), []string{"administrator"}, []string{"Keycloak: themes", "realm"}},
 		{"PostgreSQL is down", database(func(u *url.URL) { u.Host = "127.0.0.1:1" }), admin, []string{"PostgreSQL: reachable"}, ofPostgreSQL},
 		{"wrong password of PostgreSQL", database(func(u *url.URL) { u.User = url.UserPassword(u.User.Username(), "s3cret") }), admin,
 			[]string{"PostgreSQL: reachable"}, ofPostgreSQL},
@@ -311,7 +311,7 @@ func TestDoctorClocks(t *testing.T) {
 	}
 }
 
-// A Keycloak without the theme's files is one whose list of themes lacks it.
+// A Keycloak without the theme's files, or with those of the mails alone, is one whose list of themes lacks it.
 func TestDoctorMissesTheTheme(t *testing.T) {
 	t.Parallel()
 	w := newEnv(t, map[string]string{"JOB_INTERVAL": "0s"})
@@ -319,18 +319,22 @@ func TestDoctorMissesTheTheme(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	proxy := httputil.NewSingleHostReverseProxy(u)
+	proxy, missing := httputil.NewSingleHostReverseProxy(u), ""
 	proxy.ModifyResponse = func(resp *http.Response) error {
 		text, err := io.ReadAll(resp.Body)
 		if strings.HasSuffix(resp.Request.URL.Path, "/serverinfo") {
-			text = bytes.ReplaceAll(text, []byte(`"auth-service"`), []byte(`"another-one!"`))
+			_, list, _ := bytes.Cut(text, []byte(`"`+missing+`":[{"name"`)) // a part of text, and so is name
+			_, name, _ := bytes.Cut(list, []byte(`"auth-ser`))
+			copy(name, "ving") // as long as vice
 		}
 		resp.Body = io.NopCloser(bytes.NewReader(text))
 		return err
 	}
 	server := httptest.NewServer(proxy)
 	defer server.Close()
-	w.finds(w.doctor(map[string]string{"KEYCLOAK_URL": server.URL}), []string{"Keycloak: email theme"}, []string{"realm"})
+	for _, missing = range []string{"login", "email"} {
+		w.finds(w.doctor(map[string]string{"KEYCLOAK_URL": server.URL}), []string{"Keycloak: themes"}, []string{"realm"})
+	}
 }
 
 func TestDoctorArguments(t *testing.T) {

@@ -57,7 +57,7 @@ func testMain(m *testing.M) int {
 		return 1
 	}
 	defer os.RemoveAll(programDir)
-	services, err = stack.Use(ctx, stack.Options{Test: true, Keycloak: os.Getenv("KEYCLOAK_VERSION"), Progress: func(s string) {
+	services, err = stack.Use(ctx, stack.Options{Test: true, Keycloak: os.Getenv("KEYCLOAK_VERSION"), PublicURL: linkedURL, Progress: func(s string) {
 		fmt.Fprintf(os.Stderr, "%4.0f s  %s\n", time.Since(start).Seconds(), s)
 	}})
 	if err != nil {
@@ -77,6 +77,9 @@ func testMain(m *testing.M) int {
 func olderKeycloak() bool {
 	return regexp.MustCompile(`^26\.[45]\.`).MatchString(os.Getenv("KEYCLOAK_VERSION"))
 }
+
+// linkedURL is where the links on Keycloak's pages lead to; startChromium finds a service there.
+const linkedURL = "http://accounts.test"
 
 const backendSecret = "test-backend-secret"
 

@@ -125,10 +125,47 @@ func (w *env) sendPreviews() {
 	_, port, _ := strings.Cut(w.mail.Addr(), ":")
 	smtpPort, err := strconv.Atoi(port)
 	if err == nil {
-		err = preview.SendMails(w.Context(), services, smtpPort, []string{"en", "de", "ar"})
+		err = preview.SendMails(w.Context(), services, smtpPort, "auth-service", []string{"en", "de", "ar"})
 	}
 	if err != nil {
 		w.Fatal(err)
+	}
+}
+
+// TestMailsOfAnOperator reads every mail with the operator's colour, logo and links, and without.
+func TestMailsOfAnOperator(t *testing.T) {
+	t.Parallel()
+	for theme, theirs := range map[string]bool{"auth-service": false, "example": true} {
+		catcher, err := mail.Start("127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer catcher.Close()
+		_, port, _ := strings.Cut(catcher.Addr(), ":")
+		smtpPort, err := strconv.Atoi(port)
+		if err == nil {
+			err = preview.SendMails(t.Context(), services, smtpPort, theme, []string{"en", "ar"})
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, m := range catcher.Messages() {
+			for text, want := range map[string]bool{
+				`bgcolor="#8a1c4a"`:     theirs && strings.Contains(m.HTML, "inline-block"), // a notice has no button
+				"a { color: #8a1c4a; }": theirs, "a { color: #1b58b8; }": !theirs,
+				`<img src="https://www.example.com/logo.svg?size=28&amp;v=2"`: theirs, "<img": theirs,
+				`href="https://www.example.com/privacy?lang=en&amp;print"`: theirs,
+				`href="https://www.example.com/imprint"`:                   theirs,
+				`style="display:none;`:                                     true, `role="presentation" width="520"`: true,
+			} {
+				if strings.Contains(m.HTML, text) != want {
+					t.Errorf("theme %s, mail to %s: %q is there: %t", theme, m.To, text, !want)
+				}
+			}
+			if strings.Contains(m.Text, ": https://www.example.com/privacy?lang=en&print") != theirs {
+				t.Errorf("theme %s, mail to %s, as text:\n%s", theme, m.To, m.Text)
+			}
+		}
 	}
 }
 

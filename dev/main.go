@@ -45,6 +45,9 @@ type options struct {
 	keycloak                                              string
 }
 
+// publicURL is where people reach the service.
+func (o options) publicURL() string { return fmt.Sprintf("http://localhost:%d", o.port) }
+
 func main() {
 	var o options
 	flag.IntVar(&o.postgresPort, "postgres-port", 6200, "port of PostgreSQL")
@@ -119,7 +122,8 @@ func run(ctx context.Context, o options) error {
 		built <- binary
 	}()
 
-	s, err := stack.Start(ctx, stack.Options{PostgresPort: o.postgresPort, KeycloakPort: o.keycloakPort, Keycloak: o.keycloak, Reset: o.reset, Progress: say})
+	s, err := stack.Start(ctx, stack.Options{PostgresPort: o.postgresPort, KeycloakPort: o.keycloakPort,
+		Keycloak: o.keycloak, PublicURL: o.publicURL(), Reset: o.reset, Progress: say})
 	if err != nil {
 		return err
 	}
@@ -142,7 +146,9 @@ func run(ctx context.Context, o options) error {
 	if err != nil {
 		return err
 	}
-	previews := preview.Handler(site, func(ctx context.Context) error { return preview.SendMails(ctx, s, o.smtpPort, site.Codes()) })
+	previews := preview.Handler(site, func(ctx context.Context) error {
+		return preview.SendMails(ctx, s, o.smtpPort, "auth-service", site.Codes())
+	})
 	for _, path := range []string{"/preview", "/preview/", "/static/"} {
 		pages.Handle(path, previews)
 	}
@@ -205,7 +211,7 @@ func prepare(ctx context.Context, s *stack.Stack, o options, say func(string)) (
 	if err != nil {
 		return nil, err
 	}
-	publicURL := fmt.Sprintf("http://localhost:%d", o.port)
+	publicURL := o.publicURL()
 	current, err := s.EnsureRealm(ctx, realm, map[string]string{
 		"KEYCLOAK_BACKEND_CLIENT_SECRET": backendSecret,
 		"KEYCLOAK_AUTH_CLIENT_SECRET":    os.Getenv("KEYCLOAK_AUTH_CLIENT_SECRET"),

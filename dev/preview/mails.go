@@ -29,10 +29,10 @@ var Mails = []Mail{
 	{"notice", "", ""},
 }
 
-// SendMails makes Keycloak send every mail in some languages, to
+// SendMails makes Keycloak send every mail of a theme in some languages, to
 // name.language@example.test at the SMTP server on smtpPort. The people live in a
 // realm that is deleted again, so that the links lead nowhere.
-func SendMails(ctx context.Context, s *stack.Stack, smtpPort int, languages []string) (err error) {
+func SendMails(ctx context.Context, s *stack.Stack, smtpPort int, theme string, languages []string) (err error) {
 	realm := "test-" + strings.ToLower(rand.Text())
 	vars := map[string]string{"SMTP_PORT": strconv.Itoa(smtpPort), "KEYCLOAK_BACKEND_CLIENT_SECRET": rand.Text()}
 	if err := s.CreateRealm(ctx, realm, vars); err != nil {
@@ -44,6 +44,9 @@ func SendMails(ctx context.Context, s *stack.Stack, smtpPort int, languages []st
 		return err
 	}
 	keycloak := gocloak.NewClient(s.KeycloakURL)
+	if err := keycloak.UpdateRealm(ctx, token, gocloak.RealmRepresentation{Realm: &realm, EmailTheme: &theme}); err != nil {
+		return err
+	}
 	for _, m := range Mails {
 		for _, language := range languages {
 			attributes := map[string][]string{"locale": {language}}

@@ -141,6 +141,7 @@ func (k *keycloakServer) command(log *os.File, compiled bool) *exec.Cmd {
 		}
 	}
 	port := strconv.Itoa(k.port)
+	cmd.Env = append(cmd.Env, "AUTH_SERVICE_URL="+k.options.PublicURL) // the theme's other variables are those of our own environment
 	cmd.Env = append(cmd.Env, "KC_HTTP_HOST=127.0.0.1", "KC_HTTP_PORT="+port, "KC_HOSTNAME=http://localhost:"+port,
 		"KC_HTTP_MANAGEMENT_PORT="+strconv.Itoa(k.management), "KC_HEALTH_ENABLED=true",
 		"QUARKUS_HTTP_LIMITS_MAX_BODY_SIZE=200M",                                         // of a realm with a hundred thousand users

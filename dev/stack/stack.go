@@ -30,6 +30,7 @@ type Options struct {
 	Keycloak     string       // its version; default: KeycloakVersion. Another one has a state of its own
 	PostgresPort int          // 0 = a free one
 	KeycloakPort int          // 0 = a free one
+	PublicURL    string       // of the service, for the links on Keycloak's pages
 	Test         bool         // PostgreSQL needs not survive a power cut
 	Alone        bool         // Use never shares a running stack; for tests that stop servers
 	Reset        bool         // forget both servers' data first; Keycloak stays unpacked

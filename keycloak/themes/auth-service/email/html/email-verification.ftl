@@ -8,15 +8,16 @@
 <#assign page = user.attributes.email_verify_url>
 <#assign query = "?token=" + user.attributes.email_verify_token?url("UTF-8")>
 <#assign code = (user.attributes.email_verify_code)!"">
-<@layout.emailLayout>
+<#assign expires = msg("codeExpires", linkExpirationFormatter(linkExpiration))>
+<@layout.emailLayout msg(kind + "Button") + ". " + expires>
 <@layout.title msg(kind + "Title") />
 <p style="margin:0;">${msg(kind + "Intro", realmName)}</p>
 <@layout.button page + query msg(kind + "Button") />
 <#if code?has_content>
-<p style="margin:0 0 8px;">${msg("codeIntro")} <a href="${page}">${page}</a></p>
-<p class="code" style="margin:0; padding:12px; background-color:#f3f4f6; border:1px solid #d5d9de; border-radius:8px; font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace; font-size:30px; line-height:1.3; letter-spacing:6px; text-align:center; user-select:all; -webkit-user-select:all;">${code}</p>
+<p style="margin:0 0 8px;">${msg("codeIntro")} <a href="${page}" dir="ltr">${page}</a></p>
+<p class="code" dir="ltr" style="margin:0; padding:12px; background-color:#eef1f6; border:1px solid #d5dbe5; border-radius:10px; font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace; font-size:30px; line-height:1.3; letter-spacing:6px; text-align:center; user-select:all; -webkit-user-select:all;">${code}</p>
 </#if>
-<p style="margin:16px 0 0;">${msg("codeExpires", linkExpirationFormatter(linkExpiration))}</p>
+<p style="margin:16px 0 0;">${expires}</p>
 <@layout.plain page + query>
 <p style="margin:0;">${msg(kind + "NotMe")} <a href="${page?replace("/account/verify", "/account/cancel") + query}">${msg(kind + "Cancel")}</a></p>
 </@layout.plain>

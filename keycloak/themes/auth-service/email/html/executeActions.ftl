@@ -5,7 +5,7 @@
 <@layout.mail msg("passwordTitle") msg("passwordIntro", realmName) msg("passwordButton") msg("passwordNotMe") />
 <#elseif actions?size == 0>
 <#-- This service tells that a credential or the address was changed. There is nothing to do with the link. -->
-<@layout.emailLayout>
+<@layout.emailLayout msg("noticeIntro", realmName)>
 <@layout.title msg("noticeTitle") />
 <p style="margin:0;">${msg("noticeIntro", realmName)}</p>
 <p style="margin:16px 0 0;">${msg("noticeNotMe")}</p>

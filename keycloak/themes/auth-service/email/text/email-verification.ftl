@@ -24,6 +24,7 @@ ${msg(kind + "NotMe")}
 ${msg(kind + "Cancel")}:
 
 ${page?replace("/account/verify", "/account/cancel") + query}
+<@layout.legal />
 <#else>
 <@layout.mail msg("addressIntro", realmName) msg("addressNotMe") />
 </#if>

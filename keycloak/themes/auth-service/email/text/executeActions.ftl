@@ -7,6 +7,7 @@
 ${msg("noticeIntro", realmName)}
 
 ${msg("noticeNotMe")}
+<@layout.legal />
 <#else>
 <@layout.mail msg("actionsIntro", realmName) msg("actionsNotMe")>
 
