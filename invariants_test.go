@@ -379,6 +379,7 @@ func (w *env) checkDocumented(r call, a answer) {
 			documented.err = err
 			return
 		}
+		openapi3filter.RegisterBodyDecoder("text/html", openapi3filter.RegisteredBodyDecoder("text/plain"))
 		loaded.Servers = nil // the requests that are looked up have no host
 		documented.router, documented.err = legacy.NewRouter(loaded)
 	})
