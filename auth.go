@@ -387,7 +387,7 @@ func (s *server) browserOf(r *http.Request) string {
 
 // accountActions are what people do with their own account on Keycloak's pages, by the name that a link of an
 // application has for it (application-initiated actions of Keycloak).
-var accountActions = map[string]string{
+var accountActions = map[string]string{ // #nosec G101 -- names
 	"password": "UPDATE_PASSWORD",
 	"email":    "UPDATE_EMAIL",
 	"passkey":  "webauthn-register-passwordless",

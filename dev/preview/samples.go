@@ -60,7 +60,7 @@ func Samples() []Sample {
 		{"code", templates.Verify(templates.VerifyForm{Person: templates.Person{Email: email}})},
 		{"code-errors", templates.Verify(templates.VerifyForm{Person: templates.Person{Email: "ada"},
 			Mistakes: wrong(map[string]string{"email": "is not a valid e-mail address", "code": "must be six digits",
-				"password": "is required", "phone": "is not valid"})})},
+				"password": "is required", "phone": "is not a valid phone number"})})},
 		{"code-wrong", templates.Verify(templates.VerifyForm{Person: ada,
 			Mistakes: templates.Mistakes{Problem: "The e-mail address or the code is wrong."}})},
 		{"resend", templates.Resend(templates.ResendForm{})},
