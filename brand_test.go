@@ -91,6 +91,9 @@ func TestLanguageSwitch(t *testing.T) {
 		}
 	}
 	w := sharedEnv(t)
+	if a := w.form("/account/register", nil); a.Status != 400 || strings.Contains(string(a.Body), "?lang=") {
+		t.Errorf("a switch that loses what was typed: %v", a)
+	}
 	email := newEmail()
 	r := call{method: "POST", path: "/account/register", form: map[string][]string{"email": {email}},
 		header: map[string]string{"Sec-Fetch-Site": "same-origin", "Cookie": cookie.Name + "=de", "Accept-Language": "en"}}

@@ -2,6 +2,7 @@ package templates_test
 
 import (
 	"encoding/json"
+	"fmt"
 	"html"
 	"os"
 	"path/filepath"
@@ -146,5 +147,32 @@ func sentences(t *testing.T) func(string) bool {
 		begin, end, _ := strings.Cut(`"`+english+`"`, "%d")
 		return strings.Contains(sources.String(), begin) && strings.Contains(sources.String(), end) ||
 			ofKeycloak.MatchString(english)
+	}
+}
+
+// TestLanguageFiles: a file that can't be right is named at the start, with what is wrong in it.
+func TestLanguageFiles(t *testing.T) {
+	for _, c := range []struct{ file, content, wants string }{
+		{"sv.json", `{"Sign in": "Logga in"}`, ""},
+		{"pt-BR.json", `{"must have at least %d characters": "mínimo de %d caracteres"}`, ""},
+		{"sv.json", `{"Sign in": `, "sv.json: unexpected end of JSON input"},
+		{"sv.json", `["Sign in"]`, "sv.json: json: cannot unmarshal array"},
+		{"swedish!.json", `{}`, "swedish!.json: language: "},
+		{"sv.json", `{"must have at least %d characters": "för kort"}`, "have other placeholders"},
+		{"sv.json", `{"%s %s": "%s"}`, "have other placeholders"},
+		{"sv.txt", ``, "there is no file like de.json"},
+	} {
+		dir := t.TempDir()
+		if err := os.WriteFile(filepath.Join(dir, c.file), []byte(c.content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		s, err := templates.NewSite(templates.Brand{LanguagesDir: dir})
+		code := strings.TrimSuffix(c.file, ".json")
+		if got := fmt.Sprint(err); (err == nil) != (c.wants == "") || !strings.Contains(got, c.wants) && err != nil {
+			t.Errorf("%s %s: %v", c.file, c.content, err)
+		}
+		if err == nil && (!s.Has(code) || s.Match(code) != code) {
+			t.Errorf("%s is not a language", code)
+		}
 	}
 }

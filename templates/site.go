@@ -169,16 +169,16 @@ func palette(accent string) (string, error) {
 type look struct {
 	*Site
 	code    string   // its language
-	request *url.URL // of the page itself; nil: it has no other languages
+	request *url.URL // of the page itself; nil: it has no switch of languages
 }
 
 type lookKey struct{}
 
-// Context returns a context whose pages are rendered in the language with this code. Its switch of languages leads to
-// the same page again, if r is given.
+// Context returns a context whose pages are rendered in the language with this code. Their switch of languages leads to
+// the same page again, if r has asked for it; an answer to a form has no switch, as what was typed would be lost.
 func (s *Site) Context(ctx context.Context, code string, r *http.Request) context.Context {
 	l := look{Site: s, code: code}
-	if r != nil {
+	if r != nil && r.Method != http.MethodPost {
 		l.request = r.URL
 	}
 	return context.WithValue(ctx, lookKey{}, l)
