@@ -69,7 +69,7 @@ func TestProxyAnswers(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer proxy.close()
-	k := newKeycloak(config{KeycloakURL: proxy.url(), KeycloakRealm: "any", AuthClientID: "auth-client"}, newMetrics())
+	k := newKeycloak(config{KeycloakURL: proxy.url(), KeycloakRealm: "any", AuthClientID: "auth-client", site: site}, newMetrics())
 	only := func(_ any, err error) error { return err }
 	user := keycloakUser{gocloak.User{ID: gocloak.StringP("7bce-45c5")}}
 	calls := map[string]func(context.Context) error{

@@ -117,7 +117,7 @@ func TestRewrittenHost(t *testing.T) {
 	v, _ := w.another(map[string]string{"PUBLIC_URL": "https://Accounts.Example.com:443"})
 	_, a := w.signedIn()
 	v.url, _ = v.startNginx(strings.TrimPrefix(v.url, "http://"), "proxy_set_header Host $http_host;", "") // nginx sends "auth"
-	for origin, want := range map[string]string{"https://accounts.example.com": "201 200", "https://evil.example": "403 403", "null": "403 403"} {
+	for origin, want := range map[string]string{"https://accounts.example.com": "303 200", "https://evil.example": "403 403", "null": "403 403"} {
 		headers := map[string]string{"Origin": origin}
 		form := v.do(call{method: "POST", path: "/account/register", form: url.Values{"email": {newEmail()}}, header: headers})
 		cookie := v.do(withCookie(refreshPath, a.text("refresh_token"), headers))
