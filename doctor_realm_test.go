@@ -386,7 +386,8 @@ func TestRealmLeaves(t *testing.T) {
 var tastes = []string{"displayName", "rememberMe", "resetPasswordAllowed", "supportedLocales", "defaultLocale",
 	"ssoSession", "actionToken", "failureFactor", "Seconds", "quickLogin", "eventsListeners",
 	".name", ".description", ".secret", "optionalClientScopes", "post.logout", "oauth2.device", "oidc.ciba",
-	"id.token.claim", "userinfo.token", "introspection.token", "length.min", "webOrigins", "smtpServer"}
+	"id.token.claim", "userinfo.token", "introspection.token", "length.min", "webOrigins", "smtpServer",
+	"PasswordlessPasskeysEnabled", "PasswordlessRequireResidentKey"}
 
 // Values beside those of realm.json, at both sides of their bounds.
 func TestLeeways(t *testing.T) {
