@@ -387,7 +387,7 @@ var tastes = []string{"displayName", "rememberMe", "resetPasswordAllowed", "supp
 	"ssoSession", "actionToken", "failureFactor", "Seconds", "quickLogin", "eventsListeners",
 	".name", ".description", ".secret", "optionalClientScopes", "post.logout", "oauth2.device", "oidc.ciba",
 	"id.token.claim", "userinfo.token", "introspection.token", "length.min", "webOrigins", "smtpServer",
-	"PasswordlessPasskeysEnabled", "PasswordlessRequireResidentKey"}
+	"PasswordlessPasskeysEnabled", "PasswordlessRequireResidentKey", "loginTheme"}
 
 // Values beside those of realm.json, at both sides of their bounds.
 func TestLeeways(t *testing.T) {
