@@ -91,6 +91,9 @@ func TestLanguageSwitch(t *testing.T) {
 		}
 	}
 	w := sharedEnv(t)
+	if a := w.do(call{path: "/auth/login?lang=ar"}); !strings.Contains(a.Header.Get("Location"), "ui_locales=ar") {
+		t.Errorf("Keycloak is not told the language: %v", a.Header)
+	}
 	if a := w.form("/account/register", nil); a.Status != 400 || strings.Contains(string(a.Body), "?lang=") {
 		t.Errorf("a switch that loses what was typed: %v", a)
 	}

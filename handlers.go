@@ -368,9 +368,8 @@ func (s *server) writePage(w http.ResponseWriter, r *http.Request, v view) {
 		return
 	}
 	site, chosen := s.cfg.site, s.chosenLanguage(r)
-	if lang := r.URL.Query().Get("lang"); site.Has(lang) {
-		chosen = lang
-		http.SetCookie(w, s.hostCookie(languageCookie, lang, int(keepLanguage.Seconds())))
+	if chosen != "" && r.URL.Query().Has("lang") {
+		http.SetCookie(w, s.hostCookie(languageCookie, chosen, int(keepLanguage.Seconds())))
 	}
 	var body bytes.Buffer
 	ctx := site.Context(r.Context(), site.Match(chosen, v.Locale, r.Header.Get("Accept-Language")), r)

@@ -287,8 +287,11 @@ const (
 	keepLanguage   = 365 * 24 * time.Hour
 )
 
-// chosenLanguage is the language that somebody has chosen on a page, or "".
+// chosenLanguage is the language that somebody has chosen, by ?lang= now or by a cookie earlier, or "".
 func (s *server) chosenLanguage(r *http.Request) string {
+	if lang := r.URL.Query().Get("lang"); s.cfg.site.Has(lang) {
+		return lang
+	}
 	cookie, err := r.Cookie(s.hostCookie(languageCookie, "", 0).Name)
 	if err != nil || !s.cfg.site.Has(cookie.Value) {
 		return ""
