@@ -125,8 +125,9 @@ func (d *doctor) checkRealm(ctx context.Context) {
 		return
 	}
 	ours := struct{ Name string }{"auth-service"}
-	d.check("Keycloak: themes", slices.Contains(server.Themes["email"], ours) && slices.Contains(server.Themes["login"], ours),
-		"auth-service is not installed, or not all of it", "Copy keycloak/themes/auth-service into the directory themes of Keycloak, and restart it.")
+	whole := slices.Contains(server.Themes["email"], ours) && slices.Contains(server.Themes["login"], ours)
+	d.check("Keycloak: themes", whole, "auth-service is not installed, or not all of it",
+		"Copy keycloak/themes/auth-service into the directory themes of Keycloak, and restart it.")
 	switch d.compareRealm(ctx, api); {
 	case api.err != nil:
 		d.unknown(api.err.Error(), giveAdmin, "realm")
@@ -228,8 +229,8 @@ func (d *doctor) checkAccount(live map[string]any) {
 		"Enable its required action: Authentication → Required actions. For delete the realm's default roles need "+
 			"the role delete-account of the client account, too.")
 	d.warn("Keycloak: passkeys", live["webAuthnPolicyPasswordlessPasskeysEnabled"] == true,
-		"nobody signs in with a passkey", "Authentication → Policies → WebAuthn passwordless policy → Enable passkeys. "+
-			"That is in Keycloak 26.4 and newer.")
+		"nobody signs in with a passkey",
+		"Authentication → Policies → WebAuthn passwordless policy → Enable passkeys. That is in Keycloak 26.4 and newer.")
 }
 
 // merge returns what is with each leaf as it must be, and adds a finding for each that differs. What

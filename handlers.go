@@ -147,7 +147,8 @@ func (s *server) pageRoutes() []route {
 		{"GET /account/cancel", "", public, unlimited, "cancelPage", "", page(s.cancelPage)},
 		{"POST /account/cancel", "", public, onVerify, "cancel", "", page(s.cancelForm)},
 		{"GET /account/verified", "", public, unlimited, "verifiedPage", "", show(templates.Message(templates.Verified("")))},
-		{"GET /account/cancelled", "", public, unlimited, "cancelledPage", "", show(templates.Message(templates.Cancelled()))},
+		{"GET /account/cancelled", "", public, unlimited,
+			"cancelledPage", "", show(templates.Message(templates.Cancelled()))},
 		{"GET /account/address", "", public, unlimited, "addressPage", "", page(s.addressPage)},
 		{"GET /account/ready", "", public, unlimited, "readyPage", "", show(templates.Message(templates.PasswordSet()))},
 		{"GET /problems/{slug}", "", public, unlimited, "problemPage", "", page(s.problemPage)},
@@ -328,7 +329,7 @@ type view struct {
 	Cookie   *http.Cookie
 }
 
-// goOn is where the browser goes after a form was taken: to load that page again sends nothing again.
+// goOn sends the browser on. After a form that was taken, to load the next page again sends nothing again.
 func goOn(path string) view { return view{Status: http.StatusSeeOther, Location: path} }
 
 // page adapts a function that makes a page. Forms come from this origin only (Sec-Fetch-Site, Origin), which is that

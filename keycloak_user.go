@@ -379,8 +379,8 @@ var (
 )
 
 // sendMail makes Keycloak mail an enabled user, in the language that is nearest to a locale: people may set theirs to
-// anything in Keycloak. Keycloak hands the mail to its SMTP server
-// before it answers; errMailNotSent means that this failed.
+// anything in Keycloak. Keycloak hands the mail to its SMTP server before it answers; errMailNotSent means that this
+// failed.
 func (k *keycloak) sendMail(ctx context.Context, id, locale string, lifespan time.Duration, actions []string) error {
 	return k.asService(ctx, "send_mail", func(ctx context.Context, token string) error {
 		req := k.admin.RestyClient().R().SetContext(ctx).SetAuthToken(token).

@@ -29,7 +29,7 @@ type caller struct {
 	Address   string // of the client, "" for loops
 	UserAgent string
 	RequestID string
-	Language  string // chosen on a page, or Accept-Language as sent; for mails
+	Language  string // chosen by ?lang=, or Accept-Language as sent; for mails
 }
 
 const anonymous = "anonymous"
@@ -283,7 +283,7 @@ func detached(ctx context.Context, d time.Duration) (context.Context, context.Ca
 }
 
 const (
-	languageCookie = "language" // what somebody has chosen on a page
+	languageCookie = "language" // what a browser has chosen by ?lang=
 	keepLanguage   = 365 * 24 * time.Hour
 )
 

@@ -151,8 +151,9 @@ func (tx *txn) endAllSessions(c caller, user userID, reason string, now time.Tim
 }
 
 // notBefore says that what a user began before a time of Keycloak's clock counts no more: access tokens from now on,
-// sessions when the task has ended them, which it returns. One session of Keycloak may be kept. Refresh tokens that were
-// handed out of it before count no more either: they may be a thief's, and the person comes back and gets the next one.
+// sessions when the task has ended them, which it returns. One session of Keycloak may be kept ("": none). Refresh
+// tokens that were handed out of it before count no more either: they may be a thief's, and the person comes back and
+// gets the next one.
 func (tx *txn) notBefore(user userID, begun, issued time.Time, kept string) (task string) {
 	of, err := one[struct{ KeycloakID string }](tx.ctx, tx, `
 		update users set not_before = greatest(not_before, $2),

@@ -117,7 +117,8 @@ var number = regexp.MustCompile(`\d+`)
 // t returns the English sentence in the language of the page. A sentence without a translation stays English: better
 // a foreign sentence than none.
 func t(ctx context.Context, english string) string {
-	sentences := lookOf(ctx).sentences()
+	look := lookOf(ctx)
+	sentences := look.sentences[look.code]
 	if s, ok := sentences[english]; ok {
 		return s
 	}

@@ -176,3 +176,23 @@ func TestLanguageFiles(t *testing.T) {
 		}
 	}
 }
+
+// TestOneSetOfColours: Keycloak's pages have the colours of ours, but for what the operator sets.
+func TestOneSetOfColours(t *testing.T) {
+	operators := regexp.MustCompile(`var\(--app[a-z-]*, (#[0-9a-f]+)\)`)
+	block := func(file string) string {
+		style, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, colours, begins := strings.Cut(string(style), ":root {")
+		colours, _, ends := strings.Cut(colours, "*, ::before")
+		if !begins || !ends {
+			t.Fatalf("%s has no colours", file)
+		}
+		return operators.ReplaceAllString(colours, "$1")
+	}
+	if ours, theirs := block("style.css"), block("../keycloak/themes/auth-service/login/resources/css/auth-service.css"); ours != theirs {
+		t.Errorf("ours:\n%s\nKeycloak's:\n%s", ours, theirs)
+	}
+}

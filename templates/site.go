@@ -49,7 +49,6 @@ type Site struct {
 	Assets map[string]Asset
 	name   string
 	legal  []Action
-	logo   bool
 }
 
 // An Asset may be cached forever under its URL, which has its hash.
@@ -62,8 +61,10 @@ type Asset struct {
 //go:embed style.css
 var styleSheet []byte
 
-const icon = `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 28 28"><rect width="28" height="28" rx="8" fill="%s"/>` +
-	`<g fill="#fff"><circle cx="14" cy="10.5" r="4"/><path d="M6.5 22a7.5 7.5 0 0 1 15 0z"/></g></svg>`
+// symbolSVG is the logo of who has none, in the colours of both schemes.
+const symbolSVG = `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 28 28"><style>rect{fill:%s}g{fill:#fff}` +
+	`@media(prefers-color-scheme:dark){rect{fill:%s}g{fill:#0b1b33}}</style><rect width="28" height="28" rx="8"/>` +
+	`<g><circle cx="14" cy="10.5" r="4"/><path d="M6.5 22a7.5 7.5 0 0 1 15 0z"/></g></svg>`
 
 // logoTypes are the media types of a logo's file.
 var logoTypes = map[string]string{".svg": "image/svg+xml", ".png": "image/png", ".jpg": "image/jpeg",
@@ -83,7 +84,7 @@ func NewSite(b Brand) (*Site, error) {
 	var err error
 	s.Languages, err = loadLanguages(b.LanguagesDir)
 	must("LANGUAGES_DIR", err)
-	colours, err := palette(b.AppColor)
+	style, logo, err := colours(b.AppColor)
 	must("APP_COLOR", err)
 	for _, legal := range []struct{ variable, label, url string }{
 		{"PRIVACY_URL", "Privacy", b.PrivacyURL}, {"TERMS_URL", "Terms of use", b.TermsURL},
@@ -97,20 +98,20 @@ func NewSite(b Brand) (*Site, error) {
 		}
 		s.legal = append(s.legal, Action{Label: legal.label, URL: legal.url})
 	}
-	s.add("style.css", "text/css; charset=utf-8", append(styleSheet[:len(styleSheet):len(styleSheet)], colours...))
-	s.add("icon", "image/svg+xml", fmt.Appendf(nil, icon, cmp.Or(b.AppColor, "#1b58b8")))
+	s.add("style.css", "text/css; charset=utf-8", append(styleSheet[:len(styleSheet):len(styleSheet)], style...))
 	s.add("robots.txt", "text/plain; charset=utf-8", []byte("User-agent: *\nDisallow: /\n"))
-	if s.logo = b.AppLogoFile != ""; s.logo {
-		content, err := os.ReadFile(b.AppLogoFile) // #nosec G304 -- the operator names it
-		kind := logoTypes[strings.ToLower(filepath.Ext(b.AppLogoFile))]
-		if err == nil && (kind == "" || len(content) > maxLogo) {
+	kind := logoTypes[".svg"]
+	if b.AppLogoFile != "" {
+		kind = logoTypes[strings.ToLower(filepath.Ext(b.AppLogoFile))]
+		logo, err = os.ReadFile(b.AppLogoFile) // #nosec G304 -- the operator names it
+		if err == nil && (kind == "" || len(logo) > maxLogo) {
 			err = errors.New("must be an .svg, .png, .jpg or .webp file of at most 512 KiB")
 		}
 		must("APP_LOGO_FILE", err)
-		s.add("logo", kind, content)
-		s.add("icon", kind, content)
 	}
-	s.Assets["favicon.ico"] = s.Assets["icon"] // by its address, for what is no page of ours
+	for _, name := range []string{"logo", "icon", "favicon.ico"} { // the last by its address, for what is no page of ours
+		s.add(name, kind, logo)
+	}
 	return s, errors.Join(mistakes...)
 }
 
@@ -136,14 +137,14 @@ var (
 	darkCard, _  = colorful.Hex("#19202a")
 )
 
-// palette is the style that gives the pages another colour, in both schemes.
-func palette(accent string) (string, error) {
-	if accent == "" {
-		return "", nil
+// colours returns the style that gives the pages another accent, in both schemes, and the symbol in it.
+func colours(accent string) (style string, symbol []byte, err error) {
+	if accent == "" { // as style.css has it
+		return "", fmt.Appendf(nil, symbolSVG, "#1b58b8", "#8fbaff"), nil
 	}
 	light, err := colorful.Hex(accent)
 	if err != nil {
-		return "", errors.New("must be a colour like #1b58b8")
+		return "", nil, errors.New("must be a colour like #1b58b8")
 	}
 	// until blends c with another colour until it has a contrast on a background.
 	until := func(c, with, background colorful.Color, wanted float64) colorful.Color {
@@ -155,14 +156,15 @@ func palette(accent string) (string, error) {
 		return with
 	}
 	if ratio := contrast(light, lightPage); ratio < 4.5 {
-		return "", fmt.Errorf("%s has a contrast of %.1f:1 on the page and needs 4.5:1; %s has it", accent, ratio,
+		return "", nil, fmt.Errorf("%s has a contrast of %.1f:1 on the page and needs 4.5:1; %s has it", accent, ratio,
 			until(light, black, lightPage, 4.6).Hex())
 	}
 	dark := until(light, white, darkCard, 7)
 	const scheme = ":root{--accent:%s;--accent-strong:%s;--accent-soft:%s}"
-	return fmt.Sprintf("\n"+scheme+"\n@media (prefers-color-scheme: dark){"+scheme+"}\n",
+	style = fmt.Sprintf("\n"+scheme+"\n@media (prefers-color-scheme: dark){"+scheme+"}\n",
 		light.Hex(), light.BlendRgb(black, .3).Hex(), light.BlendRgb(white, .88).Hex(),
-		dark.Hex(), dark.BlendRgb(white, .4).Hex(), darkCard.BlendRgb(dark, .15).Hex()), nil
+		dark.Hex(), dark.BlendRgb(white, .4).Hex(), darkCard.BlendRgb(dark, .15).Hex())
+	return style, fmt.Appendf(nil, symbolSVG, light.Hex(), dark.Hex()), nil
 }
 
 // look is how a page is rendered.
@@ -174,8 +176,9 @@ type look struct {
 
 type lookKey struct{}
 
-// Context returns a context whose pages are rendered in the language with this code. Their switch of languages leads to
-// the same page again, if r has asked for it; an answer to a form has no switch, as what was typed would be lost.
+// Context returns a context whose pages are rendered in the language with this code; each page needs one. Their switch
+// of languages leads to the same page again, if r has asked for it; an answer to a form has no switch, as what was
+// typed would be lost.
 func (s *Site) Context(ctx context.Context, code string, r *http.Request) context.Context {
 	l := look{Site: s, code: code}
 	if r != nil && r.Method != http.MethodPost {
@@ -184,17 +187,7 @@ func (s *Site) Context(ctx context.Context, code string, r *http.Request) contex
 	return context.WithValue(ctx, lookKey{}, l)
 }
 
-func lookOf(ctx context.Context) look {
-	l, _ := ctx.Value(lookKey{}).(look)
-	return l
-}
-
-func (l look) sentences() map[string]string {
-	if l.Site == nil {
-		return nil
-	}
-	return l.Languages.sentences[l.code]
-}
+func lookOf(ctx context.Context) look { return ctx.Value(lookKey{}).(look) }
 
 // in is the address of the page in another language.
 func (l look) in(code string) templ.SafeURL {
