@@ -424,9 +424,9 @@ func TestLeeways(t *testing.T) {
 			t.Errorf("%s: %v beside %v: %v", c.leaf, c.is, c.must, found)
 		}
 	}
-	for _, algorithm := range tokenAlgorithms {
+	for algorithm := range tokenAlgorithms {
 		var found []finding
-		if merge("realm.defaultSignatureAlgorithm", string(algorithm), "RS256", &found); len(found) > 0 {
+		if merge("realm.defaultSignatureAlgorithm", algorithm, "RS256", &found); len(found) > 0 {
 			t.Errorf("%v", found)
 		}
 	}

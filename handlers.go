@@ -17,17 +17,13 @@ import (
 // maxBody is the largest request body, in bytes.
 const maxBody = 16 << 10
 
-const (
-	validatePath = "/api/v1/auth/validate"
-	envoyPath    = "/api/v1/auth/ext-authz/" // below validate, validate/?role=admin would come to it and require nothing
-)
-
-// access says who may call a route: everybody, or whoever has a valid access token (the zero value).
-type access bool
+// access says who may call a route.
+type access int
 
 const (
-	public   access = true
-	signedIn access = false
+	signedIn access = iota // whoever has a valid access token
+	public                 // everybody
+	gateways               // everybody; it is answered by gateway, before all that people need
 )
 
 // managed is what a route that manages one user may answer.
@@ -119,8 +115,8 @@ func (s *server) apiRoutes() []route {
 		{"GET /api/v1/sync/{sync_id}", "", signedIn, onUsers,
 			"syncStatus", "Progress and report of a sync", op("Sync", 200, s.syncStatus, problemForbidden, problemNotFound)},
 
-		{"GET " + validatePath, "", public, unlimited, "validate", "May this token pass (for gateways)", s.validateOp()},
-		{envoyPath + "{path...}", "", public, unlimited, "validateEnvoy", "", plain(s.validateEnvoy)},
+		{"GET " + validatePath, "", gateways, unlimited, "validate", "May this token pass (for gateways)", validateOp()},
+		{envoyPath, "", gateways, unlimited, "validateEnvoy", "", operation{}},
 
 		{"GET /health", "", public, unlimited,
 			"health", "Health of the service and its two stores", op("Service", 200, s.checkHealth)},
@@ -160,12 +156,11 @@ func (s *server) pageRoutes() []route {
 func (s *server) handler() (http.Handler, error) {
 	mux := http.NewServeMux()
 	routes := s.routes()
-	doc, err := document(s.cfg, routes)
-	if err != nil {
-		return nil, err
-	}
-	s.openAPIDocument = doc
+	s.openAPIDocument = sync.OnceValues(func() ([]byte, error) { return document(s.cfg, routes) })
 	for _, rt := range routes {
+		if rt.Access == gateways {
+			continue
+		}
 		method, _, _ := strings.Cut(rt.Pattern, " ")
 		h := rt.handle(s, rt)
 		if rt.Access == signedIn {
@@ -186,16 +181,13 @@ func (s *server) handler() (http.Handler, error) {
 		return nil, err
 	}
 	api := withSecurityHeaders(s.cfg.https(), corsMiddleware.Wrap(s.orProblem(mux)))
-	return s.withRequest(s.withLog(api)), nil
+	return s.gateway(s.withRequest(sentOrNewID, s.withLog(api))), nil
 }
 
 // orProblem answers what the mux does not know with a problem, and a browser with its page; the mux itself
 // would answer in plain text.
 func (s *server) orProblem(mux *http.ServeMux) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if strings.HasPrefix(r.URL.EscapedPath(), envoyPath) {
-			r.URL.Path, r.URL.RawPath = envoyPath, "" // the rest is another's, and not for the mux to clean
-		}
 		h, pattern := mux.Handler(r)
 		answer := recorder{header: http.Header{}}
 		if pattern == "" {
@@ -401,12 +393,6 @@ func problemView(p problem) templates.ProblemView {
 // plain adapts a handler that needs neither decoding nor encoding.
 func plain(h http.HandlerFunc) operation {
 	return operation{status: 200, handle: func(*server, route) http.Handler { return h }}
-}
-
-// validateOp is validate with what the document says of it; it bypasses op, which
-// costs more than the whole check.
-func (s *server) validateOp() operation {
-	return operation{"Signing in", validateIn{}, validateOut{}, 200, []problem{problemForbidden}, plain(s.validate).handle}
 }
 
 // asset answers with a file that pages ask for. It may be kept: its address has its hash. Browsers and robots ask for

@@ -497,7 +497,7 @@ func TestPanics(t *testing.T) {
 	serve := func(h http.HandlerFunc) (rec *httptest.ResponseRecorder, panicked any) {
 		defer func() { panicked = recover() }()
 		rec = httptest.NewRecorder()
-		s.withRequest(s.withLog(h)).ServeHTTP(rec, httptest.NewRequest("GET", "/x?token=s3cret", nil))
+		s.withRequest(sentOrNewID, s.withLog(h)).ServeHTTP(rec, httptest.NewRequest("GET", "/x?token=s3cret", nil))
 		return rec, nil
 	}
 	rec, p := serve(func(http.ResponseWriter, *http.Request) { panic("boom") })

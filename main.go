@@ -42,9 +42,6 @@ import (
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once
-	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(400) // a few megabytes more of heap for a tenth less CPU
-	}
 	if err := run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr); err != nil {
 		fmt.Fprintln(os.Stderr, "auth-service:", err)
 		switch {
@@ -206,8 +203,8 @@ type server struct {
 	verifier        *verifier
 	origins         *http.CrossOriginProtection // from which the cookie is taken
 	metrics         *metrics
-	now             func() time.Time // a field, so that a test can move it
-	openAPIDocument []byte
+	now             func() time.Time                               // a field, so that a test can move it
+	openAPIDocument func() ([]byte, error)                         // made when it is asked for: that takes longer than the start
 	handle          func(context.Context, task) (time.Time, error) // does the work of a task: handleTask
 	wake            chan struct{}                                  // a worker may find something due
 	dropWarned      minutely                                       // about refusals that are not audited

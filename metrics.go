@@ -17,8 +17,8 @@ import (
 // metrics are what Prometheus sees. docs/operating.md has what to make of them.
 type metrics struct {
 	registry      *prometheus.Registry
-	requests      *prometheus.HistogramVec // but those for a check of a token:
-	validations   *prometheus.HistogramVec
+	requests      *prometheus.HistogramVec       // but those for a check of a token:
+	validations   map[string]prometheus.Observer // by class of status; bound, as a look for labels would be felt
 	problems      *prometheus.CounterVec
 	panics        prometheus.Counter
 	registrations *prometheus.CounterVec
@@ -76,8 +76,8 @@ func newMetrics() *metrics {
 		registry: reg,
 		requests: histogram("auth_http_request_duration_seconds", "Time to answer a request, but for a check of a token.",
 			seconds, []string{"route", "method", "status"}),
-		validations: histogram("auth_validate_duration_seconds", "Time to check a token for a gateway.",
-			fractions, []string{"status"}, statusClasses),
+		validations: observers(histogram("auth_validate_duration_seconds", "Time to check a token for a gateway.",
+			fractions, []string{"status"}), statusClasses),
 		problems: counter("auth_problems_total", "Errors answered to clients, by problem type.",
 			[]string{"type"}, slices.Collect(maps.Keys(problems))),
 		panics: counter("auth_panics_total", "Handlers that panicked.", nil).WithLabelValues(),
@@ -114,11 +114,20 @@ func initialise(v *prometheus.MetricVec, given []string, values ...[]string) {
 	}
 }
 
+// observers are those of v by its only label.
+func observers(v *prometheus.HistogramVec, values []string) map[string]prometheus.Observer {
+	of := map[string]prometheus.Observer{}
+	for _, value := range values {
+		of[value] = v.WithLabelValues(value)
+	}
+	return of
+}
+
 // addRoute makes the series of a route.
 func (m *metrics) addRoute(name string, patterns ...string) {
 	m.dropped.WithLabelValues(name)
 	for _, pattern := range patterns {
-		if method, path, ok := strings.Cut(pattern, " "); ok && path != validatePath {
+		if method, path, ok := strings.Cut(pattern, " "); ok {
 			initialise(m.requests.MetricVec, []string{path, method}, statusClasses)
 		}
 	}

@@ -478,10 +478,10 @@ func TestRequestLog(t *testing.T) {
 		{call{path: "/problems/not-found?token=secret"}, "/problems/{slug}", "GET", 200},
 		{call{method: "HEAD", path: "/health"}, "/health", "HEAD", 200},
 		{call{path: "/nothing/secret"}, "none", "GET", 404},
-		{call{method: "BREW", path: "/api/v1/auth/ext-authz/secret"}, "/api/v1/auth/ext-authz/{path...}", "_OTHER", 401},
+		{call{method: "BREW", path: "/api/v1/auth/ext-authz/secret", header: map[string]string{"X-Request-Id": "envoys-id"}}, "/api/v1/auth/ext-authz/", "_OTHER", 401},
 		{call{method: "POST", path: "/verify", json: body{}}, "/verify", "POST", 400},
 	} {
-		a, err := w.send(w.url, call{method: c.call.method, path: c.call.path, json: c.call.json, from: "192.0.2.77"})
+		a, err := w.send(w.url, call{method: c.call.method, path: c.call.path, json: c.call.json, header: c.call.header, from: "192.0.2.77"})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -76,14 +76,28 @@ func traceOf(h http.Header) http.Header {
 	return trace
 }
 
+// sentID is the id that a request brings along, if it is well-formed, or "".
+func sentID(r *http.Request) string {
+	if id := r.Header.Get("X-Request-Id"); requestIDPattern.MatchString(id) {
+		return id
+	}
+	return ""
+}
+
+func sentOrNewID(r *http.Request) string {
+	if id := sentID(r); id != "" {
+		return id
+	}
+	return gonanoid.Must()
+}
+
 // withRequest finds out once what belongs to a request: its id, which the answer has, too, its client, and its trace.
-func (s *server) withRequest(next http.Handler) http.Handler {
+func (s *server) withRequest(idOf func(*http.Request) string, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		id := r.Header.Get("X-Request-Id")
-		if !requestIDPattern.MatchString(id) {
-			id = gonanoid.Must()
+		id := idOf(r)
+		if id != "" {
+			w.Header().Set("X-Request-Id", id)
 		}
-		w.Header().Set("X-Request-Id", id)
 		q := request{id, s.clientAddress(r), traceOf(r.Header)}
 		next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), requestKey{}, q)))
 	})
@@ -170,8 +184,8 @@ func (s *server) withLog(next http.Handler) http.Handler {
 			sw.status = cmp.Or(sw.status, http.StatusOK) // nothing written: net/http does
 			route, method, class := routeOf(r), methodOf(r), strconv.Itoa(sw.status/100)+"xx"
 			took, level := time.Since(start), slog.LevelInfo
-			if route == validatePath || route == envoyPath+"{path...}" {
-				s.metrics.validations.WithLabelValues(class).Observe(took.Seconds())
+			if route == validatePath || route == envoyPath {
+				s.metrics.validations[class].Observe(took.Seconds())
 				level = slog.LevelDebug // one for each request of an application: that one's log has it
 			} else {
 				s.metrics.requests.WithLabelValues(route, method, class).Observe(took.Seconds())
@@ -187,10 +201,12 @@ func (s *server) withLog(next http.Handler) http.Handler {
 	})
 }
 
-// withSecurityHeaders sets what every answer has.
+var noStore = []string{"no-store"}
+
+// withSecurityHeaders sets what every answer to people has.
 func withSecurityHeaders(https bool, next http.Handler) http.Handler {
 	headers := http.Header{
-		"Cache-Control":              {"no-store"},
+		"Cache-Control":              noStore,
 		"Content-Security-Policy":    {templates.Policy}, // Swagger UI has its own
 		"Cross-Origin-Opener-Policy": {"same-origin"},
 		"Referrer-Policy":            {"same-origin"}, // the verification page's URL holds the token
@@ -229,8 +245,11 @@ func (s *server) clientAddress(r *http.Request) netip.Addr {
 	addr, _ := hopAddress(r.RemoteAddr)
 	hops := strings.Split(strings.Join(r.Header.Values("X-Forwarded-For"), ","), ",")
 	for _, hop := range slices.Backward(hops) {
+		if !s.trusts(addr) {
+			break
+		}
 		next, err := hopAddress(hop)
-		if err != nil || !s.trusts(addr) {
+		if err != nil {
 			break // of a trusted proxy that wrote something else ("unknown") its own address is what we know
 		}
 		addr = next
@@ -241,9 +260,10 @@ func (s *server) clientAddress(r *http.Request) netip.Addr {
 // hopAddress reads an address with or without a port.
 func hopAddress(hop string) (netip.Addr, error) {
 	hop = strings.TrimSpace(hop)
-	addr, err := netip.ParseAddr(hop)
-	if ap, e := netip.ParseAddrPort(hop); e == nil {
-		addr, err = ap.Addr(), nil
+	ap, err := netip.ParseAddrPort(hop)
+	addr := ap.Addr()
+	if err != nil {
+		addr, err = netip.ParseAddr(hop)
 	}
 	return addr.Unmap().WithZone(""), err
 }

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"maps"
 	"net/http"
+	"net/url"
 	"reflect"
 	"regexp"
 	"slices"
@@ -17,13 +18,15 @@ import (
 	"strings"
 	"time"
 
+	"auth-service/templates"
+
 	jsonpatch "github.com/evanphx/json-patch/v5"
 	"github.com/swaggest/jsonschema-go"
 	"github.com/swaggest/openapi-go"
 	"github.com/swaggest/openapi-go/openapi31"
 	collector "github.com/swaggest/rest/openapi"
-	"github.com/swaggest/swgui"
-	"github.com/swaggest/swgui/v5emb"
+	"github.com/swaggest/swgui/v5/static"
+	"github.com/vearutop/statigz"
 )
 
 // openAPIProse is what the routes and their types do not say: descriptions, headers, links. It is a
@@ -32,7 +35,7 @@ import (
 //go:embed openapi_prose.json
 var openAPIProse []byte
 
-// document makes the OpenAPI 3.1 document of the routes, once, at the start.
+// document makes the OpenAPI 3.1 document of the routes.
 func document(cfg config, routes []route) ([]byte, error) {
 	reflector := openapi31.NewReflector()
 	spec := reflector.Spec
@@ -246,32 +249,30 @@ func (rt route) finish(op *openapi31.Operation, shared *openapi31.Components, se
 
 // openAPI serves the document.
 func (s *server) openAPI(w http.ResponseWriter, r *http.Request) {
-	sum := sha256.Sum256(s.openAPIDocument)
+	doc, err := s.openAPIDocument()
+	if err != nil {
+		s.writeProblem(w, r, err)
+		return
+	}
+	sum := sha256.Sum256(doc)
 	w.Header().Set("Content-Type", "application/json")
 	w.Header().Set("Cache-Control", "public, max-age=60")
 	w.Header().Set("ETag", `"`+base64.RawURLEncoding.EncodeToString(sum[:12])+`"`)
-	http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(s.openAPIDocument))
+	http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(doc))
 }
 
 // swaggerUI serves Swagger UI under a policy that allows its inline elements by their hashes and nothing else
-// inline. Its button "Authorize" signs in at Keycloak (RFC 7636).
+// inline. The page is ours: that of swgui needs html/template, which makes the binary larger by a fifth, since the
+// linker can't tell any more which methods are used.
 func swaggerUI(cfg config) http.HandlerFunc {
-	const path = "/swagger-ui/"
-	ui := v5emb.NewHandlerWithConfig(swgui.Config{Title: "API", SwaggerJSON: "/api-docs/openapi.json", BasePath: path,
-		SettingsUI: map[string]string{
-			"oauth2RedirectUrl": `window.location.origin + "` + path + `oauth2-redirect.html"`,
-			"onComplete": fmt.Sprintf(`function() { ui.initOAuth({clientId: %q, scopes: "openid",
-				usePkceWithAuthorizationCodeGrant: true}) }`, cfg.AuthClientID)}})
-	pages := recorder{header: http.Header{}}
-	for _, name := range []string{"", "oauth2-redirect.html"} {
-		request, err := http.NewRequestWithContext(context.Background(), "GET", path+name, nil)
-		if err != nil {
-			panic(err)
-		}
-		ui.ServeHTTP(&pages, request)
-	}
+	var page bytes.Buffer
+	_ = templates.SwaggerUI(cfg.AuthClientID).Render(context.Background(), &page) // into memory
+	files := http.StripPrefix("/swagger-ui/", statigz.FileServer(static.FS))
+	afterSignIn := recorder{header: http.Header{}}
+	files.ServeHTTP(&afterSignIn, &http.Request{Method: http.MethodGet, URL: &url.URL{Path: "/swagger-ui/oauth2-redirect.html"}})
 	hashes := func(element string) (all string) {
-		for _, m := range regexp.MustCompile(`(?s)<`+element+`>(.*?)</`+element+`>`).FindAllSubmatch(pages.Bytes(), -1) {
+		inline := regexp.MustCompile(`(?s)<` + element + `>(.*?)</` + element + `>`)
+		for _, m := range inline.FindAllSubmatch(append(page.Bytes(), afterSignIn.Bytes()...), -1) {
 			sum := sha256.Sum256(m[1])
 			all += " 'sha256-" + base64.StdEncoding.EncodeToString(sum[:]) + "'"
 		}
@@ -282,6 +283,10 @@ func swaggerUI(cfg config) http.HandlerFunc {
 		hashes("script"), hashes("style"), origin(cfg.KeycloakPublicURL))
 	return func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Security-Policy", policy)
-		ui.ServeHTTP(w, r)
+		if path := r.URL.Path; path != "/swagger-ui" && path != "/swagger-ui/" {
+			files.ServeHTTP(w, r)
+			return
+		}
+		respond(w, http.StatusOK, "text/html; charset=utf-8", page.Bytes())
 	}
 }

@@ -18,7 +18,7 @@ type problem struct {
 	Title     string       `json:"title" required:"true" example:"Invalid request"`
 	Status    int          `json:"status" required:"true" example:"400"`
 	Detail    string       `json:"detail" required:"true" example:"Some fields are wrong."`
-	RequestID string       `json:"request_id" required:"true" example:"V1StGXR8_Z5jdHi6B-myT"`
+	RequestID string       `json:"request_id" example:"V1StGXR8_Z5jdHi6B-myT" description:"That of X-Request-Id; empty for a gateway that has sent none."`
 	Errors    []fieldError `json:"errors,omitempty" description:"Only for invalid-request: one entry for each wrong field."`
 
 	Wait      time.Duration `json:"-"` // Retry-After; zero: none

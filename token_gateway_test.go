@@ -12,6 +12,7 @@ import (
 	"net/url"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -21,6 +22,51 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 )
+
+// Gateways get the headers of the contract, and nothing of what people need.
+func TestGatewayHeaders(t *testing.T) {
+	w := sharedEnv(t)
+	email, _, _ := w.member()
+	token := "Bearer " + w.login(email, password).text("access_token")
+	identity := "X-Auth-Network-Id X-Auth-Roles X-Auth-Station-Id X-Auth-Subject X-Auth-User-Id"
+	for _, c := range []struct {
+		method, path, token string
+		status              int
+		headers             string
+	}{
+		{"GET", validatePath, token, 200, identity},
+		{"HEAD", validatePath, token, 200, identity},
+		{"GET", validatePath, "", 401, "Www-Authenticate Content-Type"},
+		{"GET", validatePath, token + "x", 401, "Www-Authenticate Content-Type"},
+		{"GET", validatePath + "?role=admin", token, 403, "Www-Authenticate Content-Type"},
+		{"GET", validatePath + "?rule=admin", token, 400, "Content-Type"},
+		{"GET", "/api/v1/auth/%76alidate?role=admin", token, 403, "Www-Authenticate Content-Type"},
+		{"POST", validatePath, token, 405, "Allow Content-Type"},
+		{"OPTIONS", validatePath, "", 405, "Allow Content-Type"},
+		{"GET", envoyPath, token, 200, identity},
+		{"PATCH", envoyPath + "a//../b?role=admin", token, 200, identity},
+		{"PATCH", envoyPath, "", 401, "Www-Authenticate Content-Type"},
+	} {
+		for _, id := range []string{"", "a-gateways-id", "not well-formed"} {
+			a := w.do(call{method: c.method, path: c.path, header: map[string]string{"Authorization": c.token, "X-Request-Id": id, "Origin": "https://a.example"}})
+			want := append(strings.Fields(c.headers), "Cache-Control", "Date")
+			if c.method != "HEAD" {
+				want = append(want, "Content-Length")
+			}
+			if id == "a-gateways-id" {
+				want = append(want, "X-Request-Id")
+			}
+			slices.Sort(want)
+			got := slices.Sorted(maps.Keys(a.Header))
+			if got := a.Header.Get("X-Request-Id"); got != "" && got != id {
+				t.Errorf("%s %s: another id than was sent: %q", c.method, c.path, got)
+			}
+			if diff := cmp.Diff(want, got); a.Status != c.status || diff != "" || a.Header.Get("Cache-Control") != "no-store" {
+				t.Errorf("%s %s %q: %d %s", c.method, c.path, id, a.Status, diff)
+			}
+		}
+	}
+}
 
 // A real nginx with the example's configuration, between clients, an application and
 // the service.

@@ -27,6 +27,8 @@ import (
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
+	josejson "github.com/go-jose/go-jose/v4/json"
+	josejwt "github.com/go-jose/go-jose/v4/jwt"
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/oauth2"
 	"golang.org/x/oauth2/clientcredentials"
@@ -716,23 +718,27 @@ func TestMe(t *testing.T) {
 	w.wants(me(), 200, "")
 }
 
-func FuzzToken(f *testing.F) {
-	s := idle(f, slog.New(slog.DiscardHandler), nil)
-	key, err := rsa.GenerateKey(rand.Reader, 2048)
-	if err != nil {
-		f.Fatal(err)
-	}
-	head := body{"alg": "RS256", "kid": "known"}
-	claims := body{"iss": s.verifier.issuer, "typ": "Bearer", "azp": s.verifier.client, "sub": "s", "user_id": "u", "roles": []string{"user"}, "iat": time.Now().Unix(), "exp": time.Now().Unix() + 3600}
-	s.verifier.fetch = func(context.Context) ([]jose.JSONWebKey, error) {
+// fuzzed is a verifier without Keycloak, and the key and the claims of tokens that it accepts.
+func fuzzed(f *testing.F) (v *verifier, key *rsa.PrivateKey, head, claims body) {
+	f.Helper()
+	v = idle(f, slog.New(slog.DiscardHandler), nil).verifier
+	key = newKey()
+	v.fetch = func(context.Context) ([]jose.JSONWebKey, error) {
 		return []jose.JSONWebKey{{Key: &key.PublicKey, KeyID: "known", Algorithm: "RS256"}}, nil
 	}
-	s.verifier.refreshKeys(f.Context())
-	s.verifier.revoked.add(time.Now())
+	v.refreshKeys(f.Context())
+	v.revoked.add(time.Now())
+	return v, key, body{"alg": "RS256", "kid": "known"}, body{"iss": v.issuer, "typ": "Bearer", "azp": v.client, "sub": "s", "user_id": "u",
+		"roles": []string{"user"}, "iat": time.Now().Unix(), "exp": time.Now().Unix() + 3600}
+}
+
+// FuzzToken has no text that is accepted: nobody but the realm can sign one.
+func FuzzToken(f *testing.F) {
+	v, key, head, claims := fuzzed(f)
 	impatient, cancel := context.WithCancel(f.Context()) // an unknown key is not waited for
 	cancel()
 	valid := forge(key, head, claims)
-	if p, err := s.verifier.verify(impatient, valid); err != nil || p.UserID != "u" {
+	if p, err := v.verify(impatient, valid); err != nil || p.UserID != "u" {
 		f.Fatal(p, err)
 	}
 	// No seed is next to the valid one, which the fuzzer would find.
@@ -747,8 +753,55 @@ func FuzzToken(f *testing.F) {
 		f.Add(text)
 	}
 	f.Fuzz(func(t *testing.T, token string) {
-		if p, err := s.verifier.verify(impatient, token); err == nil || p.UserID != "" || p.Roles != nil || strings.Contains(err.Error(), "\n") {
+		if p, err := v.verify(impatient, token); err == nil || p.UserID != "" || p.Roles != nil || strings.Contains(err.Error(), "\n") {
 			t.Errorf("%q is taken for %+v, %v", token, p, err)
+		}
+	})
+}
+
+// FuzzSignedToken signs whatever header and claims, and asks go-jose, too: nothing is accepted that it refuses, and
+// nothing of what is accepted is read otherwise.
+func FuzzSignedToken(f *testing.F) {
+	v, key, head, claims := fuzzed(f)
+	impatient, cancel := context.WithCancel(f.Context())
+	cancel()
+	for _, changes := range []body{{}, {"alg": "PS256"}, {"crit": nil}, {"crit": []string{}}, {"b64": true}, {"typ": 7}, {"kid": 7}, {"x5t": "x"}, {"KID": "x"}} {
+		f.Add(jsonText(changed(head, changes)), jsonText(claims))
+	}
+	for _, changes := range []body{{"aud": []string{v.client}, "azp": nil}, {"aud": []any{"a", 1}}, {"aud": nil}, {"exp": 1e300}, {"exp": "1"}, {"nbf": 1.5}, {"iat": -1e300},
+		{"Roles": "x"}, {"roles": nil}, {"network_id": noScope}, {"sid": 1}, {"jti": 1}, {"x": []any{body{"roles": 1}}}} {
+		f.Add(jsonText(head), jsonText(changed(claims, changes)))
+	}
+	twice := strings.TrimSuffix(jsonText(claims), "}")
+	for _, text := range []string{twice + `,"sub":"t"}`, twice + `,"s\u0075b":"t"}`, twice + `,"x":{"y":1,"y":2}}`, twice + `,"x":"\ud800"}`, twice + ",\"x\":\"\xff\"}", twice + "} {}", "null", " " + twice + "}\n"} {
+		f.Add(jsonText(head), text)
+		f.Add(strings.TrimSuffix(jsonText(head), "}")+strings.TrimPrefix(text, twice), jsonText(claims))
+	}
+	judge := func(token string) (p principal, err error) {
+		signed, err := jose.ParseSignedCompact(token, []jose.SignatureAlgorithm{jose.RS256, jose.ES256, jose.PS256, jose.EdDSA})
+		if err != nil {
+			return p, err
+		}
+		content, err := signed.Verify(&key.PublicKey)
+		var c tokenClaims
+		if err == nil {
+			err = josejson.Unmarshal(content, &c)
+		}
+		if err == nil {
+			err = c.ValidateWithLeeway(josejwt.Expected{Issuer: v.issuer, Time: v.now()}, tokenLeeway+time.Second)
+		}
+		return c.principal(), err
+	}
+	f.Fuzz(func(t *testing.T, head, claims string) {
+		input := segment(head) + "." + segment(claims)
+		token := input + "." + signature("RS256", key, input)
+		p, err := v.verify(impatient, token)
+		if err != nil {
+			return
+		}
+		oracle, refused := judge(token)
+		if diff := cmp.Diff(oracle, p); refused != nil || diff != "" {
+			t.Errorf("%s.%s: go-jose says %v %s", head, claims, refused, diff)
 		}
 	})
 }

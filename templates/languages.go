@@ -1,6 +1,7 @@
 package templates
 
 import (
+	"cmp"
 	"context"
 	"embed"
 	"encoding/json"
@@ -18,7 +19,6 @@ import (
 
 	"golang.org/x/net/idna"
 	"golang.org/x/text/language"
-	"golang.org/x/text/language/display"
 )
 
 // Languages are what the pages can be read in. Each is a file named after its BCP 47 tag, like pt-BR.json: an object
@@ -99,8 +99,10 @@ func (l *Languages) Has(code string) bool { return l.sentences[code] != nil }
 // Codes returns the BCP 47 tags of the languages, English first.
 func (l *Languages) Codes() []string { return slices.Clone(l.codes) }
 
-// native is the name of a language in itself.
-func native(code string) string { return display.Self.Name(language.Make(code)) }
+// native is the name of a language in itself: its translation of "English".
+func (l *Languages) native(code string) string {
+	return cmp.Or(l.sentences[code]["English"], map[string]string{"en": "English"}[code], code)
+}
 
 // direction is the dir attribute of a page in a language.
 func direction(code string) string {
