@@ -6,6 +6,8 @@ import (
 	"errors"
 	"net/netip"
 	"time"
+
+	"github.com/jackc/pgx/v5"
 )
 
 // entry is what a caller did, for the audit log. It never holds a password, token, code or
@@ -50,15 +52,16 @@ func (tx *txn) audit(c caller, now time.Time, e entry) {
 	if row.Outcome == "refused" {
 		first, second = second, first
 	}
-	tx.check(tx.QueryRow(tx.ctx, `
+	tx.waiting.Queue(`
 		insert into audit_log (audit_id, at, actor, action, target, outcome, reason, network_id,
 			ip_address, user_agent, request_id, details)
 		values ($1, $2, $3, $4, $5, $6, $7, coalesce(nullif($8, ''), (select network_id from users where user_id = $13),
 			(select network_id from users where user_id = $14), ''), $9, $10, $11, $12)
 		returning network_id`,
 		row.ID, now, row.Actor, row.Action, row.Target, row.Outcome, row.Reason, row.NetworkID,
-		row.Address, row.UserAgent, row.RequestID, row.Details, first, second).Scan(&row.NetworkID))
-	tx.entries = append(tx.entries, row)
+		row.Address, row.UserAgent, row.RequestID, row.Details, first, second).
+		QueryRow(func(r pgx.Row) error { return r.Scan(&row.NetworkID) })
+	tx.entries = append(tx.entries, &row)
 }
 
 // audit writes an entry of what has changed nothing.

@@ -126,6 +126,28 @@ func BenchmarkRegister(b *testing.B) {
 	})
 }
 
+// BenchmarkVerify confirms with a password, beside what Keycloak must do for that.
+func BenchmarkVerify(b *testing.B) {
+	w := benchEnv(b)
+	k := w.bare()
+	users := "/admin/realms/" + w.realm + "/users"
+	w.hashesAsUsual()
+	ours, bare := make(chan link, 130), make(chan string, 130) // -benchtime 120x at most
+	for range cap(ours) {
+		email := newEmail()
+		ours <- registered(w, email)
+		email = newEmail()
+		_, header := k.call("POST", users, fmt.Sprintf(`{"username":%q,"email":%q,"requiredActions":["VERIFY_EMAIL"]}`, email, email), "application/json")
+		bare <- users + header.Get("Location")[strings.LastIndex(header.Get("Location"), "/"):]
+	}
+	sideBySide(b, func(int) { w.confirms(<-ours) }, func(int) {
+		user := <-bare
+		k.call("GET", user, "", "application/json")
+		k.call("PUT", user, fmt.Sprintf(`{"enabled":true,"emailVerified":true,"requiredActions":[],
+			"credentials":[{"type":"password","value":%q,"temporary":false}]}`, password), "application/json")
+	})
+}
+
 // BenchmarkResendByAddress compares an address that nobody has registered with one that waits for its confirmation:
 // who asks must not learn which it is.
 func BenchmarkResendByAddress(b *testing.B) {
@@ -163,10 +185,16 @@ func (w *env) token(form url.Values) answer {
 	return a
 }
 
+// hashesAsUsual has passwords cost what they cost outside of tests.
+func (w *env) hashesAsUsual() {
+	w.Helper()
+	w.keycloakAdmin("PUT", "", body{"passwordPolicy": "hashAlgorithm(pbkdf2-sha512) and hashIterations(210000)"}, nil)
+}
+
 func BenchmarkLogin(b *testing.B) {
 	w := benchEnv(b)
 	b.Cleanup(w.straysDie)
-	w.keycloakAdmin("PUT", "", body{"passwordPolicy": "hashAlgorithm(pbkdf2-sha512) and hashIterations(210000)"}, nil) // tests hash cheaply
+	w.hashesAsUsual()
 	emails := []string{newEmail(), newEmail(), newEmail(), newEmail()}
 	for _, email := range emails {
 		w.account(email)

@@ -108,20 +108,19 @@ func hit(ctx context.Context, q querier, l rateLimit, now time.Time) error {
 	if l.Window <= 0 {
 		return nil
 	}
-	var hits int
-	var resets time.Time
-	if err := q.QueryRow(ctx, `
+	is, err := one[struct {
+		Hits   int
+		Resets time.Time
+	}](ctx, q, `
 		insert into rate_limits as r (key, hits, resets_at) values ($1, 1, $2)
 		on conflict (key) do update set
 			hits = case when r.resets_at <= $3 then 1 else least(r.hits + 1, $4 + 1) end,
 			resets_at = case when r.resets_at <= $3 then excluded.resets_at else r.resets_at end
-		returning hits, resets_at`, l.Key, now.Add(l.Window), now, l.N).Scan(&hits, &resets); err != nil {
-		return storeError(err)
+		returning hits, resets_at`, l.Key, now.Add(l.Window), now, l.N)
+	if err == nil && is.Hits > l.N {
+		err = l.Problem.retryAfter(is.Resets.Sub(now))
 	}
-	if hits > l.N {
-		return l.Problem.retryAfter(resets.Sub(now))
-	}
-	return nil
+	return err
 }
 
 // hit counts one hit of each limit, or none if one is over.
@@ -147,7 +146,7 @@ func (st *store) hitAddress(ctx context.Context, email string, now time.Time) er
 	return err
 }
 
-// peek says what hit would, and counts nothing. Of several limits that are reached it names the first.
+// peek says what hit would, and counts nothing. Of several limits that are reached it names the one that lasts longest.
 func (st *store) peek(ctx context.Context, now time.Time, limits ...rateLimit) error {
 	var keys []string
 	var most []int
@@ -162,7 +161,7 @@ func (st *store) peek(ctx context.Context, now time.Time, limits ...rateLimit) e
 		Resets time.Time
 	}](ctx, st.pool, `
 		select i - 1, resets_at from unnest($1::text[], $2::int[]) with ordinality as l (key, n, i)
-		join rate_limits using (key) where hits >= n and resets_at > $3 order by i limit 1`, keys, most, now)
+		join rate_limits using (key) where hits >= n and resets_at > $3 order by resets_at desc limit 1`, keys, most, now)
 	if errors.Is(err, errNotFound) {
 		return nil
 	} else if err != nil {

@@ -17,6 +17,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/jackc/pgx/v5/pgproto3"
 )
 
 // fault is what happens to a call on its way to Keycloak.
@@ -292,6 +294,7 @@ type postgresProxy struct {
 	conns        []net.Conn
 	hole         *sync.RWMutex // of the connections that are made now: nothing passes while it is locked
 	holes        []*sync.RWMutex
+	trips        func(statements []string) // if not nil: is told of each round trip
 }
 
 func newPostgresProxy(target string) (*postgresProxy, error) {
@@ -325,11 +328,46 @@ func (p *postgresProxy) carry(conn net.Conn) {
 	}
 	p.mu.Lock()
 	p.conns = append(p.conns, conn, server)
-	hole := p.hole
+	hole, sent := p.hole, io.Reader(conn)
+	if p.trips != nil {
+		copied, to := io.Pipe()
+		sent = io.TeeReader(conn, to)
+		go readTrips(copied, p.trips)
+	}
 	p.mu.Unlock()
-	go func() { io.Copy(valve{server, hole}, conn); server.Close() }()
+	go func() { io.Copy(valve{server, hole}, sent); server.Close() }()
 	io.Copy(valve{conn, hole}, server)
 	conn.Close()
+}
+
+// readTrips reads what a client sends, and tells what it wants in each round trip: the client waits after a Sync.
+func readTrips(from io.Reader, tell func(statements []string)) {
+	defer io.Copy(io.Discard, from)
+	client := pgproto3.NewBackend(from, nil)
+	if _, err := client.ReceiveStartupMessage(); err != nil {
+		return
+	}
+	_ = client.SetAuthType(pgproto3.AuthTypeSASL)
+	texts, statements := map[string]string{}, []string{}
+	for {
+		message, err := client.Receive()
+		if err != nil {
+			return
+		}
+		switch m := message.(type) {
+		case *pgproto3.SASLInitialResponse:
+			_ = client.SetAuthType(pgproto3.AuthTypeSASLContinue)
+		case *pgproto3.Parse:
+			texts[m.Name] = m.Query
+		case *pgproto3.Bind:
+			statements = append(statements, plainSQL(texts[m.PreparedStatement]))
+		case *pgproto3.Query:
+			tell([]string{m.String})
+		case *pgproto3.Sync:
+			tell(statements)
+			statements = nil
+		}
+	}
 }
 
 // valve is a connection to which nothing passes while the hole is locked.

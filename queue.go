@@ -80,16 +80,16 @@ func commit(q querier) string {
 // tryLock locks the task of a thing for a time, whether it is due or not. If the caller dies,
 // the task is due when the lock ends. errLocked: another has it.
 func tryLock(ctx context.Context, q querier, id string, ttl time.Duration, now time.Time) (task, error) {
-	t := task{ID: id, lockedBy: gonanoid.Must()}
-	err := storeError(q.QueryRow(ctx, `
+	by := gonanoid.Must()
+	was, err := one[struct{ Attempts, Revision int }](ctx, q, `
 		insert into tasks as t (task_id, due_at, locked_by, locked_until) select $1, $3, $2, $4 from `+commit(q)+`
 		on conflict (task_id) do update set locked_by = $2, locked_until = $4
 			where t.locked_until is null or t.locked_until <= $3
-		returning attempts, revision`, id, t.lockedBy, now, now.Add(ttl)).Scan(&t.Attempts, &t.Revision))
+		returning attempts, revision`, id, by, now, now.Add(ttl))
 	if errors.Is(err, errNotFound) {
 		err = errLocked
 	}
-	return t, err
+	return task{id, was.Attempts, was.Revision, by}, err
 }
 
 // lock is tryLock that waits up to lockWait for another to finish. Only the waiting is cut short: a

@@ -278,14 +278,9 @@ func (s *server) registerAgain(ctx context.Context, c caller, reg, _ registratio
 
 // resendAvailableAt is when the address may get another mail.
 func (s *server) resendAvailableAt(ctx context.Context, reg registration) time.Time {
-	at := s.now()
-	for _, l := range mailLimits(reg.Email, reg.Source, s.cfg.ResendCooldown) {
-		var limited problem
-		if errors.As(s.store.peek(ctx, s.now(), l), &limited) {
-			at = s.now().Add(limited.Wait)
-		}
-	}
-	return at.UTC().Truncate(time.Second)
+	var limited problem
+	_ = errors.As(s.store.peek(ctx, s.now(), mailLimits(reg.Email, reg.Source, s.cfg.ResendCooldown)...), &limited)
+	return s.now().Add(limited.Wait).UTC().Truncate(time.Second)
 }
 
 type resendIn struct {

@@ -62,7 +62,7 @@ func (st *store) addRegistration(ctx context.Context, c caller, reg registration
 				'queued', $13, $14, $15, $16, nullif($17, ''))`,
 			reg.ID, reg.Email, reg.Username, reg.FirstName, reg.LastName, reg.Phone, reg.TokenHash, reg.ExpiresAt, now,
 			c.Address, c.UserAgent, reg.Locale, reg.Source, reg.Role, reg.NetworkID, reg.StationID, reg.CreatedBy)
-		if tx.exec(`select from users where deleted_at is null
+		if tx.changed(`select from users where deleted_at is null
 				and (lower(email) = lower($1) or lower(username) in (lower($1), lower($2)))`, reg.Email, reg.Username) > 0 {
 			tx.check(errConflict)
 		}
@@ -131,7 +131,7 @@ func (st *store) endRegistration(ctx context.Context, c caller, t task, reg regi
 			update user_registrations set status = $2, ended_at = $3, user_id = null, mail_state = 'sent',
 				email = '', username = '', first_name = null, last_name = null, phone = null, ip_address = null, user_agent = null
 			where registration_id = $1`, reg.ID, to, now)
-		if tx.exec(`delete from users where user_id = $1`, reg.UserID) == 1 { // else it never came as far as R3
+		if tx.changed(`delete from users where user_id = $1`, reg.UserID) == 1 { // else it never came as far as R3
 			tx.audit(c, now, entry{Action: "user.remove", Target: string(reg.UserID), Network: reg.NetworkID,
 				Details: map[string]any{"registration_id": reg.ID}})
 		}
@@ -215,7 +215,7 @@ func (st *store) requestResend(ctx context.Context, c caller, email string, cfg 
 		queued := err == nil && limited == nil
 		if queued {
 			tx.check(enqueue(ctx, tx, now, string(reg.ID))) // first, as all lock the task before the registration
-			queued = tx.exec(`
+			queued = tx.changed(`
 				update user_registrations set mail_state = 'queued', resend_count = resend_count + 1, expires_at = $2
 				where registration_id = $1 and status = 'pending'`, reg.ID, now.Add(cfg.lifetime(reg.Source))) == 1
 		}
@@ -249,13 +249,14 @@ func (st *store) mailRefused(ctx context.Context, c caller, reg registration, co
 	givenUp bool, err error) {
 	err = st.tx(ctx, func(tx *txn) {
 		tx.check(refund(ctx, tx, mailLimits(reg.Email, reg.Source, cooldown)...))
-		tx.check(tx.QueryRow(ctx, `
+		mail, err := one[struct{ GivenUp bool }](ctx, tx, `
 			update user_registrations set mail_refused_at = coalesce(mail_refused_at, $2),
 				mail_state = case when mail_refused_at <= $3
 					and mail_refused_at < (select max(mailed_at) from user_registrations) then 'failed' else 'queued' end
 			where registration_id = $1 and status = 'pending'
-			returning mail_state = 'failed'`, reg.ID, now, now.Add(-refusalTime)).Scan(&givenUp))
-		if givenUp {
+			returning mail_state = 'failed'`, reg.ID, now, now.Add(-refusalTime))
+		tx.check(err)
+		if givenUp = mail.GivenUp; givenUp {
 			tx.audit(c, now, entry{Action: "registration.mail", Target: string(reg.ID), Outcome: "failed",
 				Reason: "refused", Network: reg.NetworkID})
 		}

@@ -78,16 +78,26 @@ type lastAnswer struct {
 func (st *store) rotate(
 	ctx context.Context, t task, hash string, next tokenResponse, now time.Time, a lastAnswer,
 ) error {
-	return st.locked(ctx, t, func(tx *txn) {
-		if tx.exec(`
-			with s as (
-				update sessions set last_used_at = $4, expires_at = $5 where session_id = $1 and ended_at is null
+	return st.tx(ctx, func(tx *txn) {
+		was, err := one[struct{ Locked, Live bool }](ctx, tx, `
+			with lock as (delete from tasks where task_id = $6 and locked_by = $7 returning task_id),
+			s as (
+				update sessions set last_used_at = $4, expires_at = $5 from lock where session_id = $1 and ended_at is null
 				returning session_id),
 			used as (
-				update refresh_tokens set used_at = $4 where token_hash = $2 and used_at is null
-				returning session_id)
-			insert into refresh_tokens (token_hash, session_id) select $3, session_id from s join used using (session_id)`,
-			next.SessionID, hash, digest(next.RefreshToken), now, next.expiry(now)) == 0 {
+				update refresh_tokens t set used_at = $4 from s where t.session_id = s.session_id and token_hash = $2
+					and used_at is null
+				returning t.session_id),
+			next as (
+				insert into refresh_tokens (token_hash, session_id) select $3, session_id from used returning session_id)
+			select exists (select from lock), exists (select from next)`,
+			next.SessionID, hash, digest(next.RefreshToken), now, next.expiry(now), t.ID, t.lockedBy)
+		switch {
+		case err != nil:
+			tx.check(err)
+		case !was.Locked:
+			tx.check(errLocked)
+		case !was.Live:
 			tx.check(errNotFound)
 		}
 		tx.exec(`
@@ -98,7 +108,6 @@ func (st *store) rotate(
 					else least(answer_until, used_at + $6::interval) end
 			where session_id = $1 and (answer is not null or token_hash = $2)`,
 			next.SessionID, a.TokenHash, a.Sealed, now, next.expiry(now), a.Grace)
-		tx.check(finish(ctx, tx, t, never))
 	})
 }
 

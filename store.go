@@ -90,6 +90,17 @@ type statementTimeout time.Duration
 
 type cancelKey struct{}
 
+// A batch is bounded as one statement.
+func (d statementTimeout) TraceBatchStart(ctx context.Context, c *pgx.Conn, _ pgx.TraceBatchStartData) context.Context {
+	return d.TraceQueryStart(ctx, c, pgx.TraceQueryStartData{})
+}
+
+func (d statementTimeout) TraceBatchEnd(ctx context.Context, c *pgx.Conn, _ pgx.TraceBatchEndData) {
+	d.TraceQueryEnd(ctx, c, pgx.TraceQueryEndData{})
+}
+
+func (statementTimeout) TraceBatchQuery(context.Context, *pgx.Conn, pgx.TraceBatchQueryData) {}
+
 // TraceQueryStart returns the context that the driver uses for the statement.
 func (d statementTimeout) TraceQueryStart(ctx context.Context, _ *pgx.Conn, _ pgx.TraceQueryStartData) context.Context {
 	ctx, cancel := context.WithTimeout(ctx, time.Duration(d))
@@ -156,7 +167,6 @@ func (st *store) ping(ctx context.Context) error {
 type querier interface {
 	Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error)
 	Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error)
-	QueryRow(ctx context.Context, sql string, args ...any) pgx.Row
 }
 
 // one returns the single row of a query as a T, its columns in the order of T's fields,
@@ -167,17 +177,22 @@ func one[T any](ctx context.Context, q querier, sql string, args ...any) (T, err
 	return row, storeError(err)
 }
 
-// txn is a transaction of store.tx. Its first error rolls it back, and neither exec nor audit
-// does anything after that: so a change reads as the list of what it writes.
+// txn is a transaction of store.tx. A change reads as the list of what it writes: statements wait until the outcome of
+// one is asked for, or until the commit, and go out together (PostgreSQL's pipeline). So a transaction costs as many
+// round trips as it has questions, and one. Its first error rolls it back, and nothing is written after that.
 type txn struct {
-	pgx.Tx
+	conn    *pgxpool.Conn
 	ctx     context.Context
+	waiting *pgx.Batch
 	err     error
-	entries []auditEntry // written in it
+	entries []*auditEntry // written in it
 }
 
-// exec runs a statement and returns how many rows it has changed.
-func (tx *txn) exec(sql string, args ...any) int64 {
+// exec writes something.
+func (tx *txn) exec(sql string, args ...any) { tx.waiting.Queue(sql, args...) }
+
+// changed is exec that asks how many rows there were.
+func (tx *txn) changed(sql string, args ...any) int64 {
 	tag, err := tx.Exec(tx.ctx, sql, args...)
 	tx.check(err)
 	return tag.RowsAffected()
@@ -187,20 +202,56 @@ func (tx *txn) exec(sql string, args ...any) int64 {
 func (tx *txn) check(err error) { tx.err = cmp.Or(tx.err, err) }
 
 func (tx *txn) Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error) {
-	if tx.err != nil {
-		return pgconn.CommandTag{}, tx.err
+	rows, _ := tx.Query(ctx, sql, args...)
+	rows.Close()
+	return rows.CommandTag(), rows.Err()
+}
+
+// Query sends what waits, and the statement with it.
+func (tx *txn) Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error) {
+	sent := tx.waiting
+	tx.waiting = new(pgx.Batch)
+	before := sent.QueuedQueries
+	sent.Queue(sql, args...)
+	results := tx.conn.SendBatch(ctx, sent)
+	for _, q := range before {
+		if q.Fn == nil {
+			q.Fn = func(r pgx.BatchResults) error { _, err := r.Exec(); return err }
+		}
+		tx.check(q.Fn(results))
 	}
-	return tx.Tx.Exec(ctx, sql, args...)
+	rows, err := results.Query()
+	return lastRows{rows, results}, err
+}
+
+// lastRows are those of the last statement that was sent: the connection is free when they are closed.
+type lastRows struct {
+	pgx.Rows
+	sent pgx.BatchResults
+}
+
+func (r lastRows) Close() {
+	r.Rows.Close()
+	_ = r.sent.Close() // an error is that of a statement, which was read
 }
 
 // tx runs f in a transaction. The audit entries that f writes are logged after the commit, so that
 // there is evidence outside the database, and nothing that was rolled back. If the process dies in
 // between, an entry has no line. The request id comes from the context.
 func (st *store) tx(ctx context.Context, f func(tx *txn)) error {
-	tx := txn{ctx: ctx}
-	err := pgx.BeginFunc(ctx, st.pool, func(begun pgx.Tx) error {
-		tx.Tx = begun
-		f(&tx)
+	tx := txn{ctx: ctx, waiting: new(pgx.Batch)}
+	err := st.pool.AcquireFunc(ctx, func(conn *pgxpool.Conn) error {
+		tx.conn = conn
+		tx.exec(`begin`)
+		if f(&tx); tx.err == nil {
+			tag, err := tx.Exec(ctx, `commit`)
+			if tx.check(err); tag.String() == "ROLLBACK" { // an error that nobody has checked
+				tx.check(pgx.ErrTxCommitRollback)
+			}
+		}
+		if tx.err != nil && conn.Conn().PgConn().TxStatus() != 'I' {
+			_, _ = conn.Exec(ctx, `rollback`) // the pool closes a connection that is left in a transaction
+		}
 		return tx.err
 	})
 	if err != nil {
@@ -220,7 +271,7 @@ func (st *store) tx(ctx context.Context, f func(tx *txn)) error {
 // locked is tx in which the caller's lock of a task can't become another's. It returns errLocked.
 func (st *store) locked(ctx context.Context, t task, f func(tx *txn)) error {
 	return st.tx(ctx, func(tx *txn) {
-		if tx.exec(`select from tasks where task_id = $1 and locked_by = $2 for update`, t.ID, t.lockedBy) == 0 {
+		if tx.changed(`select from tasks where task_id = $1 and locked_by = $2 for update`, t.ID, t.lockedBy) == 0 {
 			tx.check(errLocked)
 		}
 		f(tx)

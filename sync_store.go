@@ -192,7 +192,7 @@ func (st *store) beginSync(ctx context.Context, c caller, dryRun bool, now time.
 // saveSync records a full pass's progress, or its end, which is audited.
 func (st *store) saveSync(ctx context.Context, run syncRun) error {
 	return st.tx(ctx, func(tx *txn) {
-		saved := tx.exec(`
+		saved := tx.changed(`
 			update sync_runs set checked = $2, total = $3, differences = $4, detail = $5, status = $6, ended_at = $7
 			where sync_id = $1 and status = 'running'`,
 			run.ID, run.Checked, run.Total, run.Differences, run.Detail, run.Status, run.EndedAt)

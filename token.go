@@ -30,7 +30,8 @@ import (
 const (
 	maxToken       = 32 << 10         // bytes; the server reads no longer header
 	tokenLeeway    = 30 * time.Second // between Keycloak's clock and ours, for exp, nbf and iat
-	verifiedTokens = 10_000           // remembered, with their claims: about 5 MB
+	verifiedTokens = 10_000           // remembered, with whom they speak for: about 5 MB
+	maxRemembered  = 512              // bytes of that; a token with more is verified each time
 	verifiedFor    = 60 * time.Second
 	keyInterval    = 30 * time.Second // between two fetches of the keys, unless a token asks for one
 	keyPause       = 10 * time.Second // between two fetches whatever arrives
@@ -98,6 +99,11 @@ type principal struct {
 	Roles     []string
 	NetworkID string // "" = none, which is in nobody's scope
 	StationID string
+}
+
+// size is how many bytes its texts have.
+func (p principal) size() int {
+	return len(string(p.UserID) + p.Subject + p.SessionID + strings.Join(p.Roles, "") + p.NetworkID + p.StationID)
 }
 
 func (p principal) is(role string) bool { return slices.Contains(p.Roles, role) }
@@ -314,7 +320,9 @@ func (v *verifier) verifySigned(ctx context.Context, token string) (t verifiedTo
 	if ends := c.Expiry.Time().Add(tokenLeeway); ends.Before(t.until) {
 		t.until = ends
 	}
-	keys.verified.Add(sum, t)
+	if t.size() <= maxRemembered {
+		keys.verified.Add(sum, t)
+	}
 	return t, nil
 }
 

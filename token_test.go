@@ -719,7 +719,7 @@ func TestMe(t *testing.T) {
 }
 
 // fuzzed is a verifier without Keycloak, and the key and the claims of tokens that it accepts.
-func fuzzed(f *testing.F) (v *verifier, key *rsa.PrivateKey, head, claims body) {
+func fuzzed(f testing.TB) (v *verifier, key *rsa.PrivateKey, head, claims body) {
 	f.Helper()
 	v = idle(f, slog.New(slog.DiscardHandler), nil).verifier
 	key = newKey()
@@ -730,6 +730,25 @@ func fuzzed(f *testing.F) (v *verifier, key *rsa.PrivateKey, head, claims body) 
 	v.revoked.add(time.Now())
 	return v, key, body{"alg": "RS256", "kid": "known"}, body{"iss": v.issuer, "typ": "Bearer", "azp": v.client, "sub": "s", "user_id": "u",
 		"roles": []string{"user"}, "iat": time.Now().Unix(), "exp": time.Now().Unix() + 3600}
+}
+
+// What is remembered of tokens is bounded in bytes: one with much to remember is good each time, and verified each time.
+func TestTokensRemembered(t *testing.T) {
+	v, key, head, claims := fuzzed(t)
+	for _, c := range []struct {
+		network    string
+		remembered bool
+	}{{strings.Repeat("n", 255), true}, {strings.Repeat("n", 8<<10), false}} {
+		token := forge(key, head, changed(claims, body{"network_id": c.network}))
+		for range 2 {
+			if p, err := v.verify(t.Context(), token); err != nil || p.NetworkID != c.network {
+				t.Error(p, err)
+			}
+		}
+		if got := v.keys.Load().verified.Contains(sha256.Sum256([]byte(token))); got != c.remembered {
+			t.Errorf("a network of %d bytes: remembered is %v", len(c.network), got)
+		}
+	}
 }
 
 // FuzzToken has no text that is accepted: nobody but the realm can sign one.
