@@ -152,7 +152,7 @@ func (s *server) openSession(
 // user is reconciled and the tokens are exchanged.
 func (s *server) matching(ctx context.Context, token *oauth2.Token, u user) (*oauth2.Token, error) {
 	claims, err := readClaims(token.AccessToken)
-	if err != nil || claims.match(u) {
+	if err != nil || claims.UserID == u.ID && !u.revocation().revokes(claims.principal()) {
 		return token, err
 	}
 	if err := s.doNow(ctx, kcTask(u.KeycloakID)); err != nil && !errors.Is(err, errConflict) {

@@ -13,6 +13,7 @@ func TestRoundTrips(t *testing.T) {
 	w := uncheckedEnv(t, map[string]string{"JOB_INTERVAL": "0"})
 	var mu sync.Mutex
 	var trips [][]string
+	w.pg.mu.Lock()
 	w.pg.trips = func(statements []string) {
 		mu.Lock()
 		defer mu.Unlock()
@@ -21,6 +22,7 @@ func TestRoundTrips(t *testing.T) {
 			trips = append(trips, statements)
 		}
 	}
+	w.pg.mu.Unlock()
 	var err error
 	if w.url, err = w.start(t.Context()); err != nil {
 		t.Fatal(err)

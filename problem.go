@@ -53,7 +53,7 @@ func newProblem(status int, slug, title, detail string) problem {
 var (
 	problemInvalidRequest = newProblem(400, "invalid-request", "Invalid request", "Some fields are wrong.")
 	problemInvalidToken   = newProblem(400, "invalid-token", "Invalid link or token",
-		"This link is not valid. It may be incomplete or belong to a newer mail.")
+		"This link is not valid. It may be incomplete, or too old.")
 	problemSignInIncomplete = newProblem(400, "sign-in-incomplete", "Sign-in not completed",
 		"The sign-in did not come to an end. Please try again.")
 	problemInvalidCode        = newProblem(400, "invalid-code", "Wrong code", "The e-mail address or the code is wrong.")

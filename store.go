@@ -240,9 +240,9 @@ func (r lastRows) Close() {
 // between, an entry has no line. The request id comes from the context.
 func (st *store) tx(ctx context.Context, f func(tx *txn)) error {
 	tx := txn{ctx: ctx, waiting: new(pgx.Batch)}
+	tx.waiting.Queue(`begin`)
 	err := st.pool.AcquireFunc(ctx, func(conn *pgxpool.Conn) error {
 		tx.conn = conn
-		tx.exec(`begin`)
 		if f(&tx); tx.err == nil {
 			tag, err := tx.Exec(ctx, `commit`)
 			if tx.check(err); tag.String() == "ROLLBACK" { // an error that nobody has checked

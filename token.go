@@ -119,11 +119,6 @@ func (c tokenClaims) principal() principal {
 	return p
 }
 
-// match tells whether the claims are what is true of u.
-func (c tokenClaims) match(u user) bool {
-	return c.UserID == u.ID && !u.revocation().revokes(c.principal())
-}
-
 // verifier checks access tokens with the realm's keys, without asking anybody. The keys are fetched by one loop
 // (keepKeys); they outlive Keycloak's absence.
 type verifier struct {

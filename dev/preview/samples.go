@@ -90,7 +90,7 @@ func refusals(requestID string) (samples []Sample) {
 		{"verification-cancelled", "Registration cancelled", 410,
 			"This registration was cancelled."},
 		{"invalid-token", "Invalid link or token", 400,
-			"This link is not valid. It may be incomplete or belong to a newer mail."},
+			"This link is not valid. It may be incomplete, or too old."},
 		{"too-many-attempts", "Too many attempts", 429,
 			"The code was entered wrongly too often. The link in the mail still works, or ask for a new mail."},
 		{"resend-limit", "Too many mails", 429, "No more mails can be sent for this registration or address today."},
