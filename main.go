@@ -204,7 +204,7 @@ type server struct {
 	origins         *http.CrossOriginProtection // from which the cookie is taken
 	metrics         *metrics
 	now             func() time.Time                               // a field, so that a test can move it
-	openAPIDocument func() ([]byte, error)                         // made when it is asked for: that takes longer than the start
+	openAPIDocument func() ([]byte, error)                         // made when it is asked for
 	handle          func(context.Context, task) (time.Time, error) // does the work of a task: handleTask
 	wake            chan struct{}                                  // a worker may find something due
 	dropWarned      minutely                                       // about refusals that are not audited

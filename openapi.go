@@ -269,7 +269,8 @@ func swaggerUI(cfg config) http.HandlerFunc {
 	_ = templates.SwaggerUI(cfg.AuthClientID).Render(context.Background(), &page) // into memory
 	files := http.StripPrefix("/swagger-ui/", statigz.FileServer(static.FS))
 	afterSignIn := recorder{header: http.Header{}}
-	files.ServeHTTP(&afterSignIn, &http.Request{Method: http.MethodGet, URL: &url.URL{Path: "/swagger-ui/oauth2-redirect.html"}})
+	files.ServeHTTP(&afterSignIn,
+		&http.Request{Method: http.MethodGet, URL: &url.URL{Path: "/swagger-ui/oauth2-redirect.html"}})
 	hashes := func(element string) (all string) {
 		inline := regexp.MustCompile(`(?s)<` + element + `>(.*?)</` + element + `>`)
 		for _, m := range inline.FindAllSubmatch(append(page.Bytes(), afterSignIn.Bytes()...), -1) {

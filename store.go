@@ -90,7 +90,7 @@ type statementTimeout time.Duration
 
 type cancelKey struct{}
 
-// A batch is bounded as one statement.
+// TraceBatchStart bounds a batch like one statement.
 func (d statementTimeout) TraceBatchStart(ctx context.Context, c *pgx.Conn, _ pgx.TraceBatchStartData) context.Context {
 	return d.TraceQueryStart(ctx, c, pgx.TraceQueryStartData{})
 }
@@ -202,6 +202,9 @@ func (tx *txn) changed(sql string, args ...any) int64 {
 func (tx *txn) check(err error) { tx.err = cmp.Or(tx.err, err) }
 
 func (tx *txn) Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error) {
+	if tx.err != nil {
+		return pgconn.CommandTag{}, tx.err
+	}
 	rows, _ := tx.Query(ctx, sql, args...)
 	rows.Close()
 	return rows.CommandTag(), rows.Err()

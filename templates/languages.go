@@ -34,7 +34,7 @@ var embedded embed.FS
 
 // loadLanguages reads the languages of the program, and over them those of dir, an operator's; "" is none.
 func loadLanguages(dir string) (*Languages, error) {
-	l := &Languages{codes: []string{"en"}, sentences: map[string]map[string]string{"en": {}}}
+	l := &Languages{codes: []string{"en"}, sentences: map[string]map[string]string{"en": {"English": "English"}}}
 	ours, _ := fs.Sub(embedded, "languages")
 	err := l.read(ours)
 	if dir != "" {
@@ -101,7 +101,7 @@ func (l *Languages) Codes() []string { return slices.Clone(l.codes) }
 
 // native is the name of a language in itself: its translation of "English".
 func (l *Languages) native(code string) string {
-	return cmp.Or(l.sentences[code]["English"], map[string]string{"en": "English"}[code], code)
+	return cmp.Or(l.sentences[code]["English"], code)
 }
 
 // direction is the dir attribute of a page in a language.
