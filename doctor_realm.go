@@ -511,15 +511,17 @@ func (a *adminAPI) writeServiceRoles(ctx context.Context, account map[string]any
 		}
 		return id
 	}
-	path := "/users/" + id(live["users"], nameOf(account)) +
-		"/role-mappings/clients/" + id(live["clients"], "realm-management")
-	for list, method := range map[string]string{"/available": "POST", "": "DELETE"} { // in any order
-		var roles []any
-		a.call(ctx, "GET", path+list, nil, &roles)
-		for _, role := range objects(roles) {
-			if slices.Contains(needed, role["name"]) == (method == "POST") {
-				a.call(ctx, method, path, []any{role}, nil)
-			}
+	client := "/clients/" + id(live["clients"], "realm-management")
+	path := "/users/" + id(live["users"], nameOf(account)) + "/role-mappings" + client
+	var roles, granted []any
+	a.call(ctx, "GET", client+"/roles", nil, &roles) // not …/available: while a realm is being deleted, that fails
+	a.call(ctx, "GET", path, nil, &granted)
+	for _, role := range objects(roles) {
+		switch should, has := slices.Contains(needed, role["name"]), id(granted, nameOf(role)) != ""; {
+		case should && !has:
+			a.call(ctx, "POST", path, []any{role}, nil)
+		case has && !should:
+			a.call(ctx, "DELETE", path, []any{role}, nil)
 		}
 	}
 }

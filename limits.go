@@ -1,11 +1,14 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"math"
 	"strings"
 	"time"
+
+	"github.com/jackc/pgx/v5"
 )
 
 // limit is at most N of something in a window that begins with the first. docs/security.md has the table
@@ -102,23 +105,34 @@ func mailLimits(email, source string, cooldown time.Duration) []rateLimit {
 	return []rateLimit{mailsOfCooldown.within(cooldown).of(mailbox(email)), mailDay(email, source)}
 }
 
-// hit counts one hit, exactly, over all instances. Over the limit it counts nothing and returns the limit's
-// problem with the time until the window ends.
-func hit(ctx context.Context, q querier, l rateLimit, now time.Time) error {
-	if l.Window <= 0 {
-		return nil
+// hit counts one hit of each limit, exactly, over all instances. Over a limit it returns the limit's problem with the
+// time until the window ends: then nothing is to be counted, of several limits by a transaction that is rolled back.
+func hit(ctx context.Context, q querier, now time.Time, limits ...rateLimit) error {
+	keys, most, ends := []string{}, []int{}, []time.Time{}
+	for _, l := range limits {
+		if l.Window > 0 {
+			keys, most, ends = append(keys, l.Key), append(most, l.N), append(ends, now.Add(l.Window))
+		}
 	}
-	is, err := one[struct {
+	rows, _ := q.Query(ctx, `
+		insert into rate_limits as r (key, hits, resets_at)
+		select key, 1, resets_at from unnest($1::text[], $3::timestamptz[]) as l (key, resets_at) order by key -- as all lock
+		on conflict (key) do update set
+			hits = case when r.resets_at <= $4 then 1 else least(r.hits, ($2::int[])[array_position($1, r.key)]) + 1 end,
+			resets_at = case when r.resets_at <= $4 then excluded.resets_at else r.resets_at end
+		returning key, hits, resets_at`, keys, most, ends, now)
+	reached, err := pgx.CollectRows(rows, pgx.RowToStructByPos[struct {
+		Key    string
 		Hits   int
 		Resets time.Time
-	}](ctx, q, `
-		insert into rate_limits as r (key, hits, resets_at) values ($1, 1, $2)
-		on conflict (key) do update set
-			hits = case when r.resets_at <= $3 then 1 else least(r.hits + 1, $4 + 1) end,
-			resets_at = case when r.resets_at <= $3 then excluded.resets_at else r.resets_at end
-		returning hits, resets_at`, l.Key, now.Add(l.Window), now, l.N)
-	if err == nil && is.Hits > l.N {
-		err = l.Problem.retryAfter(is.Resets.Sub(now))
+	}])
+	err = storeError(err)
+	for _, l := range limits {
+		for _, is := range reached {
+			if is.Key == l.Key && is.Hits > l.N {
+				err = cmp.Or(err, error(l.Problem.retryAfter(is.Resets.Sub(now))))
+			}
+		}
 	}
 	return err
 }
@@ -126,13 +140,9 @@ func hit(ctx context.Context, q querier, l rateLimit, now time.Time) error {
 // hit counts one hit of each limit, or none if one is over.
 func (st *store) hit(ctx context.Context, now time.Time, limits ...rateLimit) error {
 	if len(limits) == 1 {
-		return hit(ctx, st.pool, limits[0], now)
+		return hit(ctx, st.pool, now, limits...)
 	}
-	return st.tx(ctx, func(tx *txn) {
-		for _, l := range limits {
-			tx.check(hit(ctx, tx, l, now))
-		}
-	})
+	return st.tx(ctx, func(tx *txn) { tx.check(hit(ctx, tx, now, limits...)) })
 }
 
 // hitAddress counts the mail addresses that a client asks something for: each once an hour.

@@ -201,7 +201,7 @@ func startPrometheus(t testing.TB, target string) (api func(path string, data an
 	}
 	rules, _ := filepath.Abs("deploy/prometheus-rules.yaml")
 	dir, addr, log := t.TempDir(), fmt.Sprintf("127.0.0.1:%d", stack.FreePort()), new(buffer)
-	config := fmt.Sprintf(`{global: {scrape_interval: 250ms, scrape_timeout: 250ms, evaluation_interval: 500ms}, rule_files: [%q],
+	config := fmt.Sprintf(`{global: {scrape_interval: 1500ms, scrape_timeout: 1500ms, evaluation_interval: 500ms}, rule_files: [%q],
 		scrape_configs: [{job_name: auth-service, static_configs: [{targets: [%q]}]}]}`, rules, target)
 	if err := os.WriteFile(dir+"/prometheus.yml", []byte(config), 0o600); err != nil {
 		t.Fatal(err)

@@ -216,9 +216,9 @@ func (n node) String() string {
 	return text
 }
 
-// scans adds the tables that were read from end to end; an empty month is.
+// scans adds the tables that were read from end to end; a month that has just begun may be.
 func (n node) scans(found map[string]bool) {
-	if n.Type == "Seq Scan" && n.Hit+n.Read > 10 && seeded.MatchString(n.Relation) {
+	if n.Type == "Seq Scan" && n.Hit+n.Read > pageBlocks && seeded.MatchString(n.Relation) {
 		found[n.Relation] = true
 	}
 	for _, child := range n.Plans {

@@ -81,28 +81,42 @@ func commit(q querier) string {
 // the task is due when the lock ends. errLocked: another has it.
 func tryLock(ctx context.Context, q querier, id string, ttl time.Duration, now time.Time) (task, error) {
 	by := gonanoid.Must()
-	was, err := one[struct{ Attempts, Revision int }](ctx, q, `
-		insert into tasks as t (task_id, due_at, locked_by, locked_until) select $1, $3, $2, $4 from `+commit(q)+`
-		on conflict (task_id) do update set locked_by = $2, locked_until = $4
-			where t.locked_until is null or t.locked_until <= $3
-		returning attempts, revision`, id, by, now, now.Add(ttl))
+	was, err := one[struct{ Attempts, Revision int }](ctx, q, lockSQL(commit(q)), id, by, now, now.Add(ttl))
 	if errors.Is(err, errNotFound) {
 		err = errLocked
 	}
 	return task{id, was.Attempts, was.Revision, by}, err
 }
 
-// lock is tryLock that waits up to lockWait for another to finish. Only the waiting is cut short: a
+// lockSQL locks a task, if there is a row to lock it for.
+func lockSQL(from string) string {
+	return `
+		insert into tasks as t (task_id, due_at, locked_by, locked_until) select $1, $3, $2, $4 from ` + from + `
+		on conflict (task_id) do update set locked_by = $2, locked_until = $4
+			where t.locked_until is null or t.locked_until <= $3
+		returning attempts, revision`
+}
+
+// lock is tryLock that waits for another to finish.
+func (st *store) lock(ctx context.Context, id string, ttl time.Duration, now func() time.Time) (t task, err error) {
+	err = patiently(ctx, func() error {
+		t, err = tryLock(ctx, st.pool, id, ttl, now())
+		return err
+	})
+	return t, err
+}
+
+// patiently tries something anew, for up to lockWait, while another has the lock. Only the waiting is cut short: a
 // statement that was sent may still lock.
-func (st *store) lock(ctx context.Context, id string, ttl time.Duration, now func() time.Time) (task, error) {
+func patiently(ctx context.Context, try func() error) error {
 	for end := time.Now().Add(lockWait); ; {
-		t, err := tryLock(ctx, st.pool, id, ttl, now())
+		err := try()
 		if !errors.Is(err, errLocked) || time.Now().After(end) {
-			return t, err
+			return err
 		}
 		select {
 		case <-ctx.Done():
-			return t, err
+			return err
 		case <-time.After(25 * time.Millisecond):
 		}
 	}
@@ -134,28 +148,25 @@ func (st *store) extend(ctx context.Context, t task, now time.Time) error {
 // finish ends the lock of a task that was done: it is due again at next, or never. Work that
 // was enqueued meanwhile stays due. A lock that has become another's is left alone.
 func finish(ctx context.Context, q querier, t task, next time.Time) error {
-	if next.IsZero() {
-		tag, err := q.Exec(ctx, `delete from tasks using `+commit(q)+`
-			where task_id = $1 and locked_by = $2 and revision = $3`,
-			t.ID, t.lockedBy, t.Revision)
-		if err != nil || tag.RowsAffected() == 1 {
-			return storeError(err)
-		}
-	}
-	return endLock(ctx, q, t, 0, "", next)
+	return endLock(ctx, q, t, next.IsZero(), 0, "", next)
 }
 
-// endLock ends a lock. The task is due at a time, or sooner if it was enqueued meanwhile; never: as it was.
-func endLock(ctx context.Context, q querier, t task, attempts int, lastError string, due time.Time) error {
+// endLock ends a lock. The task goes if it is over and was not enqueued meanwhile. Else it is due at a time, or sooner
+// if it was enqueued meanwhile; never: as it was.
+func endLock(ctx context.Context, q querier, t task, over bool, attempts int, lastError string, due time.Time) error {
 	var at any // null: as it was
 	if !due.IsZero() {
 		at = due
 	}
 	_, err := q.Exec(ctx, `
+		with gone as (
+			delete from tasks using `+commit(q)+`
+			where task_id = $1 and locked_by = $2 and revision = $3 and $7 returning task_id)
 		update tasks set locked_by = null, locked_until = null, attempts = $4, last_error = $5,
 			revision = greatest(revision, 1), -- the row is a task from now on, and not only a lock
 			due_at = case when revision = $3 then coalesce($6, due_at) else least(due_at, $6) end
-		from `+commit(q)+` where task_id = $1 and locked_by = $2`, t.ID, t.lockedBy, t.Revision, attempts, lastError, at)
+		from `+commit(q)+` where task_id = $1 and locked_by = $2 and not exists (select from gone)`,
+		t.ID, t.lockedBy, t.Revision, attempts, lastError, at, over)
 	return storeError(err)
 }
 
@@ -176,11 +187,11 @@ func (s *server) release(ctx context.Context, t task, next time.Time, err error)
 	case err == nil:
 		err = finish(ctx, q, t, next)
 	case p.Status >= 500:
-		err = endLock(ctx, q, t, t.Attempts+1, p.slug(), s.now().Add(retryPause(t.Attempts)))
+		err = endLock(ctx, q, t, false, t.Attempts+1, p.slug(), s.now().Add(retryPause(t.Attempts)))
 	case t.Revision == 0: // it was only a lock
 		err = finish(ctx, q, t, never)
 	default:
-		err = endLock(ctx, q, t, t.Attempts, "", never)
+		err = endLock(ctx, q, t, false, t.Attempts, "", never)
 	}
 	if err != nil {
 		s.log.WarnContext(ctx, "task: lock not released, it will end by itself", "task", t.ID, "error", err)

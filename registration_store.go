@@ -62,15 +62,15 @@ func (st *store) addRegistration(ctx context.Context, c caller, reg registration
 				'queued', $13, $14, $15, $16, nullif($17, ''))`,
 			reg.ID, reg.Email, reg.Username, reg.FirstName, reg.LastName, reg.Phone, reg.TokenHash, reg.ExpiresAt, now,
 			c.Address, c.UserAgent, reg.Locale, reg.Source, reg.Role, reg.NetworkID, reg.StationID, reg.CreatedBy)
-		if tx.changed(`select from users where deleted_at is null
-				and (lower(email) = lower($1) or lower(username) in (lower($1), lower($2)))`, reg.Email, reg.Username) > 0 {
-			tx.check(errConflict)
-		}
+		taken := later[struct{ ID userID }](tx, `select user_id from users where deleted_at is null
+			and (lower(email) = lower($1) or lower(username) in (lower($1), lower($2)))`, reg.Email, reg.Username)
 		if reg.Source == sourceInternal {
 			tx.reset(mailsOfCooldown.of(mailbox(reg.Email))) // it waits for nobody's mail
 		}
 		t, err = tryLock(ctx, tx, string(reg.ID), lockTime, now)
-		tx.check(err)
+		if tx.check(err); len(*taken) > 0 {
+			tx.check(errConflict)
+		}
 		tx.audit(c, now, entry{Action: "registration.begin", Target: string(reg.ID), Network: reg.NetworkID,
 			Details: map[string]any{"source": reg.Source, "role": reg.Role}})
 	})
@@ -185,9 +185,7 @@ func (st *store) markVerified(ctx context.Context, c caller, t task, reg registr
 func (st *store) claimMail(ctx context.Context, c caller, t task, reg registration, resend bool,
 	cooldown time.Duration, now time.Time) error {
 	return st.locked(ctx, t, func(tx *txn) {
-		for _, l := range mailLimits(reg.Email, reg.Source, cooldown) {
-			tx.check(hit(ctx, tx, l, now))
-		}
+		tx.check(hit(ctx, tx, now, mailLimits(reg.Email, reg.Source, cooldown)...))
 		tx.exec(`
 			update user_registrations set mail_state = 'queued', verification_code = $2, expires_at = $3,
 				resend_count = resend_count + $4::boolean::integer

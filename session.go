@@ -131,35 +131,27 @@ func (s *server) refresh(ctx context.Context, c caller, in refreshIn) (refreshOu
 
 // exchange returns the answer to a refresh token, however many ask for it at once.
 func (s *server) exchange(ctx context.Context, c caller, token string) (out tokenResponse, err error) {
-	for {
-		known, err := s.liveToken(ctx, token)
-		if err != nil {
+	for unused := token; ; {
+		t, known, err := s.lockToken(ctx, unused) // F1
+		switch {
+		case err != nil:
 			return out, err
-		}
-		unused := token
-		if known.UsedAt != nil {
-			if out, err = s.answered(ctx, c, known, token); err != nil ||
-				s.now().Before(known.UsedAt.Add(s.cfg.RefreshGrace)) {
-				return out, err
+		case known.UsedAt == nil:
+			if out, err = s.rotate(ctx, c, t, known, unused, token); err != nil {
+				s.release(ctx, t, never, nil)
 			}
-			unused = out.RefreshToken
-			s.log.InfoContext(ctx, "session: answer lost, its refresh token is exchanged", "session", known.Session)
+			return out, err
+		case unused != token: // another has exchanged it
+			unused = token
+			continue
 		}
-		t, err := s.store.lock(ctx, "token:"+digest(unused), rotationLock, s.now) // F1
-		if err != nil {
+		out, err = s.answered(ctx, c, known, token)
+		if err != nil || s.now().Before(known.UsedAt.Add(s.cfg.RefreshGrace)) {
 			return out, err
 		}
-		next, err := s.liveToken(ctx, unused)
-		if err == nil && next.UsedAt == nil {
-			if out, err = s.rotate(ctx, c, t, next, unused, token); err == nil {
-				return out, nil
-			}
-		}
-		s.release(ctx, t, never, nil)
-		if err != nil {
-			return out, err
-		}
-	} // another has exchanged it
+		unused = out.RefreshToken
+		s.log.InfoContext(ctx, "session: answer lost, its refresh token is exchanged", "session", known.Session)
+	}
 }
 
 // answered returns the answer that a used token was given. If that is over, the token is one that was stolen, or that
@@ -183,13 +175,16 @@ func (s *server) answered(
 	return out, problemTokenReused.withTarget(string(known.user.ID))
 }
 
-// liveToken returns what is known of a refresh token, or problemInvalidRefreshToken.
-func (s *server) liveToken(ctx context.Context, token string) (refreshToken, error) {
-	known, err := s.store.refreshToken(ctx, digest(token), s.now())
+// lockToken returns what is known of a refresh token, and its lock if it is unused; or problemInvalidRefreshToken.
+func (s *server) lockToken(ctx context.Context, token string) (t task, known refreshToken, err error) {
+	err = patiently(ctx, func() error {
+		t, known, err = s.store.lockToken(ctx, digest(token), s.now())
+		return err
+	})
 	if errors.Is(err, errNotFound) {
 		err = problemInvalidRefreshToken
 	}
-	return known, err
+	return t, known, err
 }
 
 // rotate asks Keycloak for the next tokens in exchange for an unused one, and keeps its answer, sealed by a key that

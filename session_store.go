@@ -1,10 +1,12 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	gonanoid "github.com/matoous/go-nanoid/v2"
 )
 
 const sessionColumns = `session_id, keycloak_session_id, user_id, ip_address, user_agent, created_at, last_used_at,
@@ -52,13 +54,43 @@ type refreshToken struct {
 	user
 }
 
-// refreshToken returns what is known of a token. errNotFound: it never belonged to a session that lives, or its user
-// is not active; or it was used, and its session has ended in Keycloak since.
+// refreshTokenSQL finds no token that never belonged to a session that lives, nor one whose user is not active, or that
+// was used and whose session has ended in Keycloak since.
+const refreshTokenSQL = `
+	select session_id, used_at, answer, answer_until, u.* from refresh_tokens t join sessions s using (session_id),
+		lateral (select ` + userColumns + ` from users where users.user_id = s.user_id and is_active) u
+	where token_hash = $1 and ended_at is null and (used_at is null or answer_until > $2 or expires_at > $2)`
+
+// refreshToken returns what is known of a token, or errNotFound.
 func (st *store) refreshToken(ctx context.Context, hash string, now time.Time) (refreshToken, error) {
-	return one[refreshToken](ctx, st.pool, `
-		select session_id, used_at, answer, answer_until, u.* from refresh_tokens t join sessions s using (session_id),
-			lateral (select `+userColumns+` from users where users.user_id = s.user_id and is_active) u
-		where token_hash = $1 and ended_at is null and (used_at is null or answer_until > $2 or expires_at > $2)`, hash, now)
+	return one[refreshToken](ctx, st.pool, refreshTokenSQL, hash, now)
+}
+
+// lockToken is refreshToken that locks the token for the caller if it is unused (F1). errLocked: another has it.
+func (st *store) lockToken(ctx context.Context, hash string, now time.Time) (t task, known refreshToken, err error) {
+	t = task{ID: "token:" + hash, lockedBy: gonanoid.Must()}
+	var locked *[]struct{ Attempts, Revision int }
+	var found *[]refreshToken
+	err = st.tx(ctx, func(tx *txn) {
+		locked = later[struct{ Attempts, Revision int }](tx, lockSQL(
+			commit(st.pool)+`, (select from refresh_tokens where token_hash = $5 and used_at is null) unused`),
+			t.ID, t.lockedBy, now, now.Add(rotationLock), hash)
+		found = later[refreshToken](tx, refreshTokenSQL, hash, now) // a statement of its own: it sees what came before
+	})
+	if err != nil {
+		return t, known, err
+	} else if len(*found) == 1 {
+		known = (*found)[0]
+	} else {
+		err = errNotFound
+	}
+	switch mine, unused := len(*locked) == 1, len(*found) == 1 && known.UsedAt == nil; {
+	case mine && !unused: // while this waited it was exchanged, or its session has ended
+		err = cmp.Or(finish(ctx, st.pool, t, never), err)
+	case unused && !mine:
+		err = errLocked
+	}
+	return t, known, err
 }
 
 // session returns one session, ended or not, or errNotFound.
@@ -78,8 +110,9 @@ type lastAnswer struct {
 func (st *store) rotate(
 	ctx context.Context, t task, hash string, next tokenResponse, now time.Time, a lastAnswer,
 ) error {
-	return st.tx(ctx, func(tx *txn) {
-		was, err := one[struct{ Locked, Live bool }](ctx, tx, `
+	var was *[]struct{ Locked, Live bool }
+	err := st.tx(ctx, func(tx *txn) {
+		was = later[struct{ Locked, Live bool }](tx, `
 			with lock as (delete from tasks where task_id = $6 and locked_by = $7 returning task_id),
 			s as (
 				update sessions set last_used_at = $4, expires_at = $5 from lock where session_id = $1 and ended_at is null
@@ -92,23 +125,25 @@ func (st *store) rotate(
 				insert into refresh_tokens (token_hash, session_id) select $3, session_id from used returning session_id)
 			select exists (select from lock), exists (select from next)`,
 			next.SessionID, hash, digest(next.RefreshToken), now, next.expiry(now), t.ID, t.lockedBy)
-		switch {
-		case err != nil:
-			tx.check(err)
-		case !was.Locked:
-			tx.check(errLocked)
-		case !was.Live:
-			tx.check(errNotFound)
-		}
 		tx.exec(`
 			update refresh_tokens set
 				used_at = case when token_hash = $2 then $4 else used_at end,
 				answer = case when token_hash = $2 then $3 else answer end,
 				answer_until = case when token_hash = $2 then greatest($5, $4::timestamptz + $6::interval)
 					else least(answer_until, used_at + $6::interval) end
-			where session_id = $1 and (answer is not null or token_hash = $2)`,
-			next.SessionID, a.TokenHash, a.Sealed, now, next.expiry(now), a.Grace)
+			where session_id = $1 and (answer is not null or token_hash = $2)
+				and exists (select from refresh_tokens where token_hash = $7)`,
+			next.SessionID, a.TokenHash, a.Sealed, now, next.expiry(now), a.Grace, digest(next.RefreshToken))
 	})
+	switch {
+	case err != nil:
+		return err
+	case !(*was)[0].Locked: // nothing has been written
+		return errLocked
+	case !(*was)[0].Live: // the lock is gone
+		return errNotFound
+	}
+	return nil
 }
 
 // sessions returns the live sessions of a user, the latest first.

@@ -179,7 +179,8 @@ func one[T any](ctx context.Context, q querier, sql string, args ...any) (T, err
 
 // txn is a transaction of store.tx. A change reads as the list of what it writes: statements wait until the outcome of
 // one is asked for, or until the commit, and go out together (PostgreSQL's pipeline). So a transaction costs as many
-// round trips as it has questions, and one. Its first error rolls it back, and nothing is written after that.
+// round trips as it has questions (one, changed), and one. Its first error rolls it back, and nothing is written after
+// that.
 type txn struct {
 	conn    *pgxpool.Conn
 	ctx     context.Context
@@ -191,24 +192,37 @@ type txn struct {
 // exec writes something.
 func (tx *txn) exec(sql string, args ...any) { tx.waiting.Queue(sql, args...) }
 
+// Exec is exec, for what is done in the pool, too. How many rows there were is not known yet.
+func (tx *txn) Exec(_ context.Context, sql string, args ...any) (pgconn.CommandTag, error) {
+	tx.exec(sql, args...)
+	return pgconn.CommandTag{}, nil
+}
+
 // changed is exec that asks how many rows there were.
-func (tx *txn) changed(sql string, args ...any) int64 {
-	tag, err := tx.Exec(tx.ctx, sql, args...)
-	tx.check(err)
-	return tag.RowsAffected()
+func (tx *txn) changed(sql string, args ...any) int64 { return tx.ask(sql, args...).RowsAffected() }
+
+func (tx *txn) ask(sql string, args ...any) pgconn.CommandTag {
+	if tx.err != nil {
+		return pgconn.CommandTag{}
+	}
+	rows, _ := tx.Query(tx.ctx, sql, args...)
+	rows.Close()
+	tx.check(rows.Err())
+	return rows.CommandTag()
+}
+
+// later asks for rows that are there after the next question, or after the commit.
+func later[T any](tx *txn, sql string, args ...any) *[]T {
+	found := new([]T)
+	tx.waiting.Queue(sql, args...).Query(func(rows pgx.Rows) (err error) {
+		*found, err = pgx.CollectRows(rows, pgx.RowToStructByPos[T])
+		return err
+	})
+	return found
 }
 
 // check keeps the first error.
 func (tx *txn) check(err error) { tx.err = cmp.Or(tx.err, err) }
-
-func (tx *txn) Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error) {
-	if tx.err != nil {
-		return pgconn.CommandTag{}, tx.err
-	}
-	rows, _ := tx.Query(ctx, sql, args...)
-	rows.Close()
-	return rows.CommandTag(), rows.Err()
-}
 
 // Query sends what waits, and the statement with it.
 func (tx *txn) Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error) {
@@ -247,8 +261,7 @@ func (st *store) tx(ctx context.Context, f func(tx *txn)) error {
 	err := st.pool.AcquireFunc(ctx, func(conn *pgxpool.Conn) error {
 		tx.conn = conn
 		if f(&tx); tx.err == nil {
-			tag, err := tx.Exec(ctx, `commit`)
-			if tx.check(err); tag.String() == "ROLLBACK" { // an error that nobody has checked
+			if tx.ask(`commit`).String() == "ROLLBACK" { // an error that nobody has checked
 				tx.check(pgx.ErrTxCommitRollback)
 			}
 		}
@@ -271,14 +284,19 @@ func (st *store) tx(ctx context.Context, f func(tx *txn)) error {
 	return nil
 }
 
-// locked is tx in which the caller's lock of a task can't become another's. It returns errLocked.
+// locked is tx in which the caller's lock of a task can't become another's. It returns errLocked: PostgreSQL itself
+// fails then, by a division, and does nothing of what is sent along.
 func (st *store) locked(ctx context.Context, t task, f func(tx *txn)) error {
-	return st.tx(ctx, func(tx *txn) {
-		if tx.changed(`select from tasks where task_id = $1 and locked_by = $2 for update`, t.ID, t.lockedBy) == 0 {
-			tx.check(errLocked)
-		}
+	err := st.tx(ctx, func(tx *txn) {
+		tx.exec(`select 1 / count(*) from (select from tasks where task_id = $1 and locked_by = $2 for update) mine`,
+			t.ID, t.lockedBy)
 		f(tx)
 	})
+	var pg *pgconn.PgError
+	if errors.As(err, &pg) && pg.Code == "22012" { // division_by_zero
+		return errLocked
+	}
+	return err
 }
 
 // list reads a page of a list. Its statement has all filters, also those that are not used.

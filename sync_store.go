@@ -134,7 +134,7 @@ func (st *store) takeEvents(ctx context.Context, t task, next syncCursor, events
 			c, entry, worth := events[i].audited(of.User, of.Ours)
 			if worth && entry.Outcome == "refused" { // a flood of them at Keycloak is not one here
 				ofOne, _ := refusalLimits(c, entry)
-				err := hit(ctx, tx, ofOne, now)
+				err := hit(ctx, tx, now, ofOne)
 				if worth = !errors.Is(err, problemTooManyRequests); worth {
 					tx.check(err)
 				}

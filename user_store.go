@@ -84,7 +84,7 @@ func (st *store) requestReset(ctx context.Context, c caller, email string, now t
 	return st.tx(ctx, func(tx *txn) {
 		account, err := accountByLogin(ctx, tx, email, network(clientOf(ctx)), now)
 		tx.check(err)
-		if account.Known && hit(ctx, tx, resetReserve.of(account.ID), now) == nil {
+		if account.Known && hit(ctx, tx, now, resetReserve.of(account.ID)) == nil {
 			tx.reset(resetsADay.of(account.KeycloakID))
 		}
 		u, err := one[user](ctx, tx, `select `+userColumns+` from users
