@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/url"
@@ -85,6 +86,43 @@ func TestReadOnly(t *testing.T) {
 			}
 		}
 	})
+}
+
+// Whoever's lock has become another's changes nothing, in whichever way the driver sends statements, and the
+// connection stays good.
+func TestLostLock(t *testing.T) {
+	t.Parallel()
+	d := newDatabase(t)
+	for _, mode := range []string{"cache_describe", "cache_statement", "exec", "simple_protocol"} {
+		url, _ := url.Parse(d.url)
+		q := url.Query()
+		q.Set("default_query_exec_mode", mode)
+		q.Set("pool_max_conns", "1")
+		url.RawQuery = q.Encode()
+		st, err := openStore(t.Context(), secret(url.String()), d.log)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer st.pool.Close()
+		earlier := func() time.Time { return time.Now().Add(-time.Hour) }
+		lost, err := st.lock(t.Context(), "token:"+mode, time.Minute, earlier)
+		d.must(err)
+		held, err := st.lock(t.Context(), "token:"+mode, time.Minute, time.Now)
+		d.must(err)
+		write := func(tx *txn) { tx.exec(`insert into rate_limits values ($1, 1, now())`, mode) }
+		for range 2 {
+			if err := st.locked(t.Context(), lost, write); !errors.Is(err, errLocked) {
+				t.Errorf("%s: %v", mode, err)
+			}
+		}
+		if got := d.value(`select count(*)::text from rate_limits where key = $1`, mode); got != "0" {
+			t.Errorf("%s: something was written all the same", mode)
+		}
+		d.must(st.locked(t.Context(), held, write))
+		if n := st.pool.Stat().NewConnsCount(); n != 1 {
+			t.Errorf("%s: it took %d connections", mode, n)
+		}
+	}
 }
 
 // servable is a directory that whoever runs PostgreSQL may read and write.

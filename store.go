@@ -287,16 +287,11 @@ func (st *store) tx(ctx context.Context, f func(tx *txn)) error {
 // locked is tx in which the caller's lock of a task can't become another's. It returns errLocked: PostgreSQL itself
 // fails then, by a division, and does nothing of what is sent along.
 func (st *store) locked(ctx context.Context, t task, f func(tx *txn)) error {
-	err := st.tx(ctx, func(tx *txn) {
+	return st.tx(ctx, func(tx *txn) {
 		tx.exec(`select 1 / count(*) from (select from tasks where task_id = $1 and locked_by = $2 for update) mine`,
 			t.ID, t.lockedBy)
 		f(tx)
 	})
-	var pg *pgconn.PgError
-	if errors.As(err, &pg) && pg.Code == "22012" { // division_by_zero
-		return errLocked
-	}
-	return err
 }
 
 // list reads a page of a list. Its statement has all filters, also those that are not used.
@@ -326,6 +321,8 @@ func storeError(err error) error {
 		return err
 	case errors.Is(err, pgx.ErrNoRows):
 		return errNotFound
+	case errors.As(err, &pg) && pg.Code == "22012": // division_by_zero: see locked
+		return errLocked
 	case errors.As(err, &pg) && pg.Code == "23505": // unique_violation; pg.Detail would hold the value
 		if pg.ConstraintName == "one_pending_registration_per_email" {
 			return errRace
