@@ -11,6 +11,7 @@ import (
 	"auth-service/dev/preview"
 
 	cdpnetwork "github.com/chromedp/cdproto/network"
+	"github.com/chromedp/cdproto/target"
 	"github.com/chromedp/chromedp"
 )
 
@@ -302,6 +303,33 @@ func scenarioGerman(b *browser) {
 	b.wants(b.login(email, password), 200, "")
 }
 
+// authorizes signs in at Keycloak, in the window that Swagger UI opens.
+func (b *browser) authorizes() (email string) {
+	email = newEmail()
+	b.account(email)
+	_, err := chromedp.Call(b.ctx, cdpnetwork.SetExtraHTTPHeaders, cdpnetwork.SetExtraHTTPHeadersParams{
+		Headers: cdpnetwork.Headers{}}) // Keycloak's CORS knows no X-Forwarded-For
+	b.must(err)
+	ctx, cancel := context.WithTimeout(b.ctx, time.Minute)
+	defer cancel()
+	opened := chromedp.WaitNewTarget(ctx, func(info *target.Info) bool {
+		return strings.Contains(info.URL, "/protocol/openid-connect/auth")
+	})
+	b.must(chromedp.Do(ctx,
+		chromedp.Click(chromedp.CSS(".auth-wrapper .authorize")),
+		chromedp.Click(chromedp.Search(`//*[@class="auth-container"][.//h4[contains(., "keycloak")]]//button[text()="Authorize"]`))))
+	window, closeWindow := chromedp.NewContext(ctx, chromedp.WithTargetID(<-opened))
+	defer closeWindow()
+	b.must(chromedp.Do(window,
+		chromedp.WaitVisible(chromedp.CSS("[name=password]")),
+		chromedp.SendKeys(chromedp.CSS("[name=username]"), email),
+		chromedp.SendKeys(chromedp.CSS("[name=password]"), password),
+		chromedp.Click(chromedp.CSS("[type=submit]"))))
+	b.must(chromedp.Do(ctx, chromedp.WaitVisible(chromedp.CSS(".auth-wrapper .authorize.locked"))))
+	evaluate[chromedp.Void](b, `document.querySelector(".modal-ux .close-modal")?.click()`)
+	return email
+}
+
 // signsIn fills in Keycloak's page, which needs no scripts.
 func (b *browser) signsIn(email, heading string, texts ...string) {
 	b.Helper()
@@ -409,7 +437,7 @@ func scenarioFrontend(b *browser) {
 // awaits waits until a script shows this text.
 func (b *browser) awaits(text string) {
 	b.Helper()
-	ctx, cancel := context.WithTimeout(b.ctx, time.Minute)
+	ctx, cancel := context.WithTimeout(b.ctx, 15*time.Second)
 	defer cancel()
 	seen := chromedp.Search(fmt.Sprintf(`//main//*[contains(text(), %q)]`, text))
 	if err := chromedp.Do(ctx, chromedp.WaitVisible(seen)); err != nil {
@@ -551,11 +579,25 @@ func scenarioSwaggerUI(b *browser) {
 	if listed := evaluate[int](b, `document.querySelectorAll(".opblock").length`); listed != documented {
 		b.Errorf("it lists %d operations, the document has %d", listed, documented)
 	}
+	email := b.authorizes()
+	defer b.keycloakAdmin("POST", "/users/"+b.keycloakID(email)+"/logout", nil, nil) // PostgreSQL knows nothing of it
+	me := `#operations-Signing_in-me `
+	b.must(chromedp.Do(b.ctx,
+		chromedp.Click(chromedp.CSS(me+".opblock-summary-control")),
+		chromedp.Click(chromedp.CSS(me+".try-out__btn")),
+		chromedp.Click(chromedp.CSS(me+".execute")),
+		chromedp.WaitVisible(chromedp.CSS(me+".live-responses-table .response-col_status"))))
+	b.photograph("1280-signed-in")
+	if got := evaluate[string](b, strings.Replace(status, health, me, 1)); !strings.HasPrefix(got, "200") {
+		b.Errorf("who is signed in is answered with %q", got)
+	}
 	evaluate[chromedp.Void](b, `console.log("the end")`)
 	for m, err := range messages {
 		b.must(err)
 		if m.Text == "the end" {
 			break
+		} else if m.Type == "debug" { // of Chromium itself
+			continue
 		}
 		b.Errorf("console: %s %s %s", m.Type, m.URL, m.Text)
 	}

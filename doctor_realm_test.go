@@ -159,6 +159,7 @@ func TestDoctorClient(t *testing.T) {
 	}
 	const p = "realm.clients[auth-client]."
 	const ready, callback = `"http://localhost:3000/account/*"`, `"http://localhost:3000/auth/callback"`
+	const tried = `"http://localhost:3000/swagger-ui/oauth2-redirect.html"`
 	w.namesAndFixes([]brokenSetting{
 		{"client disabled", w.set(client, "enabled", false), p + "enabled: false → true"},
 		{"confidential", w.set(client, "publicClient", false), p + "publicClient: false → true"},
@@ -167,14 +168,14 @@ func TestDoctorClient(t *testing.T) {
 		{"implicit flow", w.set(client, "implicitFlowEnabled", true), p + "implicitFlowEnabled: true → false"},
 		{"full scope", w.set(client, "fullScopeAllowed", true), p + "fullScopeAllowed: true → false"},
 		{"no callback", w.set(client, "redirectUris", []string{"http://localhost:3000/account/*"}),
-			p + "redirectUris: [" + ready + "] → [" + ready + "," + callback + "]"},
+			p + "redirectUris: [" + ready + "] → [" + ready + "," + callback + "," + tried + "]"},
 		{"no ready page", w.set(client, "redirectUris", []string{"http://localhost:3000/auth/callback"}),
-			p + "redirectUris: [" + callback + "] → [" + callback + "," + ready + "]"},
+			p + "redirectUris: [" + callback + "] → [" + callback + "," + ready + "," + tried + "]"},
 		{"another host", w.set(client, "redirectUris", []string{"http://localhost:3001/*"}),
-			p + `redirectUris: ["http://localhost:3001/*"] → ["http://localhost:3001/*",` + callback + "," + ready + "]"},
+			p + `redirectUris: ["http://localhost:3001/*"] → ["http://localhost:3001/*",` + callback + "," + ready + "," + tried + "]"},
 		{"relative addresses", func() func() {
 			return w.edit(client, func(rep map[string]any) {
-				rep["rootUrl"], rep["redirectUris"] = "http://localhost:3000", []string{"/auth/callback", "/account/*"}
+				rep["rootUrl"], rep["redirectUris"] = "http://localhost:3000", []string{"/auth/callback", "/account/*", "/swagger-ui/*"}
 			})
 		}, ""},
 		{"another name", w.set(client, "name", "Shop"), ""},

@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"maps"
 	"net/http"
-	"net/url"
 	"reflect"
 	"regexp"
 	"slices"
@@ -262,19 +261,17 @@ func (s *server) openAPI(w http.ResponseWriter, r *http.Request) {
 }
 
 // swaggerUI serves Swagger UI under a policy that allows its inline elements by their hashes and nothing else
-// inline. The page is ours: that of swgui needs html/template, which makes the binary larger by a fifth, since the
-// linker can't tell any more which methods are used.
+// inline. The pages are ours: that of swgui needs html/template, which makes the binary larger by a fifth, since the
+// linker can't tell any more which methods are used; and its page after a sign-in lacks its script.
 func swaggerUI(cfg config) http.HandlerFunc {
-	var page bytes.Buffer
+	var page, afterSignIn bytes.Buffer
 	_ = templates.SwaggerUI(cfg.AuthClientID).Render(context.Background(), &page) // into memory
+	_ = templates.SwaggerUIAfterSignIn().Render(context.Background(), &afterSignIn)
 	files := http.StripPrefix("/swagger-ui/", statigz.FileServer(static.FS))
-	afterSignIn := recorder{header: http.Header{}}
-	files.ServeHTTP(&afterSignIn,
-		&http.Request{Method: http.MethodGet, URL: &url.URL{Path: "/swagger-ui/oauth2-redirect.html"}})
 	hashes := func(element string) (all string) {
 		inline := regexp.MustCompile(`(?s)<` + element + `>(.*?)</` + element + `>`)
-		for _, m := range inline.FindAllSubmatch(append(page.Bytes(), afterSignIn.Bytes()...), -1) {
-			sum := sha256.Sum256(m[1])
+		for _, m := range inline.FindAllStringSubmatch(page.String()+afterSignIn.String(), -1) {
+			sum := sha256.Sum256([]byte(m[1]))
 			all += " 'sha256-" + base64.StdEncoding.EncodeToString(sum[:]) + "'"
 		}
 		return all
@@ -284,10 +281,14 @@ func swaggerUI(cfg config) http.HandlerFunc {
 		hashes("script"), hashes("style"), origin(cfg.KeycloakPublicURL))
 	return func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Security-Policy", policy)
-		if path := r.URL.Path; path != "/swagger-ui" && path != "/swagger-ui/" {
+		w.Header().Set("Cross-Origin-Opener-Policy", "unsafe-none") // the window of the sign-in hands over the code
+		switch r.URL.Path {
+		case "/swagger-ui", "/swagger-ui/":
+			respond(w, http.StatusOK, "text/html; charset=utf-8", page.Bytes())
+		case "/swagger-ui/oauth2-redirect.html":
+			respond(w, http.StatusOK, "text/html; charset=utf-8", afterSignIn.Bytes())
+		default:
 			files.ServeHTTP(w, r)
-			return
 		}
-		respond(w, http.StatusOK, "text/html; charset=utf-8", page.Bytes())
 	}
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"net/http"
 	"net/url"
 	"slices"
@@ -88,7 +89,7 @@ func (p principal) satisfies(required url.Values) error {
 	for name, values := range required {
 		switch {
 		case !slices.Contains([]string{"role", "network_id", "station_id"}, name):
-			wrong = append(wrong, fieldError{name, "is not known"})
+			wrong = append(wrong, fieldError{cmp.Or(name, "request"), "is not known"})
 		case name == "role" && slices.ContainsFunc(values, unknown):
 			wrong = append(wrong, fieldError{name, "is not a role"})
 		}

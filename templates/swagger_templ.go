@@ -51,4 +51,35 @@ func SwaggerUI(clientID string) templ.Component {
 	})
 }
 
+// SwaggerUIAfterSignIn is where Keycloak sends the window of the sign-in back to: it hands the code to Swagger UI, which
+// has left there what is to be done with it.
+func SwaggerUIAfterSignIn() templ.Component {
+	return templruntime.GeneratedTemplate(func(templ_7745c5c3_Input templruntime.GeneratedComponentInput) (templ_7745c5c3_Err error) {
+		templ_7745c5c3_W, ctx := templ_7745c5c3_Input.Writer, templ_7745c5c3_Input.Context
+		if templ_7745c5c3_CtxErr := ctx.Err(); templ_7745c5c3_CtxErr != nil {
+			return templ_7745c5c3_CtxErr
+		}
+		templ_7745c5c3_Buffer, templ_7745c5c3_IsBuffer := templruntime.GetBuffer(templ_7745c5c3_W)
+		if !templ_7745c5c3_IsBuffer {
+			defer func() {
+				templ_7745c5c3_BufErr := templruntime.ReleaseBuffer(templ_7745c5c3_Buffer)
+				if templ_7745c5c3_Err == nil {
+					templ_7745c5c3_Err = templ_7745c5c3_BufErr
+				}
+			}()
+		}
+		ctx = templ.InitializeContext(ctx)
+		templ_7745c5c3_Var3 := templ.GetChildren(ctx)
+		if templ_7745c5c3_Var3 == nil {
+			templ_7745c5c3_Var3 = templ.NopComponent
+		}
+		ctx = templ.ClearChildren(ctx)
+		templ_7745c5c3_Err = templruntime.WriteString(templ_7745c5c3_Buffer, 3, "<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\"><title>API</title></head><body><script>\n\t\t\t\tconst asked = window.opener.swaggerUIRedirectOauth2;\n\t\t\t\tconst answer = new URLSearchParams(location.search);\n\t\t\t\tif (answer.get(\"state\") === asked.state && answer.has(\"code\")) {\n\t\t\t\t\tasked.auth.code = answer.get(\"code\");\n\t\t\t\t\tasked.callback({ auth: asked.auth, redirectUrl: asked.redirectUrl });\n\t\t\t\t} else {\n\t\t\t\t\tasked.errCb({\n\t\t\t\t\t\tauthId: asked.auth.name,\n\t\t\t\t\t\tsource: \"auth\",\n\t\t\t\t\t\tlevel: \"error\",\n\t\t\t\t\t\tmessage: answer.get(\"error_description\") ?? answer.get(\"error\") ?? \"This is not the answer to what was asked.\",\n\t\t\t\t\t});\n\t\t\t\t}\n\t\t\t\twindow.close();\n\t\t\t</script></body></html>")
+		if templ_7745c5c3_Err != nil {
+			return templ_7745c5c3_Err
+		}
+		return nil
+	})
+}
+
 var _ = templruntime.GeneratedTemplate
