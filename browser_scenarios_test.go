@@ -437,7 +437,7 @@ func scenarioFrontend(b *browser) {
 // awaits waits until a script shows this text.
 func (b *browser) awaits(text string) {
 	b.Helper()
-	ctx, cancel := context.WithTimeout(b.ctx, 15*time.Second)
+	ctx, cancel := context.WithTimeout(b.ctx, time.Minute)
 	defer cancel()
 	seen := chromedp.Search(fmt.Sprintf(`//main//*[contains(text(), %q)]`, text))
 	if err := chromedp.Do(ctx, chromedp.WaitVisible(seen)); err != nil {

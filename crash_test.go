@@ -205,6 +205,7 @@ func registrationCrashes() []crash {
 		{window: "R4, mailed", do: register, at: "send_mail", after: true, repairs: mailed, ends: confirmable},
 		{window: "R4, mailed, enabled", do: register, at: "disable_user", repairs: mailed, ends: confirmable},
 		{window: "R5", do: register, at: "disable_user", after: true, repairs: mailed, ends: confirmable},
+		{window: "R5, sent", do: register, at: "disable_user", after: true, lock: "tasks", ends: confirmable}, // PostgreSQL goes on alone
 		{window: "R4, again, before the code", before: resendable, do: resend, at: "prepare_mail", repairs: mailed, ends: confirmable},
 		{window: "R4, again, no mail", before: resendable, do: resend, at: "send_mail", repairs: mailed, ends: confirmable},
 		{window: "R4, again, enabled", before: resendable, do: resend, at: "disable_user", repairs: mailed, ends: confirmable},

@@ -148,25 +148,28 @@ func (st *store) extend(ctx context.Context, t task, now time.Time) error {
 // finish ends the lock of a task that was done: it is due again at next, or never. Work that
 // was enqueued meanwhile stays due. A lock that has become another's is left alone.
 func finish(ctx context.Context, q querier, t task, next time.Time) error {
-	return endLock(ctx, q, t, next.IsZero(), 0, "", next)
+	if next.IsZero() {
+		tag, err := q.Exec(ctx, `delete from tasks using `+commit(q)+`
+			where task_id = $1 and locked_by = $2 and revision = $3`,
+			t.ID, t.lockedBy, t.Revision)
+		if err != nil || tag.RowsAffected() == 1 { // a transaction does not know yet: then both statements are sent
+			return storeError(err)
+		}
+	}
+	return endLock(ctx, q, t, 0, "", next)
 }
 
-// endLock ends a lock. The task goes if it is over and was not enqueued meanwhile. Else it is due at a time, or sooner
-// if it was enqueued meanwhile; never: as it was.
-func endLock(ctx context.Context, q querier, t task, over bool, attempts int, lastError string, due time.Time) error {
+// endLock ends a lock. The task is due at a time, or sooner if it was enqueued meanwhile; never: as it was.
+func endLock(ctx context.Context, q querier, t task, attempts int, lastError string, due time.Time) error {
 	var at any // null: as it was
 	if !due.IsZero() {
 		at = due
 	}
 	_, err := q.Exec(ctx, `
-		with gone as (
-			delete from tasks using `+commit(q)+`
-			where task_id = $1 and locked_by = $2 and revision = $3 and $7 returning task_id)
 		update tasks set locked_by = null, locked_until = null, attempts = $4, last_error = $5,
 			revision = greatest(revision, 1), -- the row is a task from now on, and not only a lock
 			due_at = case when revision = $3 then coalesce($6, due_at) else least(due_at, $6) end
-		from `+commit(q)+` where task_id = $1 and locked_by = $2 and not exists (select from gone)`,
-		t.ID, t.lockedBy, t.Revision, attempts, lastError, at, over)
+		from `+commit(q)+` where task_id = $1 and locked_by = $2`, t.ID, t.lockedBy, t.Revision, attempts, lastError, at)
 	return storeError(err)
 }
 
@@ -187,11 +190,11 @@ func (s *server) release(ctx context.Context, t task, next time.Time, err error)
 	case err == nil:
 		err = finish(ctx, q, t, next)
 	case p.Status >= 500:
-		err = endLock(ctx, q, t, false, t.Attempts+1, p.slug(), s.now().Add(retryPause(t.Attempts)))
+		err = endLock(ctx, q, t, t.Attempts+1, p.slug(), s.now().Add(retryPause(t.Attempts)))
 	case t.Revision == 0: // it was only a lock
 		err = finish(ctx, q, t, never)
 	default:
-		err = endLock(ctx, q, t, false, t.Attempts, "", never)
+		err = endLock(ctx, q, t, t.Attempts, "", never)
 	}
 	if err != nil {
 		s.log.WarnContext(ctx, "task: lock not released, it will end by itself", "task", t.ID, "error", err)

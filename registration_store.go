@@ -68,7 +68,8 @@ func (st *store) addRegistration(ctx context.Context, c caller, reg registration
 			tx.reset(mailsOfCooldown.of(mailbox(reg.Email))) // it waits for nobody's mail
 		}
 		t, err = tryLock(ctx, tx, string(reg.ID), lockTime, now)
-		if tx.check(err); len(*taken) > 0 {
+		tx.check(err)
+		if _, err := taken(); err == nil {
 			tx.check(errConflict)
 		}
 		tx.audit(c, now, entry{Action: "registration.begin", Target: string(reg.ID), Network: reg.NetworkID,

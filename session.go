@@ -132,8 +132,15 @@ func (s *server) refresh(ctx context.Context, c caller, in refreshIn) (refreshOu
 // exchange returns the answer to a refresh token, however many ask for it at once.
 func (s *server) exchange(ctx context.Context, c caller, token string) (out tokenResponse, err error) {
 	for unused := token; ; {
-		t, known, err := s.lockToken(ctx, unused) // F1
+		var t task
+		var known refreshToken
+		err = patiently(ctx, func() (err error) {
+			t, known, err = s.store.lockToken(ctx, digest(unused), s.now()) // F1
+			return err
+		})
 		switch {
+		case errors.Is(err, errNotFound):
+			return out, problemInvalidRefreshToken
 		case err != nil:
 			return out, err
 		case known.UsedAt == nil:
@@ -173,18 +180,6 @@ func (s *server) answered(
 		return out, err
 	}
 	return out, problemTokenReused.withTarget(string(known.user.ID))
-}
-
-// lockToken returns what is known of a refresh token, and its lock if it is unused; or problemInvalidRefreshToken.
-func (s *server) lockToken(ctx context.Context, token string) (t task, known refreshToken, err error) {
-	err = patiently(ctx, func() error {
-		t, known, err = s.store.lockToken(ctx, digest(token), s.now())
-		return err
-	})
-	if errors.Is(err, errNotFound) {
-		err = problemInvalidRefreshToken
-	}
-	return t, known, err
 }
 
 // rotate asks Keycloak for the next tokens in exchange for an unused one, and keeps its answer, sealed by a key that

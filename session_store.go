@@ -69,8 +69,8 @@ func (st *store) refreshToken(ctx context.Context, hash string, now time.Time) (
 // lockToken is refreshToken that locks the token for the caller if it is unused (F1). errLocked: another has it.
 func (st *store) lockToken(ctx context.Context, hash string, now time.Time) (t task, known refreshToken, err error) {
 	t = task{ID: "token:" + hash, lockedBy: gonanoid.Must()}
-	var locked *[]struct{ Attempts, Revision int }
-	var found *[]refreshToken
+	var locked func() (struct{ Attempts, Revision int }, error)
+	var found func() (refreshToken, error)
 	err = st.tx(ctx, func(tx *txn) {
 		locked = later[struct{ Attempts, Revision int }](tx, lockSQL(
 			commit(st.pool)+`, (select from refresh_tokens where token_hash = $5 and used_at is null) unused`),
@@ -79,16 +79,14 @@ func (st *store) lockToken(ctx context.Context, hash string, now time.Time) (t t
 	})
 	if err != nil {
 		return t, known, err
-	} else if len(*found) == 1 {
-		known = (*found)[0]
-	} else {
-		err = errNotFound
 	}
-	switch mine, unused := len(*locked) == 1, len(*found) == 1 && known.UsedAt == nil; {
-	case mine && !unused: // while this waited it was exchanged, or its session has ended
-		err = cmp.Or(finish(ctx, st.pool, t, never), err)
-	case unused && !mine:
+	known, err = found()
+	_, another := locked()
+	switch unused := err == nil && known.UsedAt == nil; {
+	case unused && another != nil:
 		err = errLocked
+	case !unused && another == nil: // while this waited it was exchanged, or its session has ended
+		err = cmp.Or(finish(ctx, st.pool, t, never), err)
 	}
 	return t, known, err
 }
@@ -110,9 +108,9 @@ type lastAnswer struct {
 func (st *store) rotate(
 	ctx context.Context, t task, hash string, next tokenResponse, now time.Time, a lastAnswer,
 ) error {
-	var was *[]struct{ Locked, Live bool }
+	var outcome func() (struct{ Locked, Live bool }, error)
 	err := st.tx(ctx, func(tx *txn) {
-		was = later[struct{ Locked, Live bool }](tx, `
+		outcome = later[struct{ Locked, Live bool }](tx, `
 			with lock as (delete from tasks where task_id = $6 and locked_by = $7 returning task_id),
 			s as (
 				update sessions set last_used_at = $4, expires_at = $5 from lock where session_id = $1 and ended_at is null
@@ -135,12 +133,13 @@ func (st *store) rotate(
 				and exists (select from refresh_tokens where token_hash = $7)`,
 			next.SessionID, a.TokenHash, a.Sealed, now, next.expiry(now), a.Grace, digest(next.RefreshToken))
 	})
-	switch {
-	case err != nil:
+	if err != nil {
 		return err
-	case !(*was)[0].Locked: // nothing has been written
+	}
+	switch was, _ := outcome(); { // a row is there in any case
+	case !was.Locked: // nothing was written
 		return errLocked
-	case !(*was)[0].Live: // the lock is gone
+	case !was.Live: // nothing but the end of the lock
 		return errNotFound
 	}
 	return nil

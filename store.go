@@ -211,14 +211,18 @@ func (tx *txn) ask(sql string, args ...any) pgconn.CommandTag {
 	return rows.CommandTag()
 }
 
-// later asks for rows that are there after the next question, or after the commit.
-func later[T any](tx *txn, sql string, args ...any) *[]T {
-	found := new([]T)
+// later is one that does not ask yet: the row is there after the next question, or after the commit.
+func later[T any](tx *txn, sql string, args ...any) func() (T, error) {
+	var row T
+	var missing error
 	tx.waiting.Queue(sql, args...).Query(func(rows pgx.Rows) (err error) {
-		*found, err = pgx.CollectRows(rows, pgx.RowToStructByPos[T])
+		row, err = pgx.CollectExactlyOneRow(rows, pgx.RowToStructByPos[T])
+		if errors.Is(err, pgx.ErrNoRows) {
+			missing, err = errNotFound, nil
+		}
 		return err
 	})
-	return found
+	return func() (T, error) { return row, missing }
 }
 
 // check keeps the first error.

@@ -591,6 +591,7 @@ var demands = []struct{ queries, passes string }{
 	{"?Role=admin", "!Role"},
 	{"?role=user&network=N1", "!network"},
 	{"?role=chief&network=N1", "!network role"},
+	{"?=admin", "!request"}, // without a name
 	{"?role=user;network_id=N9 ?role=user&network_id=%zz ?%", "!query"},
 }
 

@@ -248,7 +248,8 @@ func (u user) isActiveAdmin() bool { return u.Role == roleAdmin && u.IsActive &&
 // one needs.
 func onlyAdmin(ctx context.Context, tx *txn, id userID) error {
 	tx.exec(`select pg_advisory_xact_lock(7204)`)
-	if tx.changed(`select from users where role = 'admin' and is_active and is_verified and user_id <> $1 limit 1`, id) == 0 {
+	if tx.changed(`
+		select from users where role = 'admin' and is_active and is_verified and user_id <> $1 limit 1`, id) == 0 {
 		return problemLastAdmin.withTarget(string(id))
 	}
 	return nil
