@@ -254,7 +254,7 @@ func (r *rules) refreshTells() {
 func (r *rules) parallelImport() {
 	for range 4 {
 		email := r.createsUser(nil)
-		for _, a := range r.at([]string{r.url, r.other}, slices.Repeat([]call{signingIn(email, password)}, 3)...) {
+		for _, a := range r.patient([]string{r.url, r.other}, slices.Repeat([]call{signingIn(email, password)}, 3)...) {
 			r.wants(a, 200, "")
 		}
 	}
@@ -267,7 +267,7 @@ func (r *rules) parallelOverwrite() {
 		r.account(email)
 		r.edits(r.keycloakID(email), body{attrRoles: []string{roleAdmin}, attrNetworkID: []string{"NET-1"}})
 		pushed := r.kc.count("push_user")
-		for _, a := range r.at([]string{r.url, r.other}, slices.Repeat([]call{signingIn(email, password)}, 3)...) {
+		for _, a := range r.patient([]string{r.url, r.other}, slices.Repeat([]call{signingIn(email, password)}, 3)...) {
 			r.wants(a, 200, "")
 			if claims := unpacked(a.text("access_token"), 1); fmt.Sprintf("%v %v", claims["roles"],
 				claims["network_id"]) != "[user] X" {
