@@ -127,12 +127,8 @@ func TestInvitationsOfACaller(t *testing.T) {
 func TestOneTimeCode(t *testing.T) {
 	w := sharedEnv(t)
 	email, _, kc := w.member()
-	const secret = "DJmQfC73VGFhw7D4QJ8A" // Keycloak takes it as it is, not in base 32
-	var user body
-	w.keycloakAdmin("GET", "/users/"+kc, nil, &user)
-	user["credentials"] = []body{{"type": "otp", "secretData": `{"value":"` + secret + `"}`,
-		"credentialData": `{"subType":"totp","digits":6,"counter":0,"period":30,"algorithm":"HmacSHA1"}`}}
-	w.keycloakAdmin("PUT", "/users/"+kc, user, nil)
+	const secret = "DJmQfC73VGFhw7D4QJ8A"
+	w.hasOneTimeCodes(kc, secret)
 	sign := func(password, otp string) answer {
 		in := body{"email": email, "password": password}
 		if otp != "" {
@@ -146,6 +142,21 @@ func TestOneTimeCode(t *testing.T) {
 	w.wants(sign("a wrong password", code), 401, "invalid-credentials")
 	w.names(sign(password, "12a456"), "otp")
 	w.wants(sign(password, code), 200, "")
+}
+
+// hasOneTimeCodes gives a user of Keycloak devices that make codes. Keycloak takes a secret as it is, not in base 32.
+func (w *env) hasOneTimeCodes(kc string, secrets ...string) {
+	w.Helper()
+	var user body
+	w.keycloakAdmin("GET", "/users/"+kc, nil, &user)
+	var credentials []body
+	for i, secret := range secrets {
+		credentials = append(credentials, body{"type": "otp", "userLabel": fmt.Sprint("device ", i+1),
+			"secretData":     `{"value":"` + secret + `"}`,
+			"credentialData": `{"subType":"totp","digits":6,"counter":0,"period":30,"algorithm":"HmacSHA1"}`})
+	}
+	user["credentials"] = credentials
+	w.keycloakAdmin("PUT", "/users/"+kc, user, nil)
 }
 
 // oneTimeCode is that of RFC 6238 §4, with its defaults.

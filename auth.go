@@ -48,7 +48,7 @@ type loginUser struct {
 func (s *server) login(ctx context.Context, c caller, in loginIn) (out loginOut, err error) {
 	defer func() { s.metrics.signIns.WithLabelValues("password", cmp.Or(asProblem(err).slug(), "ok")).Inc() }()
 	name := cmp.Or(in.Username, in.Email)
-	account, err := accountByLogin(ctx, s.store.pool, name, network(clientOf(ctx)), s.now())
+	account, err := accountByLogin(ctx, s.store.pool, name, clientNetwork(ctx), s.now())
 	if err != nil {
 		return loginOut{}, err
 	}
@@ -74,7 +74,7 @@ const checkLock = 10 * time.Second
 func (s *server) checkPassword(
 	ctx context.Context, account loginAccount, name string, in loginIn,
 ) (*oauth2.Token, error) {
-	client, key := network(clientOf(ctx)), cmp.Or(account.ID, name)
+	client, key := clientNetwork(ctx), cmp.Or(account.ID, name)
 	t, err := s.store.lock(ctx, "login:"+digest(strings.ToLower(key)), checkLock, s.now)
 	if err != nil {
 		return nil, err

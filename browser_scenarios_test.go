@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/base32"
 	"fmt"
 	"net/http/httptest"
 	"strconv"
@@ -10,6 +11,7 @@ import (
 
 	"auth-service/dev/preview"
 
+	"github.com/chromedp/cdproto/cdp"
 	cdpnetwork "github.com/chromedp/cdproto/network"
 	"github.com/chromedp/cdproto/target"
 	"github.com/chromedp/chromedp"
@@ -363,6 +365,40 @@ func scenarioKeycloakPages(b *browser) {
 	if got := evaluate[string](b, accent); !strings.Contains(got, "#8a1c4a") {
 		b.Errorf("the accent is %s", got)
 	}
+}
+
+// scenarioOneTimeCode adds a second device that makes codes, and signs in with one of the first, on Keycloak's pages.
+func scenarioOneTimeCode(b *browser) {
+	email := newEmail()
+	b.account(email)
+	const first = "DJmQfC73VGFhw7D4QJ8A"
+	b.hasOneTimeCodes(b.keycloakID(email), first)
+	submit := chromedp.Click(chromedp.CSS("[type=submit]"))
+	b.open("/account/signed-in", 200, "You are signed in", "Set up a one-time code")
+	b.arrive(chromedp.Click(labelled("Set up a one-time code")), 200, "Sign in to your account")
+	b.signsIn(email, "Sign In", "One-time code")
+	b.fill("otp", other(oneTimeCode(first, time.Now())))
+	b.arrive(submit, 200, "Sign In", "Invalid authenticator code")
+	b.look("")
+	b.fill("otp", oneTimeCode(first, time.Now()))
+	b.arrive(submit, 200, "Mobile Authenticator Setup")
+	b.look("")
+	b.arrive(chromedp.Click(chromedp.CSS("#mode-manual")), 200, "Mobile Authenticator Setup")
+	b.look("")
+	key := strings.ReplaceAll(evaluate[string](b, `document.querySelector("#kc-totp-secret-key").textContent`), " ", "")
+	second, err := base32.StdEncoding.WithPadding(base32.NoPadding).DecodeString(key)
+	b.must(err)
+	b.fill("totp", oneTimeCode(string(second), time.Now()), "userLabel", "tablet")
+	b.arrive(submit, 200, "You are signed in")
+
+	_, err = chromedp.Call(b.ctx, cdpnetwork.ClearBrowserCookies, cdp.Empty{})
+	b.must(err)
+	b.arrive(chromedp.Navigate(b.vars["PUBLIC_URL"]+"/auth/login"), 200, "Sign in to your account")
+	b.signsIn(email, "Sign In", "device 1", "tablet")
+	b.look("")
+	b.must(chromedp.Do(b.ctx, chromedp.Click(chromedp.Search(`//label[contains(., "tablet")]`))))
+	b.fill("otp", oneTimeCode(string(second), time.Now().Add(30*time.Second))) // each counts once
+	b.arrive(submit, 200, "You are signed in")
 }
 
 // scenarioFrontend goes from the confirmed address to a frontend that is signed in.

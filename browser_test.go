@@ -64,7 +64,7 @@ func TestBrowser(t *testing.T) {
 		{"Mistakes", "en", scenarioMistakes}, {"Unavailable", "en", scenarioUnavailable},
 		{"Elsewhere", "en", scenarioElsewhere}, {"SwaggerUI", "en", scenarioSwaggerUI},
 		{"Frontend", "en", scenarioFrontend}, {"SPA", "en", scenarioSPA}, {"Passkey", "en", scenarioPasskey},
-		{"KeycloakPages", "en", scenarioKeycloakPages},
+		{"KeycloakPages", "en", scenarioKeycloakPages}, {"OneTimeCode", "en", scenarioOneTimeCode},
 		{"SignInMistakes", "en", scenarioSignInMistakes},
 		{"SignInMistakesInGerman", "de", scenarioSignInMistakes},
 		{"Samples", "en", scenarioSamples}, {"SamplesInGerman", "de", scenarioSamples},

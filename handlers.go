@@ -228,7 +228,7 @@ func (s *server) limited(rt route, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		ctx, cancel := context.WithTimeout(r.Context(), 4*time.Second) // a PostgreSQL that hangs is like one that is away
 		defer cancel()
-		if err := s.store.hit(ctx, s.now(), rt.Limit.of(network(clientOf(ctx)))); err != nil {
+		if err := s.store.hit(ctx, s.now(), rt.Limit.of(clientNetwork(ctx))); err != nil {
 			s.refuse(w, r, rt, err)
 			return
 		}

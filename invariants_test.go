@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"encoding/json"
@@ -289,33 +290,40 @@ func (w *env) keycloakAdmin(method, path string, body, result any) {
 	}
 }
 
+// askKeycloak is keycloakAdmin for any status. A busy Keycloak has lost the session of the administrator: then it takes
+// another.
 func (w *env) askKeycloak(method, path string, body any) (status int, answer []byte) {
 	w.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 	defer cancel()
-	token, err := adminToken(ctx)
-	if err != nil {
-		w.Fatal(err)
-	}
 	encoded, err := json.Marshal(body)
 	if err != nil {
 		w.Fatal(err)
 	}
-	req, err := http.NewRequestWithContext(ctx, method, services.KeycloakURL+"/admin/realms/"+w.realm+path, strings.NewReader(string(encoded)))
-	if err != nil {
-		w.Fatal(err)
+	for range 2 {
+		token, err := adminToken(ctx, status == http.StatusUnauthorized)
+		if err != nil {
+			w.Fatal(err)
+		}
+		req, err := http.NewRequestWithContext(ctx, method, services.KeycloakURL+"/admin/realms/"+w.realm+path, bytes.NewReader(encoded))
+		if err != nil {
+			w.Fatal(err)
+		}
+		req.Header.Set("Authorization", "Bearer "+token)
+		req.Header.Set("Content-Type", "application/json")
+		resp, err := client.Do(req)
+		if err != nil {
+			w.Fatal(err)
+		}
+		defer resp.Body.Close()
+		if answer, err = io.ReadAll(resp.Body); err != nil {
+			w.Fatal(err)
+		}
+		if status = resp.StatusCode; status != http.StatusUnauthorized {
+			break
+		}
 	}
-	req.Header.Set("Authorization", "Bearer "+token)
-	req.Header.Set("Content-Type", "application/json")
-	resp, err := client.Do(req)
-	if err != nil {
-		w.Fatal(err)
-	}
-	defer resp.Body.Close()
-	if answer, err = io.ReadAll(resp.Body); err != nil {
-		w.Fatal(err)
-	}
-	return resp.StatusCode, answer
+	return status, answer
 }
 
 // administration keeps the administrator's token for half of its minute: each sign-in costs
@@ -326,11 +334,11 @@ var administration struct {
 	until time.Time
 }
 
-func adminToken(ctx context.Context) (string, error) {
+func adminToken(ctx context.Context, another bool) (string, error) {
 	administration.Lock()
 	defer administration.Unlock()
 	var err error
-	if time.Now().After(administration.until) {
+	if another || time.Now().After(administration.until) {
 		administration.until = time.Now().Add(30 * time.Second)
 		if administration.token, err = services.AdminToken(ctx); err != nil {
 			administration.until = time.Time{}

@@ -130,7 +130,7 @@ func newBulkhead(n, each int) bulkhead {
 }
 
 func (b bulkhead) do(ctx context.Context, f func() error) error {
-	leave := b.admitted.enter(network(clientOf(ctx)))
+	leave := b.admitted.enter(clientNetwork(ctx))
 	if leave == nil {
 		return errBusy
 	}

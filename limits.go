@@ -147,7 +147,7 @@ func (st *store) hit(ctx context.Context, now time.Time, limits ...rateLimit) er
 
 // hitAddress counts the mail addresses that a client asks something for: each once an hour.
 func (st *store) hitAddress(ctx context.Context, email string, now time.Time) error {
-	client := network(clientOf(ctx))
+	client := clientNetwork(ctx)
 	asked := limit{"asked", 1, time.Hour, problemTooManyRequests}.of(client, email)
 	err := st.hit(ctx, now, asked, addressesAsked.of(client))
 	if errors.Is(err, problemTooManyRequests) && st.peek(ctx, now, asked) != nil {

@@ -52,7 +52,8 @@ func requestOf(ctx context.Context) request {
 	return q
 }
 
-func clientOf(ctx context.Context) netip.Addr { return requestOf(ctx).Client }
+// clientNetwork is who sent the request, as limits count it.
+func clientNetwork(ctx context.Context) string { return network(requestOf(ctx).Client) }
 
 // requestIDPattern is what a request id from outside must look like to be kept:
 // it ends up in logs and in the audit log.
@@ -195,7 +196,7 @@ func (s *server) withLog(next http.Handler) http.Handler {
 			}
 			s.log.Log(r.Context(), level, "request", "http.route", route, "http.request.method", method,
 				"http.response.status_code", sw.status, "http.server.request.duration", took.Seconds(),
-				"client.address", clientOf(r.Context()).String())
+				"client.address", requestOf(r.Context()).Client.String())
 		}()
 		next.ServeHTTP(sw, r)
 	})

@@ -68,7 +68,7 @@ func (s *server) registrationOf(ctx context.Context, c caller, in verifyIn) (reg
 		}
 		return reg, err
 	}
-	err := s.store.hit(ctx, s.now(), wrongCodes.of(network(clientOf(ctx)))) // given back if the code is right
+	err := s.store.hit(ctx, s.now(), wrongCodes.of(clientNetwork(ctx))) // given back if the code is right
 	if err != nil {
 		return registration{}, err
 	}
@@ -175,7 +175,7 @@ func (s *server) provenUser(ctx context.Context, c caller, t task, reg registrat
 		return ku, wrongCode
 	}
 	// A right code is no guess.
-	return ku, refund(ctx, s.store.pool, wrongCodes.of(network(clientOf(ctx))), codesTried.of(reg.Email))
+	return ku, refund(ctx, s.store.pool, wrongCodes.of(clientNetwork(ctx)), codesTried.of(reg.Email))
 }
 
 // hasCode says whether a code is the registration's. The key of its hash is the link's token, which only

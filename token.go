@@ -226,7 +226,7 @@ func (v *verifier) key(ctx context.Context, id string) (jose.JSONWebKey, *keySet
 	if keys.absent != nil && keys.absent.Contains(id) {
 		return key, keys, unknown
 	}
-	leave := v.waiting.enter(network(clientOf(ctx)))
+	leave := v.waiting.enter(clientNetwork(ctx))
 	if leave == nil {
 		return key, keys, errBusy
 	}

@@ -82,7 +82,7 @@ func accountByLogin(ctx context.Context, q querier, login, client string, now ti
 // account has signed in before gets them again, some times a day.
 func (st *store) requestReset(ctx context.Context, c caller, email string, now time.Time) error {
 	return st.tx(ctx, func(tx *txn) {
-		account, err := accountByLogin(ctx, tx, email, network(clientOf(ctx)), now)
+		account, err := accountByLogin(ctx, tx, email, clientNetwork(ctx), now)
 		tx.check(err)
 		if account.Known && hit(ctx, tx, now, resetReserve.of(account.ID)) == nil {
 			tx.reset(resetsADay.of(account.KeycloakID))

@@ -1,11 +1,18 @@
 <#--
   The end of each page of Keycloak: the way to the service's registration, where people may register, the links that the law
-  wants, and the operator's colours and logo. What is no colour and no web address is not used: it would be code in CSS and in links.
+  wants, labels that Keycloak's fields lack, and the operator's colours and logo. What is no colour and no web address is not used: it would be code in CSS and in links.
 -->
 <#function webAddress value><#if value?matches(r"https?://[^\s<>()'\x22\\]+")><#return value></#if><#return ""></#function>
 <#function colour value><#if value?matches("#([0-9A-Fa-f]{3}){1,2}")><#return value></#if><#return ""></#function>
 
+<#macro spoken field text><label for="${field}" class="spoken">${text}</label></#macro>
+
 <#macro content>
+<#if (auth.showUsername())!false><@spoken "kc-attempted-username" msg("usernameOrEmail")/></#if>
+<#if pageId == "login-config-totp">
+<@spoken "totp" msg("authenticatorCode")/>
+<@spoken "userLabel" msg("loginTotpDeviceName")/>
+</#if>
 <#local service = webAddress(properties.authServiceUrl!"")?remove_ending("/")>
 <#if service?has_content && properties.registration! != "invited" && ["login", "login-username"]?seq_contains(pageId)>
 <p class="note">${msg("registerQuestion")} <a href="${service}/account/register">${msg("registerLink")}</a></p>
