@@ -97,7 +97,7 @@ func TestInvitationIsSpent(t *testing.T) {
 		w.wants(w.login(u.Email, password), 401, "invalid-credentials")
 		w.wants(w.login(u.Email, chosen), 200, "")
 	}
-	w.eventually("the change of the password is told", 20*time.Second, func() bool { return len(w.mail.To(u.Email)) > 1 })
+	w.eventually("the change of the password is told", time.Minute, func() bool { return len(w.mail.To(u.Email)) > 1 })
 	if mails := w.mail.To(u.Email); len(mails) != 2 || !strings.Contains(mails[1].Text, "was changed just now") {
 		t.Errorf("%d mails: %+v", len(mails), mails)
 	}
