@@ -77,7 +77,7 @@ func TestDirectGuesses(t *testing.T) {
 	email, _, _ := w.member()
 	id := w.idOf(email)
 	w.token(url.Values{"grant_type": {"password"}, "username": {email}, "password": {"wrong wrong wrong"}})
-	w.eventually("it is on record", 30*time.Second, func() bool {
+	w.eventually("it is on record", time.Minute, func() bool {
 		w.due("job:events")
 		return w.value(`select coalesce(string_agg(action, ' '), '') from audit_log where target = $1 and outcome = 'refused'`, id) == "keycloak.login"
 	})
@@ -124,7 +124,7 @@ func TestFormerAddress(t *testing.T) {
 	w.account(email)
 	id := w.idOf(email)
 	w.keycloakAdmin("PUT", "/users/"+w.keycloakID(email), body{"email": next, "emailVerified": true}, nil)
-	w.eventually("it is noticed", 20*time.Second, func() bool {
+	w.eventually("it is noticed", time.Minute, func() bool {
 		w.due("job:events")
 		return w.value(`select concat_ws(' ', email, username) from users where user_id = $1`, id) == next+" "+next
 	})
@@ -172,7 +172,7 @@ func TestResetReserve(t *testing.T) {
 		r := forgetting(email)
 		r.from = c.from
 		w.wants(w.do(r), 202, "")
-		w.eventually("the task is done", 20*time.Second, func() bool {
+		w.eventually("the task is done", time.Minute, func() bool {
 			return w.value(`select count(*)::text from tasks where task_id = $1`, "reset:"+kc) == "0"
 		})
 		if got := len(w.mail.To(email)); got != c.mails {
@@ -257,7 +257,7 @@ func TestOfflineSession(t *testing.T) {
 	w.wants(a, 200, "")
 	offline = a.text("refresh_token")
 	w.resetByAdmin(email)
-	w.eventually("the offline token has ended", 30*time.Second, func() bool {
+	w.eventually("the offline token has ended", time.Minute, func() bool {
 		w.due("job:events")
 		a := refreshed()
 		offline = cmp.Or(a.text("refresh_token"), offline)

@@ -41,7 +41,7 @@ func TestAddressIsProvenFirst(t *testing.T) {
 	}
 
 	w.keycloakAdmin("PUT", "/users/"+w.keycloakID(email), body{"email": victim, "emailVerified": false}, nil)
-	w.eventually("it is noticed", 20*time.Second, func() bool {
+	w.eventually("it is noticed", time.Minute, func() bool {
 		w.due("job:events")
 		return w.value(`select concat(is_verified, ' ', email) from users where user_id = $1`, id) == "f "+victim
 	})
@@ -49,14 +49,14 @@ func TestAddressIsProvenFirst(t *testing.T) {
 	w.isOver(token)
 	w.wants(admin.asks("PATCH", usersPath+"/"+id, body{"role": "admin"}), 409, "address-unproven")
 	w.wants(w.do(forgetting(victim)), 202, "")
-	w.eventually("nothing is left to do", 20*time.Second, func() bool {
+	w.eventually("nothing is left to do", time.Minute, func() bool {
 		return w.value(`select count(*)::text from tasks where task_id like 'reset:%'`) == "0"
 	})
 	if n := len(w.mail.To(victim)); n != 0 {
 		t.Errorf("%d mails to an address that nobody has proven", n)
 	}
 	w.keycloakAdmin("PUT", "/users/"+w.keycloakID(victim), body{"emailVerified": true}, nil)
-	w.eventually("it is noticed", 20*time.Second, func() bool {
+	w.eventually("it is noticed", time.Minute, func() bool {
 		w.due("job:events")
 		return w.value(`select is_verified::text from users where user_id = $1`, id) == "true"
 	})
@@ -242,7 +242,7 @@ func TestGuessesHoldUpNobody(t *testing.T) {
 		ctx := context.WithValue(t.Context(), requestKey{}, request{Client: netip.AddrFrom4([4]byte{192, 0, 2, byte(i)})})
 		guesses.Go(func() { kc.passwords.do(ctx, func() error { <-release; return nil }) })
 	}
-	w.eventually("the places are taken", 10*time.Second, func() bool {
+	w.eventually("the places are taken", time.Minute, func() bool {
 		places.mu.Lock()
 		defer places.mu.Unlock()
 		return places.all == places.most
@@ -375,7 +375,7 @@ func TestClientAddressAtKeycloak(t *testing.T) {
 	w.kc.forwards.Store(true)
 	defer w.kc.forwards.Store(false)
 	w.wants(w.do(r), 401, "invalid-credentials")
-	w.eventually("the event says it", 10*time.Second, func() bool {
+	w.eventually("the event says it", time.Minute, func() bool {
 		var events []struct{ IPAddress string }
 		w.keycloakAdmin("GET", "/events?type=LOGIN_ERROR&user="+kc, nil, &events)
 		return slices.ContainsFunc(events, func(e struct{ IPAddress string }) bool { return e.IPAddress == "10.77.0.7" })

@@ -42,7 +42,7 @@ func TestEveryDeedIsAudited(t *testing.T) {
 	d := &deeds{env: newEnv(t, map[string]string{"RESEND_LIMIT": "3", "CORS_ALLOWED_ORIGINS": app}), names: map[string]string{}, tokens: map[string]answer{}}
 	d.domain = gonanoid.MustGenerate("abcdefghijklmnopqrstuvwxyz", 8) + ".test"
 	d.noEvents() // what is changed in Keycloak here is found by who signs in
-	d.eventually("the daily sync is over", 20*time.Second, func() bool { return d.value(`select count(*)::text from audit_log where action = 'sync.end'`) == "1" })
+	d.eventually("the daily sync is over", time.Minute, func() bool { return d.value(`select count(*)::text from audit_log where action = 'sync.end'`) == "1" })
 	d.registrations()
 	d.refusedRegistrations()
 	d.endedRegistrations()
@@ -57,7 +57,7 @@ func TestEveryDeedIsAudited(t *testing.T) {
 		t.Errorf("%s entries, %d were looked at", got, d.seen)
 	}
 	stored := storedEntries(t, d.list(entriesAsJSON))
-	d.eventually("all are logged", 10*time.Second, func() bool { return len(loggedEntries(t, d.logs.String())) >= len(stored) })
+	d.eventually("all are logged", time.Minute, func() bool { return len(loggedEntries(t, d.logs.String())) >= len(stored) })
 	if diff := cmp.Diff(stored, loggedEntries(t, d.logs.String())); diff != "" {
 		t.Errorf("-stored +logged\n%s", diff)
 	}
@@ -284,12 +284,12 @@ func (d *deeds) endedRegistrations() {
 	d.all([]deed{{name: "resend by address", before: d.cooled("cay"), do: posts(resendPath, body{"email": d.mail("cay")}), status: 200,
 		want: []string{"registration.resend anonymous > reg:cay ok"}}}...)
 	d.readMail(d.mail("cay"), 2)
-	d.eventually("mailed", 20*time.Second, func() bool { return d.entries(byTasks, reg) != "" })
+	d.eventually("mailed", time.Minute, func() bool { return d.entries(byTasks, reg) != "" })
 	d.exactly("resent", byTasks, reg, "registration.mail system:registrations > reg:cay ok")
 	d.learn()
 	d.expire(d.mail("cay"))
 	d.due(reg)
-	d.eventually("expired", 20*time.Second, func() bool { return strings.Contains(d.entries(byTasks, reg), "expired") })
+	d.eventually("expired", time.Minute, func() bool { return strings.Contains(d.entries(byTasks, reg), "expired") })
 	d.exactly("expired", byTasks+` and action like '%.expired'`, reg, `registration.expired system:registrations > reg:cay ok expired {"user_id": "cay"}`)
 	d.exactly("expired", `details->>'registration_id' = $1 and actor like 'system:%'`, reg, `user.remove system:registrations > cay ok {"registration_id": "reg:cay"}`)
 	d.all([]deed{
@@ -372,7 +372,7 @@ func (d *deeds) sessions() {
 	d.keycloakAdmin("DELETE", "/sessions/"+d.sid(d.tokens["ada"]), nil, nil)
 	d.wants(d.env.as(d.tokens["ada"], "GET", sessionsPath), 200, "")
 	session := d.tokens["ada"].text("session_id")
-	d.eventually("ended in Keycloak", 20*time.Second, func() bool { return d.entries(`details->'sessions' ? $1`, session) != "" })
+	d.eventually("ended in Keycloak", time.Minute, func() bool { return d.entries(`details->'sessions' ? $1`, session) != "" })
 	d.exactly("ended in Keycloak", `details->'sessions' ? $1`, session, `session.end system:sessions > ada ok keycloak {"sessions": ["SES"]}`)
 }
 
@@ -466,7 +466,7 @@ func (d *deeds) syncs() {
 	}...)
 	d.wants(d.do(d.as("root", "POST", "/api/v1/sync", body{"dry_run": true})()), 202, "")
 	ended := func() bool { return d.value(`select count(*)::text from audit_log where action = 'sync.end'`) == "2" }
-	d.eventually("the daily sync and that", 20*time.Second, ended)
+	d.eventually("the daily sync and that", time.Minute, ended)
 	d.exactly("sync", `action like $1`, "sync.%", `sync.begin system:sync > SYN ok {"dry_run": false}`, `sync.end system:sync > SYN ok done {"found": 0, "repaired": 0}`,
 		`sync.begin root > SYN ok {"dry_run": true}`, `sync.end root > SYN ok done {"found": 1, "repaired": 0}`) // kay, whom only Keycloak has
 }

@@ -134,7 +134,7 @@ func TestLoginRefused(t *testing.T) {
 		{"deleted here, wrong password", nobody, email, wrong, 401, "invalid-credentials", "", func() { here(`is_active = true, deleted_at = null`) }},
 		{"all well again", nobody, email, password, 200, "", "", nobody},
 		{"locked", func() {
-			w.eventually("locked", 20*time.Second, func() bool { // Keycloak counts a moment later
+			w.eventually("locked", time.Minute, func() bool { // Keycloak counts a moment later
 				w.token(url.Values{"grant_type": {"password"}, "username": {username}, "password": {wrong}}) // past the service, which allows fewer
 				var status struct{ Disabled bool }
 				w.keycloakAdmin("GET", "/attack-detection/brute-force/users/"+id, nil, &status)

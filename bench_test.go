@@ -378,7 +378,7 @@ func (w *env) startProxy(b *testing.B) string {
 		b.Fatal(err)
 	}
 	b.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
-	w.eventually("oauth2-proxy answers", 10*time.Second, func() bool {
+	w.eventually("oauth2-proxy answers", time.Minute, func() bool {
 		a, err := w.send("http://"+address, call{path: "/ping"})
 		return err == nil && a.Status == 200
 	})

@@ -42,7 +42,7 @@ func scenarioPasskey(b *browser) {
 	b.photograph("keycloak-passkey")
 	b.arrive(chromedp.Click(chromedp.CSS("#registerWebAuthn")), 200, "You are signed in")
 	user := b.userOf(email)
-	b.eventually("it is on record", 20*time.Second, func() bool {
+	b.eventually("it is on record", time.Minute, func() bool {
 		return b.value(`select count(*)::text from audit_log where action = 'credential.change' and target = $1`, user) == "1"
 	})
 

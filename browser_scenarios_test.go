@@ -521,7 +521,7 @@ func scenarioSPA(b *browser) {
 	}
 	b.admin().changes(userID(b.value(`select user_id from users where email = $1`, email)),
 		body{"role": "operator", "network_id": "N1", "station_id": "S1"})
-	b.eventually("the token with the former role is refused and renewed", 10*time.Second, func() bool {
+	b.eventually("the token with the former role is refused and renewed", time.Minute, func() bool {
 		click("Ask again")
 		return refreshed() > 1
 	})

@@ -421,7 +421,7 @@ func TestCodeFlowOutages(t *testing.T) {
 			if audit := w.value(`select count(*)::text from audit_log where request_id = $1`, a.Header.Get("X-Request-Id")); audit != "0" {
 				w.Error("an outage is audited as a refusal")
 			}
-			w.eventually("the way on is open", 20*time.Second, func() bool { a = p.visit(next, call{}); return a.Status == 303 })
+			w.eventually("the way on is open", time.Minute, func() bool { a = p.visit(next, call{}); return a.Status == 303 })
 			if !c.reload {
 				a = p.comesBack(p.signsIn(a.Header.Get("Location"), email))
 			}

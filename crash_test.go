@@ -417,7 +417,7 @@ func (w *env) dieAt(binary, at string, after bool, lock string, r call) {
 			w.Fatal(err)
 		}
 		release()
-		w.eventually("it waits for "+lock, 10*time.Second, func() (waits bool) {
+		w.eventually("it waits for "+lock, time.Minute, func() (waits bool) {
 			w.pool.QueryRow(w.Context(), `select exists (select from pg_locks where not granted and relation = $1::regclass)`, lock).Scan(&waits)
 			return waits
 		})

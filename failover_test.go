@@ -104,7 +104,7 @@ func (p *promises) awaits(w *env, status int, kinds ...string) {
 	p.Unlock()
 	for _, kind := range kinds {
 		key := fmt.Sprint(kind, " ", status)
-		w.eventually(key, 30*time.Second, func() bool {
+		w.eventually(key, time.Minute, func() bool {
 			p.Lock()
 			defer p.Unlock()
 			return p.count[key] > before[key]

@@ -290,7 +290,7 @@ func (w *env) leftRegistrations() {
 		id := w.registrationOf(email)
 		w.exec(`update tasks set locked_by = 'dead', locked_until = now() + interval '1 hour', due_at = now() where task_id = $1`, id)
 		w.exec(`insert into tasks (task_id, due_at) values ('token:probe', now())`)
-		w.eventually("a worker does what is due", 10*time.Second, func() bool {
+		w.eventually("a worker does what is due", time.Minute, func() bool {
 			return w.value(`select count(*)::text from tasks where task_id = 'token:probe'`) == "0"
 		})
 		if n := len(w.mail.To(email)); n != 0 { // the other may still live
@@ -362,7 +362,7 @@ func TestMailRefused(t *testing.T) {
 		t.Helper()
 		tried := w.kc.count("send_mail")
 		w.due(id)
-		w.eventually("another try", 10*time.Second, func() bool {
+		w.eventually("another try", time.Minute, func() bool {
 			return w.kc.count("send_mail") > tried && w.value(`select (locked_by is null)::text from tasks where task_id = $1`, id) == "true"
 		})
 	}
@@ -532,7 +532,7 @@ func (w *env) mailServerStopped() {
 	for range 3 { // tries that fail
 		tried := w.kc.count("send_mail")
 		w.due(id)
-		w.eventually("another try", 10*time.Second, func() bool {
+		w.eventually("another try", time.Minute, func() bool {
 			return w.kc.count("send_mail") > tried && w.value(`select (locked_by is null)::text from tasks where task_id = $1`, id) == "true"
 		})
 	}

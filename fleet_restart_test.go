@@ -63,7 +63,7 @@ func TestRollingRestart(t *testing.T) {
 		w.end(p, syscall.SIGTERM)
 		alone := requests.Load()
 		w.spawn(program(t), settings[i])
-		w.eventually("both are ready", 30*time.Second, func() bool {
+		w.eventually("both are ready", time.Minute, func() bool {
 			list, err := os.ReadFile(upstream)
 			return err == nil && strings.Count(string(list), "server") == 2
 		})

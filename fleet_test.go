@@ -196,7 +196,7 @@ func (w *env) fleetChanges(admin answer, instances []*env) {
 		change(0, body{"role": "operator", "network_id": "N1", "station_id": "S1"})
 		<-there
 		change(1, body{"role": "partner", "station_id": ""})
-		w.eventually("the second one is in PostgreSQL", 10*time.Second, func() bool { return w.value(`select role from users where user_id = $1`, id) == "partner" })
+		w.eventually("the second one is in PostgreSQL", time.Minute, func() bool { return w.value(`select role from users where user_id = $1`, id) == "partner" })
 		release()
 		start := time.Now()
 		all.Wait()
@@ -313,7 +313,7 @@ func TestFleetRevocations(t *testing.T) { // alone, as it takes the time
 		cut()
 		for _, v := range victims {
 			var a answer
-			w.eventually("the change is made", 10*time.Second, func() bool {
+			w.eventually("the change is made", time.Minute, func() bool {
 				a = w.do(v.change)
 				return a.Status != 503
 			})

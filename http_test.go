@@ -397,7 +397,7 @@ func TestHealth(t *testing.T) {
 	healthy := func(word, database, keycloak string, code, ready int) {
 		t.Helper()
 		var a answer
-		w.eventually("health "+word, 10*time.Second, func() bool { a = v.get("/health"); return a.text("status") == word })
+		w.eventually("health "+word, time.Minute, func() bool { a = v.get("/health"); return a.text("status") == word })
 		checks, _ := a.JSON["checks"].(body)
 		for name, want := range map[string]string{"database": database, "keycloak": keycloak} {
 			check, _ := checks[name].(body)
@@ -690,7 +690,7 @@ func TestResetByDatabase(t *testing.T) {
 		_, err := one[struct{ Slept string }](t.Context(), st.pool, `select pg_sleep(4)::text`)
 		answer <- err
 	}()
-	w.eventually("it runs", 10*time.Second, func() bool {
+	w.eventually("it runs", time.Minute, func() bool {
 		return w.value(`select count(*)::text from pg_stat_activity where query like 'select pg_sleep(4)%'`) == "1"
 	})
 	proxy.mu.Lock()

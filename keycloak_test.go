@@ -131,7 +131,7 @@ func (w *env) proxyAnswers(answer proxyAnswer, account string, session *link, ad
 		tasks = []string{w.registrationOf(waiting), over.text("session_id"), kcTask(w.keycloakID(account)), "job:events"}
 		w.exec(`insert into tasks (task_id, due_at) select id, now() from unnest($1::text[]) id
 			on conflict (task_id) do update set due_at = now() where tasks.locked_by is null`, tasks)
-		w.eventually("all was tried", 20*time.Second, func() bool {
+		w.eventually("all was tried", time.Minute, func() bool {
 			return w.value(`select concat_ws(' ', count(*), (select status from sync_runs where sync_id = $2))
 				from tasks where task_id = any($1) and attempts > 0`, tasks, run.text("sync_id")) == "4 failed"
 		})

@@ -32,7 +32,7 @@ func TestOddIDs(t *testing.T) {
 		t.Error("Keycloak does not know the new role")
 	}
 	w.wants(w.do(forgetting("odd@example.test")), 202, "")
-	w.eventually("a mail to choose a password", 20*time.Second, func() bool { return len(w.mail.To("odd@example.test")) == 1 })
+	w.eventually("a mail to choose a password", time.Minute, func() bool { return len(w.mail.To("odd@example.test")) == 1 })
 	w.wants(w.do(managing(admin, "DELETE", "/"+user+"/sessions", nil)), 204, "")
 	var sessions []any
 	if w.keycloakAdmin("GET", path+"/sessions", nil, &sessions); len(sessions) > 0 {

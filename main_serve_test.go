@@ -78,7 +78,7 @@ func TestShutdownDelay(t *testing.T) {
 		t.Error("it keeps no connection")
 	}
 	p.Process.Signal(syscall.SIGTERM)
-	v.eventually("not ready any more", 10*time.Second, func() bool {
+	v.eventually("not ready any more", time.Minute, func() bool {
 		a, err := v.send("http://"+v.management, call{path: "/readyz"})
 		if err != nil {
 			t.Fatalf("it serves no more: %v", err)
@@ -95,7 +95,7 @@ func TestShutdownDelay(t *testing.T) {
 		t.Error("a good token is refused")
 	}
 	w.wants(w.do(loggingOut(a.text("refresh_token"))), 204, "") // at another instance
-	v.eventually("revoked here, too", 10*time.Second, func() bool { return !v.passes(a) })
+	v.eventually("revoked here, too", time.Minute, func() bool { return !v.passes(a) })
 	p.Process.Signal(syscall.SIGTERM)
 	select {
 	case <-p.ended:
@@ -149,12 +149,12 @@ func TestTLS(t *testing.T) {
 	// Renewed files count without a restart. Those that don't fit together are logged, and the last good pair is served.
 	failed := func() int { return strings.Count(w.logs.String(), `"msg":"certificate: failed, will retry"`) }
 	writePair(t, cert, filepath.Join(dir, "another"), 2)
-	w.eventually("the broken pair is logged", 10*time.Second, func() bool { return failed() == 1 })
+	w.eventually("the broken pair is logged", time.Minute, func() bool { return failed() == 1 })
 	if got := serves(); got != "HTTP/2.0 1" {
 		t.Error(got)
 	}
 	writePair(t, cert, key, 3)
-	w.eventually("the new pair is served", 10*time.Second, func() bool { return serves() == "HTTP/2.0 3" })
+	w.eventually("the new pair is served", time.Minute, func() bool { return serves() == "HTTP/2.0 3" })
 	if failed() != 1 {
 		t.Errorf("logged %d times", failed())
 	}

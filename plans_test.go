@@ -501,7 +501,7 @@ func (w *env) doSessions(email string) {
 	a = w.signsIn(email)
 	w.wants(w.as(a, "GET", "/api/v1/auth/me"), 200, "")
 	w.direct(email, password)
-	w.eventually("a session of Keycloak is listed", 10*time.Second, func() bool {
+	w.eventually("a session of Keycloak is listed", time.Minute, func() bool {
 		return len(w.as(a, "GET", sessionsPath).JSON["items"].([]any)) > 1
 	})
 	w.wants(w.as(a, "DELETE", sessionsPath+"/"+a.text("session_id")), 204, "")

@@ -218,7 +218,7 @@ func TestVerifyWithoutPassword(t *testing.T) {
 		if a.JSON["set_password_mailed"] != true {
 			t.Error(a)
 		}
-		w.eventually("a mail with Keycloak's own link", 10*time.Second, func() bool { return len(w.mail.To(email)) == 2 })
+		w.eventually("a mail with Keycloak's own link", time.Minute, func() bool { return len(w.mail.To(email)) == 2 })
 		m := w.mail.To(email)[1]
 		page := regexp.MustCompile(`https?://\S+/login-actions/action-token\?key=[^\s"<>]+`).FindString(m.Text)
 		if page == "" || strings.Contains(m.Text, l.Token) {
@@ -602,7 +602,7 @@ func TestExpiry(t *testing.T) {
 		if name == "by signing in" {
 			continue // changes nothing
 		}
-		w.eventually("expired and gone", 10*time.Second, func() bool {
+		w.eventually("expired and gone", time.Minute, func() bool {
 			_, there := w.keycloakUsers()[id]
 			return !there && w.value(`select status from user_registrations where registration_id = $1`, id) == "expired"
 		})

@@ -98,7 +98,7 @@ func TestSessionsBegunAtKeycloak(t *testing.T) {
 		return ids, origins
 	}
 	var ids []string
-	w.eventually("it is listed", 10*time.Second, func() bool {
+	w.eventually("it is listed", time.Minute, func() bool {
 		var origins string
 		ids, origins = list()
 		return strings.Contains(origins, "keycloak") && strings.Contains(origins, "service")
@@ -166,7 +166,7 @@ func TestResetUnlocks(t *testing.T) {
 		w.keycloakAdmin("GET", "/attack-detection/brute-force/users/"+kc, nil, &status)
 		return status.Disabled
 	}
-	w.eventually("Keycloak has locked it", 30*time.Second, func() bool {
+	w.eventually("Keycloak has locked it", time.Minute, func() bool {
 		w.token(url.Values{"grant_type": {"password"}, "username": {email}, "password": {"a wrong password"}})
 		return locked()
 	})

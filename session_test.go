@@ -443,7 +443,7 @@ func TestRefreshOvertaken(t *testing.T) {
 		t.Fatal(err)
 	}
 	w.lockEnds(first)
-	w.eventually("PostgreSQL is back", 20*time.Second, func() bool { return w.get("/health").text("status") == "ok" })
+	w.eventually("PostgreSQL is back", time.Minute, func() bool { return w.get("/health").text("status") == "ok" })
 	w.refreshed(w.refreshed(first))
 }
 
@@ -523,7 +523,7 @@ func TestEndedInKeycloak(t *testing.T) {
 		if n := listed(email); n != 0 {
 			w.Errorf("%d sessions are listed that Keycloak has not", n)
 		}
-		w.eventually("its task ends it", 20*time.Second, func() bool {
+		w.eventually("its task ends it", time.Minute, func() bool {
 			return w.value(`select (ended_at is not null)::text from sessions where session_id = $1`, a.text("session_id")) == "true"
 		})
 		w.ended("keycloak", a)
@@ -584,7 +584,7 @@ func TestEndedInKeycloak(t *testing.T) {
 		_, a := w.signedIn()
 		email, b := w.signedIn()
 		w.keycloakAdmin("PUT", "", body{"ssoSessionIdleTimeout": 1}, nil)
-		w.eventually("both are too idle", 20*time.Second, func() bool { return len(w.keycloakSessions()) == 0 })
+		w.eventually("both are too idle", time.Minute, func() bool { return len(w.keycloakSessions()) == 0 })
 		w.wants(w.do(refreshing(a.text("refresh_token"))), 401, "invalid-token")
 		w.ended("keycloak", a)
 		isListed(email, b)
@@ -698,7 +698,7 @@ func TestCopyOfSessions(t *testing.T) {
 	}
 	w.exec(`update refresh_tokens set answer_until = now() - interval '61 seconds' where session_id = $1`, session) // the sweep leaves a minute for clocks
 	w.due("job:sweep")                                                                                              // another test may have put it off
-	w.eventually("the answer is forgotten", 30*time.Second, func() bool {
+	w.eventually("the answer is forgotten", time.Minute, func() bool {
 		return w.value(`select count(answer)::text from refresh_tokens where session_id = $1`, session) == "0"
 	})
 	w.refreshed(second)
@@ -740,12 +740,12 @@ func TestLogout(t *testing.T) {
 	tried := w.kc.count("end_session")
 	w.wants(w.do(loggingOut(last.text("refresh_token"))), 204, "")
 	w.wants(w.do(refreshing(last.text("refresh_token"))), 401, "invalid-token")
-	w.eventually("its task tries", 20*time.Second, func() bool { w.tasksDue(); return w.kc.count("end_session") > tried+1 })
+	w.eventually("its task tries", time.Minute, func() bool { w.tasksDue(); return w.kc.count("end_session") > tried+1 })
 	if !slices.Contains(w.keycloakSessions(), sid) {
 		t.Error("it has ended in Keycloak, which was away")
 	}
 	w.kc.on("^end_session ", 0)
-	w.eventually("its task ends it", 20*time.Second, func() bool { w.tasksDue(); return !slices.Contains(w.keycloakSessions(), sid) })
+	w.eventually("its task ends it", time.Minute, func() bool { w.tasksDue(); return !slices.Contains(w.keycloakSessions(), sid) })
 	w.ended("logout", last)
 }
 
@@ -912,7 +912,7 @@ func TestForgotPassword(t *testing.T) {
 		if a := w.do(forgetting(email)); a.Status != 202 || len(a.Body) > 0 {
 			t.Errorf("%v", a)
 		}
-		w.eventually("it is done", 20*time.Second, func() bool {
+		w.eventually("it is done", time.Minute, func() bool {
 			return w.value(`select count(*)::text from tasks where task_id like 'reset:%'`) == "0"
 		})
 	}

@@ -31,7 +31,7 @@ func TestSyncEvents(t *testing.T) {
 // arrives waits until the row of a user in Keycloak fulfils a condition.
 func (w *env) arrives(id, condition string, args ...any) {
 	w.Helper()
-	w.eventually(condition, 20*time.Second, func() bool {
+	w.eventually(condition, time.Minute, func() bool {
 		return w.value(`select (exists (select from users where keycloak_id = $1 and `+condition+`))::text`,
 			append([]any{id}, args...)...) == "true"
 	})
@@ -60,7 +60,7 @@ func (w *env) eventsStale() {
 	w.kc.on("get_user .*"+id, stale)
 	w.keycloakAdmin("PUT", "/users/"+id, body{"firstName": "Ada"}, nil)
 	read := w.kc.count("list_events")
-	w.eventually("the event is read", 20*time.Second, func() bool { return w.kc.count("list_events") > read+4 })
+	w.eventually("the event is read", time.Minute, func() bool { return w.kc.count("list_events") > read+4 })
 	w.waitUntilIdle()
 	w.kc.on("get_user .*"+id, 0)
 	w.arrives(id, `first_name = 'Ada'`)
@@ -73,7 +73,7 @@ func (w *env) eventsDisabled() {
 	w.arrives(id, `not is_active`)
 	w.wants(w.do(refreshing(a.text("refresh_token"))), 401, "invalid-token")
 	w.keycloakAdmin("PUT", "/users/"+id, body{"enabled": true}, nil) // only restore does
-	w.eventually("disabled again in Keycloak", 20*time.Second,
+	w.eventually("disabled again in Keycloak", time.Minute,
 		func() bool { return w.fromKeycloak(id)["enabled"] == false })
 	w.value(`select audit_id from audit_log where actor = 'system:sync' and action = 'user.sync' and target = $1`, user)
 	w.wants(w.as(w.signsIn(w.administrator()), "POST", "/api/v1/users/"+user+"/restore"), 200, "")
@@ -84,7 +84,7 @@ func (w *env) eventsDeleted() {
 	email := w.createsUser(body{"attributes": body{attrRoles: []string{roleAdmin}}})
 	id := w.inKeycloak(email)[0]
 	w.arrives(id, `email = $2 and role = 'user'`, email)
-	w.eventually("Keycloak has its role", 20*time.Second, func() bool { return len(w.outOfSync()) == 0 })
+	w.eventually("Keycloak has its role", time.Minute, func() bool { return len(w.outOfSync()) == 0 })
 	w.keycloakAdmin("DELETE", "/users/"+id, nil, nil)
 	w.arrives(id, `not is_active`)
 	admin := w.signsIn(w.administrator())
@@ -97,7 +97,7 @@ func (w *env) eventsRole() {
 	id := w.keycloakID(email)
 	w.edits(id, body{attrRoles: []string{roleAdmin}})
 	meanwhile := w.refreshed(before)
-	w.eventually("reverted", 20*time.Second, func() bool {
+	w.eventually("reverted", time.Minute, func() bool {
 		return cmp.Equal(w.fromKeycloak(id)["attributes"].(body)[attrRoles], []any{roleUser})
 	})
 	if slices.Equal(unpacked(meanwhile.text("access_token"), 1)["roles"].([]any), []any{roleAdmin}) {
@@ -374,7 +374,7 @@ func TestSyncEventsAudited(t *testing.T) {
 	w.exec(`insert into tasks (task_id, due_at, locked_by, locked_until) values ($1, now(), 'another', 'infinity')`,
 		kcTask(last))
 	w.grants(w.fromKeycloak(last)["email"].(string))
-	w.eventually("all events are read", 30*time.Second, func() bool {
+	w.eventually("all events are read", time.Minute, func() bool {
 		w.command("jobs")
 		return w.value(`select coalesce(string_agg(concat_ws(' ', actor, action, target), ', '), '') from audit_log
 			where details->>'keycloak_id' = $1`, last) == "anonymous keycloak.login "

@@ -280,7 +280,7 @@ func (p *passEnv) oneAtATime(v *env) {
 	release()
 	<-second
 	admin := p.signsIn(p.admin)
-	p.eventually("its progress", 10*time.Second, func() bool {
+	p.eventually("its progress", time.Minute, func() bool {
 		a := p.as(admin, "GET", "/api/v1/sync/"+id)
 		return a.text("status") == "running" && a.JSON["checked"] == float64(syncPage) &&
 			a.JSON["total"] == float64(passUsers+1)
@@ -331,7 +331,7 @@ func (p *passEnv) postgresLost() {
 	if err := p.pg.open(); err != nil {
 		p.Fatal(err)
 	}
-	p.eventually("PostgreSQL answers", 30*time.Second, func() bool { return p.login(p.admin, password).Status == 200 })
+	p.eventually("PostgreSQL answers", time.Minute, func() bool { return p.login(p.admin, password).Status == 200 })
 	p.passTask() // its lock has ended
 	if a := p.ended(id); a.text("status") != "done" {
 		p.Errorf("it is %v", a)
@@ -344,7 +344,7 @@ func (p *passEnv) keycloakLostForAMoment() {
 	calls := p.kc.count("list_users")
 	a := p.do(r)
 	p.wants(a, 202, "")
-	p.eventually("a call that fails", 20*time.Second, func() bool { return p.kc.count("list_users") > calls })
+	p.eventually("a call that fails", time.Minute, func() bool { return p.kc.count("list_users") > calls })
 	p.kc.on("^list_users ", 0)
 	if a := p.ended(a.text("sync_id")); a.text("status") != "done" {
 		p.Errorf("it has failed: %v", a)
@@ -464,7 +464,7 @@ func (w *env) copyDatabase(from, to string) {
 			w.Fatal(err)
 		}
 		defer c.Close(w.Context())
-		w.eventually("the copy", 20*time.Second, func() bool {
+		w.eventually("the copy", time.Minute, func() bool {
 			for _, sql := range []string{"drop database if exists " + to + " with (force)",
 				"select pg_terminate_backend(pid) from pg_stat_activity where datname = '" + from + "'",
 				fmt.Sprintf("create database %s template %s", to, from)} {

@@ -318,7 +318,7 @@ func (r *rules) addressesMove() {
 	for who := range 4 {
 		becomes(who, emails[who])
 	}
-	r.eventually("all have their addresses back", 20*time.Second, func() bool { // a conflict is tried again
+	r.eventually("all have their addresses back", time.Minute, func() bool { // a conflict is tried again
 		r.command("jobs")
 		return r.value(`select string_agg(email, ' ' order by created_at) from users where keycloak_id = any($1)`,
 			ids) == strings.Join(emails, " ")

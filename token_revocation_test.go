@@ -85,7 +85,7 @@ func (w *env) revocationCauses(admin answer) []revocationCause {
 	patch := func(in body) func(revokedUser) { return manage("PATCH", "/{id}", in) }
 	listed := func(v revokedUser) {
 		w.wants(w.as(v.second, "GET", sessionsPath), 200, "")
-		w.eventually("its task has ended it", 10*time.Second, func() bool {
+		w.eventually("its task has ended it", time.Minute, func() bool {
 			return w.value(`select (ended_at is not null)::text from sessions where session_id = $1`, v.first.text("session_id")) == "true"
 		})
 	}
@@ -494,7 +494,7 @@ func TestRevocationOutages(t *testing.T) {
 			before := failures()
 			c.cut()
 			if c.heals != nil {
-				w.eventually("it is noticed", 10*time.Second, func() bool { return failures() > before })
+				w.eventually("it is noticed", time.Minute, func() bool { return failures() > before })
 			}
 			promote(victim)
 			if c.heals != nil {
@@ -563,7 +563,7 @@ func TestRevocationsAtStart(t *testing.T) {
 				}
 			}
 			late.wants(late.do(bearing(validatePath, "garbage")), 401, "unauthorized")
-			late.eventually("it is not ready", 10*time.Second, func() bool {
+			late.eventually("it is not ready", time.Minute, func() bool {
 				a := late.management404("/readyz")
 				return a.Status == 503 && strings.TrimSpace(string(a.Body)) == c.says
 			})
@@ -571,7 +571,7 @@ func TestRevocationsAtStart(t *testing.T) {
 				w.Fatal(err)
 			}
 			status := func(a answer) int { return late.do(bearing(validatePath, a.text("access_token"))).Status }
-			late.eventually("it lets the good one pass", 20*time.Second, func() bool {
+			late.eventually("it lets the good one pass", time.Minute, func() bool {
 				if status(out) == 200 || status(demoted) == 200 {
 					late.Fatal("one that was revoked passes")
 				}
@@ -582,7 +582,7 @@ func TestRevocationsAtStart(t *testing.T) {
 					t.Errorf("token %d passes", i)
 				}
 			}
-			late.eventually("it is ready", 20*time.Second, func() bool { return late.management404("/readyz").Status == 200 })
+			late.eventually("it is ready", time.Minute, func() bool { return late.management404("/readyz").Status == 200 })
 		})
 	}
 
@@ -624,7 +624,7 @@ func TestRevocationOvertaken(t *testing.T) {
 	first := change("operator")
 	<-there
 	second := change("partner") // it waits for the first one a moment, and leaves the rest to the task
-	w.eventually("the second one is ours", 10*time.Second, func() bool { return w.value(`select role from users where user_id = $1`, id) == "partner" })
+	w.eventually("the second one is ours", time.Minute, func() bool { return w.value(`select role from users where user_id = $1`, id) == "partner" })
 	w.wants(<-second, 200, "")
 	w.kc.on(push, lost)
 	fail()

@@ -463,7 +463,7 @@ func TestKeyRotation(t *testing.T) {
 	email, _, _ := w.member()
 	old := w.login(email, password).text("access_token")
 	_, kid := w.realmKey(200)
-	w.eventually("all have tokens of the new key", 30*time.Second, func() bool {
+	w.eventually("all have tokens of the new key", time.Minute, func() bool {
 		w.wants(w.do(bearing(validatePath, old)), 200, "")
 		return ctx.Err() != nil || !slices.ContainsFunc([]int{0, 1, 2, 3}, func(i int) bool { return latest[i].Load() != kid })
 	})
@@ -516,7 +516,7 @@ func TestTokensWithoutKeycloak(t *testing.T) {
 	if err := w.kc.open(); err != nil {
 		t.Fatal(err)
 	}
-	late.eventually("the late instance has the keys", 30*time.Second, func() bool {
+	late.eventually("the late instance has the keys", time.Minute, func() bool {
 		return late.do(bearing(validatePath, w.login(email, password).text("access_token"))).Status == 200
 	})
 }

@@ -192,7 +192,7 @@ func TestDeletedWhileConfirming(t *testing.T) {
 	<-there
 	deleted := make(chan answer, 1)
 	go func() { a, _ := w.send(w.url, managing(admin.signIn, "DELETE", "/"+id, nil)); deleted <- a }()
-	w.eventually("the deletion waits for the confirmation", 10*time.Second, func() bool { return w.kc.count("activate_user") > 0 })
+	w.eventually("the deletion waits for the confirmation", time.Minute, func() bool { return w.kc.count("activate_user") > 0 })
 	release()
 	w.wants(<-confirmed, 200, "")
 	a := <-deleted
@@ -548,7 +548,7 @@ func TestNamesAtOnce(t *testing.T) {
 	first := rename(body{"last_name": "Hopper"})
 	<-there
 	second := rename(body{"first_name": "Grace"})
-	w.eventually("the second one waits for the first", 10*time.Second, func() bool {
+	w.eventually("the second one waits for the first", time.Minute, func() bool {
 		return w.value(`select count(*)::text from pg_stat_activity where query like '%insert into tasks%'
 			and datname = current_database() and state_change > now() - interval '100 ms'`) != "0"
 	})
@@ -589,7 +589,7 @@ func TestChangesAtOnce(t *testing.T) {
 		a, _ := w.send(v.url, change(body{"network_id": "N1"}))
 		second <- a
 	}()
-	w.eventually("the second one is here", 10*time.Second, func() bool {
+	w.eventually("the second one is here", time.Minute, func() bool {
 		return w.value(`select network_id from users where user_id = $1`, c.ID) == "N1"
 	})
 	start := time.Now()
