@@ -63,7 +63,7 @@ func (st *store) addRegistration(ctx context.Context, c caller, reg registration
 			reg.ID, reg.Email, reg.Username, reg.FirstName, reg.LastName, reg.Phone, reg.TokenHash, reg.ExpiresAt, now,
 			c.Address, c.UserAgent, reg.Locale, reg.Source, reg.Role, reg.NetworkID, reg.StationID, reg.CreatedBy)
 		taken := later[struct{ ID userID }](tx, `select user_id from users where deleted_at is null
-			and (lower(email) = lower($1) or lower(username) in (lower($1), lower($2)))`, reg.Email, reg.Username)
+			and (lower(email) = lower($1) or lower(username) in (lower($1), lower($2))) limit 1`, reg.Email, reg.Username)
 		if reg.Source == sourceInternal {
 			tx.reset(mailsOfCooldown.of(mailbox(reg.Email))) // it waits for nobody's mail
 		}

@@ -377,6 +377,7 @@ func TestDuplicates(t *testing.T) {
 			attempt{where + ": USERNAME", registerPath, body{"email": newEmail(), "username": strings.ToUpper(name)}, 409, "user-exists"},
 		)
 	}
+	w.wants(w.post(registerPath, body{"email": address("both"), "username": names["postgresql"]}), 409, "user-exists") // of two
 	if a, b := w.inKeycloak(address("keycloak")), w.inKeycloak(address("both")); len(a) != 1 || len(b) != 1 {
 		t.Errorf("who was there has lost the account in Keycloak: %v %v", a, b)
 	}
