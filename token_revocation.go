@@ -151,10 +151,10 @@ func (s *server) pollRevocations(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	s.verifier.revoked.add(start, found...)
 	if last.IsZero() {
 		s.log.Info("revocations: read")
 	}
-	s.verifier.revoked.add(start, found...)
 	return nil
 }
 
